@@ -1,0 +1,3 @@
+"""fedmpi: communication-compressed federated and data-parallel training over MPI."""
+
+__version__ = "0.1.0"

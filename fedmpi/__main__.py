@@ -1,0 +1,7 @@
+"""``python -m fedmpi``."""
+
+import sys
+
+from fedmpi.cli import main
+
+sys.exit(main())

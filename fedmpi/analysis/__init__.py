@@ -1,0 +1,1 @@
+"""What is made of runs and messages after the fact: reports and plots."""

@@ -1,0 +1,223 @@
+"""A run's configuration: strict, typed YAML. An unknown key is an error that lists the valid ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializeAsAny,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
+
+from fedmpi import methods
+from fedmpi.errors import ConfigError
+from fedmpi.methods.base import Options
+from fedmpi.optimizers import Name, Optimizer
+from fedmpi.tasks.data import DATA
+from fedmpi.tasks.models import MODELS
+from fedmpi.tasks.objectives import OBJECTIVES
+from fedmpi.tasks.partitions import PARTITIONS
+from fedmpi.validation import choose, describe
+
+
+class Choice(BaseModel):
+    """One row of a table with that row's options: ``{name: dirichlet, alpha: 0.5}`` or a bare name."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    options: dict[str, Any] = {}
+
+
+def _chooser(where: str, table: Any) -> BeforeValidator:
+    def parse(value: Any) -> Choice:
+        value = {"name": value} if isinstance(value, str) else value
+        name = choose(where, value, table)
+        try:
+            options = table[name].options.model_validate({k: v for k, v in value.items() if k != "name"})
+        except ValidationError as error:
+            raise ConfigError(describe(error, table[name].options, where)) from None
+        return Choice(name=name, options=options.model_dump())
+
+    return BeforeValidator(parse)
+
+
+_flat = PlainSerializer(lambda choice: {"name": choice.name, **choice.options})
+_Model = Annotated[Choice, _chooser("model", MODELS), _flat]
+_Partition = Annotated[Choice, _chooser("partition", PARTITIONS), _flat]
+_Method = Annotated[SerializeAsAny[Options], BeforeValidator(methods.parse)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    name: Literal[tuple(DATA)] = Field(description="the data set")  # type: ignore[valid-type]
+    folder: str | None = Field(None, description="where it lies (default: $FEDMPI_DATA, ~/.cache/fedmpi)")
+
+
+class Local(_Section):
+    """What a client does in a round."""
+
+    lr: float = Field(gt=0, description="η, the clients' learning rate")
+    steps: int | None = Field(None, ge=1, description="τ local steps; this or epochs (default: 1 step)")
+    epochs: int | None = Field(None, ge=1, description="passes over the client's own data")
+    batch: int | None = Field(None, ge=1, description="samples a step (default: all of the client's)")
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Local:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("expected steps or epochs, not both")
+        return self
+
+
+class ServerConfig(_Section):
+    lr: float | None = Field(None, gt=0, description="the server's learning rate (default: local.lr)")
+    optimizer: Name = Field("sgd", description="the rule on what the method sums")
+    beta1: float = Field(0.9, ge=0, lt=1, description="momentum's, adam's and yogi's β₁")
+    beta2: float = Field(0.99, ge=0, lt=1, description="adam's and yogi's β₂")
+    epsilon: float = Field(1e-3, gt=0, description="adam's and yogi's τ")
+
+    @property
+    def rule(self) -> Optimizer:
+        return Optimizer(self.optimizer, self.beta1, self.beta2, self.epsilon)
+
+
+class Config(_Section):
+    """A run. The command line's ``key.path=value`` overrides any of these."""
+
+    data: DataConfig
+    model: _Model
+    clients: int = Field(ge=1)
+    partition: _Partition = Choice(name="iid")
+    cohort: StrictInt | StrictFloat | None = Field(
+        None, description="clients a round: a number, or a fraction as a float (default: all)"
+    )
+    sampling: Literal["uniform", "epoch_shuffle"] = Field(
+        "uniform",
+        description="uniform: a fresh draw a round; epoch_shuffle: each client exactly once an epoch",
+    )
+    rounds: int = Field(ge=1)
+    local: Local
+    server: ServerConfig = ServerConfig.model_validate({})
+    loss: Literal[tuple(OBJECTIVES)] = "cross_entropy"  # type: ignore[valid-type]
+    method: _Method
+    topology: Literal["allreduce", "aggregator"] = Field(
+        "allreduce", description="allreduce: ranks are peers; aggregator: rank 0 aggregates, the others train"
+    )
+    reproducible: bool = Field(
+        False, description="the same bits at any number of ranks: one thread a rank, fixed-point sums"
+    )
+    seed: int = Field(0, ge=0, lt=2**63)
+    evaluate_every: int = Field(1, ge=1, description="rounds between evaluations on the test set")
+    threads: int | None = Field(None, ge=1, description="torch threads a rank (default: cores / ranks here)")
+
+    @model_validator(mode="after")
+    def _cohort(self) -> Config:
+        if isinstance(self.cohort, float) and not 0 < self.cohort <= 1:
+            raise ValueError(f"cohort: a fraction lies in (0, 1], got {self.cohort}")
+        if isinstance(self.cohort, int) and not 1 <= self.cohort <= self.clients:
+            raise ValueError(f"cohort: expected 1 to clients = {self.clients}, got {self.cohort}")
+        return self
+
+    @property
+    def cohort_size(self) -> int:
+        if self.cohort is None:
+            return self.clients
+        if isinstance(self.cohort, int):
+            return self.cohort
+        return max(1, round(self.cohort * self.clients))
+
+    @property
+    def rounds_per_epoch(self) -> int:
+        return -(-self.clients // self.cohort_size)
+
+    @property
+    def server_lr(self) -> float:
+        return self.local.lr if self.server.lr is None else self.server.lr
+
+    def plain(self) -> dict[str, Any]:
+        """The resolved configuration as YAML types."""
+        resolved: dict[str, Any] = json.loads(self.model_dump_json())
+        return resolved
+
+
+def parse(values: Any) -> Config:
+    """The configuration of parsed YAML.
+
+    Raises:
+      ConfigError: with a line for each key that is unknown, missing, of the wrong type or out of range.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"config: expected a mapping of keys, got {type(values).__name__}")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(describe(error, Config)) from None
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """The configuration of a YAML file with ``key.path=value`` overrides, whose values are YAML too.
+
+    A file may name another one whose keys it starts from: ``base: ../quickstart.yaml``, relative to itself.
+    """
+    values = _read(Path(path))
+    for override in overrides or []:
+        _override(values, override)
+    return parse(values)
+
+
+def _read(path: Path, depth: int = 0) -> Any:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config: {path} is not YAML: {error}") from None
+    if not isinstance(values, dict) or "base" not in values:
+        return values
+    if depth == 8:
+        raise ConfigError(f"base: {path} is the ninth file of a chain (does one name itself?)")
+    return _merge(_read(path.parent / str(values.pop("base")), depth + 1), values)
+
+
+def _merge(base: Any, over: Any) -> Any:
+    """``over`` laid over ``base``, key by key; what has a name (a method, a model) replaces as a whole."""
+    if not isinstance(base, dict) or not isinstance(over, dict) or "name" in over:
+        return over
+    return base | {key: _merge(base.get(key), value) for key, value in over.items()}
+
+
+def _override(values: Any, override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override: expected key.path=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override: the value in {override!r} is not YAML") from None
+    for depth, key in enumerate(keys[:-1]):
+        inner = values.get(key) if isinstance(values, dict) else None
+        if inner is None:
+            inner = {}
+        elif isinstance(inner, str):
+            inner = {"name": inner}  # model: cnn, then model.hidden=64
+        elif not isinstance(inner, dict):
+            raise ConfigError(f"override: {'.'.join(keys[: depth + 1])} has no keys inside, in {override!r}")
+        values[key] = inner
+        values = inner
+    values[keys[-1]] = value

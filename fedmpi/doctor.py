@@ -1,0 +1,51 @@
+"""``fedmpi doctor``: what this process finds, and whether it works."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+
+import fedmpi
+from fedmpi.comm.connect import connect, launcher
+from fedmpi.errors import CommError
+
+
+def examine() -> int:
+    """Print what rank 0 finds; returns 0 when everything that was started works."""
+    import torch
+
+    found = launcher()
+    facts = {
+        "fedmpi": fedmpi.__version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "GPUs": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
+        "cores": f"{len(os.sched_getaffinity(0))} for this process",
+        "launcher": "none: this process was started alone"
+        if found is None
+        else f"{found[0]}, {found[1]} ranks",
+        "Slurm job": os.environ.get("SLURM_JOB_ID", "none"),
+    }
+    problem = ""
+    rank = 0
+    try:
+        rank = connect().rank
+        facts |= {f"MPI {name}": value for name, value in _mpi().items()}
+    except CommError as error:
+        problem = str(error)
+    if rank == 0:
+        for name, value in facts.items():
+            print(f"{name:<28}{value}")
+        if problem:
+            print(f"fedmpi: {problem}", file=sys.stderr)
+    return 1 if problem or "WRONG" in facts.get("MPI a real collective", "") else 0
+
+
+def _mpi() -> dict[str, str]:
+    try:
+        from fedmpi.comm.mpi import probe
+
+        return probe()
+    except (ImportError, RuntimeError) as error:
+        return {"library": f"none ({error}); one rank works without: pip install 'fedmpi[mpi]' brings one"}

@@ -1,0 +1,153 @@
+"""Which clients take part, where they run, what they keep, and how one trains.
+
+Shape suffixes: C clients of a chunk, D parameters.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedmpi import random
+from fedmpi.config import Config, Local
+from fedmpi.method import Compressor, State, stack
+from fedmpi.spec import Spec
+from fedmpi.tasks.data import Split
+from fedmpi.tasks.partitions import Partition
+
+
+def cohort(config: Config, round: int) -> Tensor:
+    """The clients of a round, int64, increasing: a function of the seed and the round alone."""
+    size, clients = config.cohort_size, config.clients
+    if size == clients:
+        return torch.arange(clients)
+    if config.sampling == "uniform":
+        chosen = random.sample(random.key(config.seed, round, -1, "cohort"), clients, size)
+    else:
+        epoch, turn = divmod(round, config.rounds_per_epoch)
+        order = random.permutation(random.key(config.seed, epoch, -1, "cohort"), clients)
+        chosen = order[turn * size : (turn + 1) * size]
+    return chosen.sort().values
+
+
+def place(clients: Tensor, work: Tensor, ranks: list[int], homes: bool) -> dict[int, Tensor]:
+    """Positions in ``clients`` that each rank trains.
+
+    Args:
+      clients: int64, their ids.
+      work: what each costs, e.g. its samples.
+      ranks: those that train.
+      homes: clients keep state, so each always goes to the same rank (id modulo ranks); else the
+        longest goes first to the least loaded rank.
+    """
+    if homes:
+        return {rank: (clients % len(ranks) == i).nonzero()[:, 0] for i, rank in enumerate(ranks)}
+    load = [(0, rank) for rank in ranks]
+    positions: dict[int, list[int]] = {rank: [] for rank in ranks}
+    for position in work.argsort(descending=True, stable=True).tolist():
+        done, rank = heapq.heappop(load)
+        positions[rank].append(position)
+        heapq.heappush(load, (done + int(work[position]), rank))
+    return {rank: torch.tensor(sorted(p), dtype=torch.int64) for rank, p in positions.items()}
+
+
+class ClientStore:
+    """Per-client state, made when a client first comes."""
+
+    def __init__(self, init: Callable[[], State]) -> None:
+        self._template = init()
+        self._states: dict[int, State] = {}
+
+    @property
+    def empty(self) -> bool:
+        """True when clients keep nothing."""
+        return not self._template
+
+    def get(self, clients_C: Tensor) -> State:
+        """Their states with the leading axis C."""
+        return stack([self._states.get(c, self._template) for c in clients_C.tolist()])
+
+    def put(self, clients_C: Tensor, state: State) -> None:
+        if self._template:
+            for i, client in enumerate(clients_C.tolist()):
+                # A row is cloned: a view would keep the whole chunk alive.
+                self._states[client] = {name: value[i].clone() for name, value in state.items()}
+
+
+class Update(NamedTuple):
+    """What C clients computed: accumulated gradients, mean losses, local steps τ."""
+
+    g_CD: Tensor
+    loss_C: Tensor
+    steps_C: Tensor
+
+
+class Trainer:
+    """Local SGD, one client after the other, on one flat parameter vector.
+
+    The accumulated gradient is the sum of the local steps' directions, as in LBGM's Algorithm 1
+    (lines 3 and 4); for plain SGD it is (θ₀ − θ_τ)/η, and for one step it is the gradient to the bit.
+    """
+
+    def __init__(
+        self, model: nn.Module, spec: Spec, loss: Callable[[Tensor, Tensor], Tensor], local: Local, seed: int
+    ) -> None:
+        self.model, self.spec, self.loss, self.local, self.seed = model, spec, loss, local, seed
+        self.theta_D = torch.empty(spec.size)
+        self.grad_D = torch.zeros(spec.size)
+        spec.bind(model, self.theta_D, self.grad_D)
+
+    def steps(self, samples: int) -> int:
+        """τ for a client with so many samples."""
+        per_epoch = -(-samples // (self.local.batch or samples))
+        return self.local.steps or (self.local.epochs or 0) * per_epoch or 1
+
+    def train(
+        self, theta_D: Tensor, data: Split, partition: Partition, clients_C: Tensor, round: int
+    ) -> Update:
+        """Train each of ``clients_C`` from ``theta_D``."""
+        g_CD = torch.zeros(len(clients_C), self.spec.size)
+        losses, steps = [], []
+        for row, client in enumerate(clients_C.tolist()):
+            index = partition.of(client)
+            losses.append(self._one(theta_D, g_CD[row], data, index, client, round))
+            steps.append(self.steps(len(index)))
+        return Update(g_CD, torch.tensor(losses, dtype=torch.float64), torch.tensor(steps))
+
+    def _one(
+        self, theta_D: Tensor, g_D: Tensor, data: Split, index: Tensor, client: int, round: int
+    ) -> float:
+        n = len(index)
+        batch = min(self.local.batch or n, n)
+        self.theta_D.copy_(theta_D)
+        self.model.train()
+        velocity_D = torch.zeros_like(self.theta_D) if self.local.momentum else None
+        total, seen, order = 0.0, 0, index
+        for step in range(self.steps(n)):
+            epoch, turn = divmod(step, -(-n // batch))
+            if batch < n and turn == 0:
+                key = random.key(self.seed, round, client, f"batches {epoch}")
+                order = index[random.permutation(key, n)]
+            chosen = order[turn * batch : (turn + 1) * batch]
+            self.grad_D.zero_()
+            loss = self.loss(self.model(data.x[chosen]), data.y[chosen])
+            loss.backward()
+            direction_D = self.grad_D
+            if self.local.weight_decay:
+                direction_D = direction_D.add(self.theta_D, alpha=self.local.weight_decay)
+            if velocity_D is not None:
+                direction_D = velocity_D.mul_(self.local.momentum).add_(direction_D)
+            g_D.add_(direction_D)
+            self.theta_D.add_(direction_D, alpha=-self.local.lr)
+            total += loss.item() * len(chosen)
+            seen += len(chosen)
+        return total / seen
+
+
+def stores(up: Compressor) -> tuple[ClientStore, ClientStore]:
+    """The senders' and the receiver's stores for a compressor."""
+    return ClientStore(up.init), ClientStore(up.init_peer)

@@ -1,0 +1,83 @@
+"""What a person sees while it runs: a live bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def human(nbytes: float) -> str:
+    """1.23 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 999.5:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def _console() -> Console:
+    """Where a live bar can go. Open MPI gives every rank a pipe as stderr and a terminal of size 0 or the
+    user's own size as stdout, so a rank asks where its launcher's output really goes."""
+    if not sys.stderr.isatty() and sys.stdout.isatty():
+        try:
+            target = str(Path(f"/proc/{os.getppid()}/fd/1").readlink())
+        except OSError:
+            target = ""
+        if target.startswith(("/dev/pts/", "/dev/tty")):
+            return Console(file=sys.stdout)
+    return Console(stderr=True)
+
+
+class Display:
+    """Shows every round on a terminal; elsewhere a line every 5 seconds, and the first and last round's."""
+
+    def __init__(self, title: str, rounds: int, enabled: bool = True) -> None:
+        self._console = _console()
+        self._enabled, self._rounds = enabled, rounds
+        self._live: Progress | None = None
+        self._started = self._printed = time.monotonic()
+        self._clients = self._up = self._down = 0
+        self._accuracy: float | None = None
+        if enabled and self._console.is_terminal:
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[info]}"),
+                TimeRemainingColumn(),
+            )
+            self._live = Progress(TextColumn(title), *columns, console=self._console)
+            self._task = self._live.add_task("", total=rounds, info="")
+            self._live.start()
+
+    def round(self, line: dict[str, Any]) -> None:
+        if not self._enabled:
+            return
+        self._clients += line["clients"]
+        self._up += line["upload_bytes"]
+        self._down += line["download_bytes"]
+        if line["accuracy"] is not None:
+            self._accuracy = line["accuracy"]
+        now = time.monotonic()
+        done = line["round"] + 1
+        rate = self._clients / max(now - self._started, 1e-9)
+        accuracy = "" if self._accuracy is None else f" acc {100 * self._accuracy:.1f}%"
+        info = (
+            f"loss {line['loss']:.4f}{accuracy} up {human(self._up)} down {human(self._down)}"
+            f" {rate:.0f} clients/s"
+        )
+        if self._live is not None:
+            self._live.update(self._task, completed=done, info=info)
+        elif done in (1, self._rounds) or now - self._printed > 5:
+            self._printed = now
+            left = (now - self._started) / done * (self._rounds - done)
+            print(f"round {done}/{self._rounds} {info} {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()

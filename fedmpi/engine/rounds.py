@@ -1,0 +1,251 @@
+"""The round loop, the only one: every method, topology and number of ranks passes through it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fedmpi
+from fedmpi import methods, random
+from fedmpi.comm.base import Comm, together
+from fedmpi.config import Config
+from fedmpi.engine.clients import ClientStore, Trainer, cohort, place
+from fedmpi.engine.ledger import Ledger
+from fedmpi.engine.progress import Display
+from fedmpi.engine.record import Record
+from fedmpi.engine.sums import from_fixed, to_fixed
+from fedmpi.engine.topology import TOPOLOGIES
+from fedmpi.errors import CommError, FedMPIError, NumericalError
+from fedmpi.method import Context, Round
+from fedmpi.methods.base import Setup
+from fedmpi.spec import Spec
+from fedmpi.tasks import data, models, objectives, partitions
+
+_CHUNK_VALUES = 1 << 22  # gradients of so many numbers are held at a time
+_TEST_BATCH = 512
+
+
+def run(config: Config, comm: Comm, out: Path | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Train, and return the summary (the same on every rank).
+
+    Args:
+      config: the run.
+      comm: this rank's end; every rank calls ``run`` with the same configuration.
+      out: the run's folder, written by rank 0.
+      quiet: show nothing.
+
+    Raises:
+      FedMPIError: what a user can mend; the same error on every rank.
+    """
+    with together(comm, "preparing the run"):
+        simulation = Simulation(config, comm)
+        record = Record(out, config.plain()) if out is not None and comm.rank == 0 else None
+    handshake(comm, config, simulation.spec)
+    display = Display(config.method.name, config.rounds, enabled=comm.rank == 0 and not quiet)
+    try:
+        for t in range(config.rounds):
+            line = simulation.round(t)
+            display.round(line)
+            if record:
+                record.round(line)
+        summary = simulation.summary()
+        if record:
+            record.finish(summary, simulation.spec.views(simulation.topology.parameters()))
+    finally:
+        display.close()
+        if record:
+            record.close()
+    return summary
+
+
+def handshake(comm: Comm, config: Config, spec: Spec) -> None:
+    """Ranks that disagree find out here.
+
+    Raises:
+      CommError: on every rank, naming the first difference and both values.
+    """
+    shapes = {name: list(shape) for name, shape in zip(spec.names, spec.shapes, strict=True)}
+    mine = {"fedmpi": fedmpi.__version__, "torch": torch.__version__, **config.plain(), "parameters": shapes}
+    offers = [json.loads(offer) for offer in comm.allgather(json.dumps(mine).encode())]
+    for rank, offer in enumerate(offers):
+        for path in sorted(_leaves(offers[0]).keys() | _leaves(offer).keys()):
+            first, other = _leaves(offers[0]).get(path, "nothing"), _leaves(offer).get(path, "nothing")
+            if first != other:
+                raise CommError(
+                    f"ranks disagree on {path}: rank 0 has {first!r}, rank {rank} has {other!r}; "
+                    "start all ranks with the same configuration and versions"
+                )
+
+
+def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {path: tree}
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves |= _leaves(value, f"{path}.{name}" if path else name)
+    return leaves
+
+
+class Simulation:
+    """One rank's whole state between rounds."""
+
+    def __init__(self, config: Config, comm: Comm) -> None:
+        self.config, self.comm = config, comm
+        self.data = data.load(config.data.name, config.data.folder)
+        key = random.key(config.seed, stream="partition")
+        self.partition = partitions.split(
+            config.partition.name, self.data.train.y, config.clients, key, **config.partition.options
+        )
+        key = random.key(config.seed, stream="model")
+        model: nn.Module = models.build(
+            config.model.name, self.data.shape, self.data.classes, key, **config.model.options
+        )
+        models.check_supported(model)
+        self.spec = Spec.of(model)
+        theta_D = self.spec.flatten(dict(model.named_parameters()))
+        self.method = methods.build(config.method, self.spec, Setup(config.seed, config.server.rule))
+        self.topology = TOPOLOGIES[config.topology](comm, self.method, theta_D, config.reproducible)
+        self.objective = objectives.OBJECTIVES[config.loss]
+        self.trainer = Trainer(model, self.spec, self.objective.loss, config.local, config.seed)
+        self.clients = ClientStore(self.method.up.init)
+        self.ledger = Ledger(config.clients)
+        # Clients that keep state stay on the rank that keeps it.
+        self.homes = not self.clients.empty
+        self.chunk = 1 if config.reproducible else max(1, _CHUNK_VALUES // self.spec.size)
+        self.trained = self.participations = self.upload_bytes = self.download_bytes = 0
+        self.counts: dict[str, int] = dict.fromkeys(self.method.up.counters, 0)
+        self.accuracy = self.test_loss = float("nan")
+        self.started = time.monotonic()
+
+    def round(self, t: int) -> dict[str, Any]:
+        """One round; returns its line of metrics."""
+        config, topology, started = self.config, self.topology, time.monotonic()
+        now = Round(config.seed, t, t // config.rounds_per_epoch, config.server_lr)
+        clients = cohort(config, t)
+        samples = self.partition.sizes[clients]
+        weighted = samples.double() if self.method.server.weighted else torch.ones(len(clients)).double()
+        placed = place(clients, samples, topology.workers, self.homes)
+        topology.start(clients, weighted / weighted.sum(), placed)
+        shares = samples.double() / samples.sum()
+
+        error: FedMPIError | None = None
+        loss = torch.zeros((), dtype=torch.int64)
+        upload, download = 0, 0
+        counts = dict.fromkeys(self.counts, 0)
+        try:
+            served = topology.serves(placed)
+            download = self.ledger.downloads(clients, served, self.method.server, topology.state)
+            mine = placed.get(self.comm.rank, clients[:0])
+            for positions in mine.split(self.chunk) if len(mine) else ():
+                losses_C, sent, counted = self._chunk(now, clients, positions)
+                loss += to_fixed(losses_C * shares[positions]).sum()
+                upload += sent
+                counts = {name: counts[name] + counted[name] for name in counts}
+            self.trained += len(mine)
+        except FedMPIError as e:
+            error = e
+
+        status = torch.tensor([int(loss), upload, download, error is not None, *counts.values()])
+        self.comm.sum([status])
+        if status[3]:
+            with together(self.comm, f"round {t}"):
+                if error is not None:
+                    raise error
+        topology.finish(now)
+
+        self.participations += len(clients)
+        self.upload_bytes += int(status[1])
+        self.download_bytes += int(status[2])
+        counts = dict(zip(counts, status[4:].tolist(), strict=True))
+        self.counts = {name: self.counts[name] + n for name, n in counts.items()}
+        line = {
+            "round": t,
+            "loss": float(from_fixed(status[0])),
+            "accuracy": None,
+            "test_loss": None,
+            "clients": len(clients),
+            "upload_bytes": int(status[1]),
+            "download_bytes": int(status[2]),
+            **counts,
+        }
+        if (t + 1) % config.evaluate_every == 0 or t + 1 == config.rounds:
+            self.accuracy, self.test_loss = self.evaluate()
+            line |= {"accuracy": self.accuracy, "test_loss": self.test_loss}
+        return line | {"seconds": time.monotonic() - started}
+
+    def _chunk(self, now: Round, cohort: Tensor, positions: Tensor) -> tuple[Tensor, int, dict[str, int]]:
+        """Train, compress and hand over some of this rank's clients; returns losses, bytes and counts."""
+        clients_C = cohort[positions]
+        update = self.trainer.train(
+            self.topology.parameters(), self.data.train, self.partition, clients_C, now.t
+        )
+        finite_C = update.loss_C.isfinite() & update.g_CD.sum(1).isfinite()
+        if not bool(finite_C.all()):
+            bad = int(clients_C[~finite_C][0])
+            raise NumericalError(
+                f"client {bad}, round {now.t}: the loss or gradient is not finite (loss "
+                f"{float(update.loss_C[~finite_C][0])}); try a smaller local.lr than {self.config.local.lr:g}"
+            )
+        ctx = Context(now, clients_C, update.steps_C, self.topology.shared())
+        before = self.clients.get(clients_C)
+        message, after = self.method.up.compress(update.g_CD, before, ctx)
+        self.topology.take(positions, message, before, ctx)
+        self.clients.put(clients_C, after)
+        return update.loss_C, self.ledger.uploads(clients_C, message), self.method.up.count(message)
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Accuracy and mean loss on the test set, whose batches the ranks share out."""
+        model, test = self.trainer.model, self.data.test
+        self.trainer.theta_D.copy_(self.topology.parameters())
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.int64)
+        batches = torch.arange(len(test.y)).split(_TEST_BATCH)
+        for index in batches[self.comm.rank :: self.comm.size]:
+            logits, y = model(test.x[index]), test.y[index]
+            sums[0] += self.objective.correct(logits, y)
+            sums[1] += to_fixed(self.objective.loss(logits, y).double() * len(index))
+        self.comm.sum([sums])
+        return int(sums[0]) / len(test.y), float(from_fixed(sums[1])) / len(test.y)
+
+    def summary(self) -> dict[str, Any]:
+        """What the run came to (the same on every rank)."""
+        ranks = [
+            json.loads(r) for r in self.comm.allgather(json.dumps([self.trained, self.comm.sent]).encode())
+        ]
+        full = 4 * self.spec.size * self.participations
+        return {
+            "method": self.config.method.name,
+            "accuracy": self.accuracy,
+            "loss": self.test_loss,
+            "rounds": self.config.rounds,
+            "clients": self.config.clients,
+            "cohort": self.config.cohort_size,
+            "params": self.spec.size,
+            "upload_bytes": self.upload_bytes,
+            "download_bytes": self.download_bytes,
+            "upload_ratio": _ratio(full, self.upload_bytes),
+            "download_ratio": _ratio(full, self.download_bytes),
+            "total_ratio": _ratio(2 * full, self.upload_bytes + self.download_bytes),
+            "messages": self.participations,
+            **self.counts,
+            "ranks": self.comm.size,
+            "topology": self.config.topology,
+            "comm": self.comm.name,
+            "clients_by_rank": [trained for trained, _ in ranks],
+            "wire_bytes": sum(sent for _, sent in ranks),
+            "wire_bytes_by_rank": [sent for _, sent in ranks],
+            "seconds": time.monotonic() - self.started,
+            "seed": self.config.seed,
+            "reproducible": self.config.reproducible,
+            "version": fedmpi.__version__,
+        }
+
+
+def _ratio(full: int, sent: int) -> float | None:
+    return full / sent if sent else None

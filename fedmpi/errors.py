@@ -1,0 +1,30 @@
+"""The errors that fedmpi raises on purpose.
+
+Each names the argument, what was expected and what was got. Anything else that escapes is a bug.
+"""
+
+from __future__ import annotations
+
+
+class FedMPIError(Exception):
+    """Base of every error that a user can cause and can mend."""
+
+
+class ConfigError(FedMPIError):
+    """A configuration that cannot be run (unknown key, wrong type, impossible value)."""
+
+
+class DataError(FedMPIError):
+    """A data set that is missing, truncated or not what its format says."""
+
+
+class MessageError(FedMPIError):
+    """Bytes that are not a message of the expected shape."""
+
+
+class CommError(FedMPIError):
+    """Ranks that cannot work together (no MPI, different configurations, a rank that failed)."""
+
+
+class NumericalError(FedMPIError):
+    """A number that stops being one (NaN or infinity in a loss or an update)."""

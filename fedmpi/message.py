@@ -1,0 +1,188 @@
+"""What clients send: named arrays whose bytes are the bytes that travel.
+
+A :class:`Message` holds the messages of C clients at once. An array has one row a client, or, when
+``lengths`` names it, a number of rows that differs from client to client (look-back: one coefficient
+*or* one inner message). Bytes are counted on the arrays, never by a formula; the frame that
+:func:`to_bytes` puts around them (names, dtypes, row counts: known to both ends of a run) is counted
+where it really travels, in the wire bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedmpi.errors import MessageError
+
+_MAGIC = b"fMSG"
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_DTYPES = (*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
+_MAX_NDIM = 8
+
+
+class Field(NamedTuple):
+    """What a receiver expects of one array: its dtype, the shape of one row, and whether rows are ragged."""
+
+    dtype: torch.dtype
+    row: tuple[int, ...] = ()
+    ragged: bool = False
+
+
+Layout = dict[str, Field]
+
+
+class Message(NamedTuple):
+    """The messages of C clients.
+
+    Attributes:
+      arrays: name → ``(C, *row)``, or ``(sum of lengths, *row)`` for a ragged one.
+      lengths: name → int64 ``(C,)``, the rows each client has of a ragged array. The receiver knows
+        them from another array (a tag, a count), which is one of ``arrays`` and so is counted.
+    """
+
+    arrays: dict[str, Tensor]
+    lengths: Mapping[str, Tensor] = {}
+
+    @property
+    def clients(self) -> int:
+        """C."""
+        for name, array in self.arrays.items():
+            return len(self.lengths[name]) if name in self.lengths else len(array)
+        return 0
+
+    def nbytes(self) -> Tensor:
+        """Bytes that each client sends, int64 ``(C,)``, measured on the arrays."""
+        total_C = torch.zeros(self.clients, dtype=torch.int64)
+        for name, array in self.arrays.items():
+            row = array[:1].nbytes if len(array) else 0
+            total_C += self.lengths[name] * row if name in self.lengths else row
+        return total_C
+
+    def select(self, index: Tensor) -> Message:
+        """The messages of the clients ``index`` (int64, increasing), in that order."""
+        arrays, lengths = {}, {}
+        keep_C = torch.zeros(self.clients, dtype=torch.bool)
+        keep_C[index] = True
+        for name, array in self.arrays.items():
+            if name in self.lengths:
+                arrays[name] = array[keep_C.repeat_interleave(self.lengths[name])]
+                lengths[name] = self.lengths[name][index]
+            else:
+                arrays[name] = array[index]
+        return Message(arrays, lengths)
+
+
+def concat(messages: Sequence[Message]) -> Message:
+    """One message of all clients of ``messages`` (at least one), in their order."""
+    first = messages[0]
+    return Message(
+        {name: torch.cat([m.arrays[name] for m in messages]) for name in first.arrays},
+        {name: torch.cat([m.lengths[name] for m in messages]) for name in first.lengths},
+    )
+
+
+def equal(a: Message, b: Message) -> bool:
+    """True when both hold the same arrays, to the bit."""
+
+    def same(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> bool:
+        return x.keys() == y.keys() and all(
+            x[n].dtype == y[n].dtype and x[n].shape == y[n].shape and _raw(x[n]) == _raw(y[n]) for n in x
+        )
+
+    return same(a.arrays, b.arrays) and same(a.lengths, b.lengths)
+
+
+def _raw(array: Tensor) -> bytes:
+    return array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def to_bytes(message: Message) -> bytes:
+    """The message as one self-describing frame (little-endian)."""
+    parts = [_MAGIC, struct.pack("<IH", message.clients, len(message.arrays))]
+    for name, array in message.arrays.items():
+        encoded, ragged, row = name.encode(), name in message.lengths, array.shape[1:]
+        parts.append(struct.pack("<B", len(encoded)) + encoded)
+        parts.append(struct.pack("<BBB", _CODE[array.dtype], ragged, len(row)))
+        parts.append(struct.pack(f"<{len(row)}Q", *row))
+        if ragged:
+            parts.append(_raw(message.lengths[name].to(torch.int32)))
+        parts.append(_raw(array))
+    return b"".join(parts)
+
+
+class _Reader:
+    """Takes bytes from a buffer and never past its end."""
+
+    def __init__(self, buffer: bytes) -> None:
+        self.buffer, self.at = memoryview(buffer), 0
+
+    def take(self, n: int, what: str) -> memoryview:
+        left = len(self.buffer) - self.at
+        if n > left:
+            raise MessageError(f"message: {what} needs {n} bytes, {left} are left (truncated or foreign)")
+        self.at += n
+        return self.buffer[self.at - n : self.at]
+
+    def unpack(self, form: str, what: str) -> tuple[int, ...]:
+        return struct.unpack(form, self.take(struct.calcsize(form), what))
+
+    def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], what: str) -> Tensor:
+        # Python integers cannot overflow, and nothing is allocated before the bytes are known to be there.
+        raw = self.take(math.prod(shape) * dtype.itemsize, what)
+        if not raw:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape)
+
+
+def from_bytes(buffer: bytes, layout: Layout | None = None, clients: int | None = None) -> Message:
+    """The message that :func:`to_bytes` made.
+
+    Args:
+      buffer: the frame, from an untrusted sender.
+      layout: what the method's compressor sends; anything else is refused.
+      clients: how many clients' messages are expected.
+
+    Raises:
+      MessageError: a truncated, oversized or foreign buffer; nothing larger than it is allocated.
+    """
+    reader = _Reader(buffer)
+    if bytes(reader.take(4, "the magic number")) != _MAGIC:
+        raise MessageError(f"message: it starts with {bytes(buffer[:4])!r}, expected {_MAGIC!r}")
+    count, fields = reader.unpack("<IH", "the header")
+    if clients is not None and count != clients:
+        raise MessageError(f"message: holds {count} clients, expected {clients}")
+    arrays: dict[str, Tensor] = {}
+    lengths: dict[str, Tensor] = {}
+    for _ in range(fields):
+        (n,) = reader.unpack("<B", "a name's length")
+        try:
+            name = str(reader.take(n, "a name"), "utf-8")
+        except UnicodeDecodeError:
+            raise MessageError("message: an array's name is not UTF-8") from None
+        code, ragged, ndim = reader.unpack("<BBB", f"the description of {name!r}")
+        if code >= len(_DTYPES) or ragged > 1 or ndim > _MAX_NDIM or name in arrays:
+            raise MessageError(f"message: the description of {name!r} is not one that fedmpi writes")
+        row = reader.unpack(f"<{ndim}Q", f"the shape of {name!r}")
+        got = Field(_DTYPES[code], row, bool(ragged))
+        if layout is not None and layout.get(name) != got:
+            raise MessageError(
+                f"message: array {name!r} is {got}, expected {layout.get(name, 'no such array')}"
+            )
+        rows = count
+        if ragged:
+            lengths[name] = reader.tensor(torch.int32, (count,), f"the row counts of {name!r}").long()
+            if count and int(lengths[name].min()) < 0:
+                raise MessageError(f"message: {name!r} has a negative row count")
+            rows = int(lengths[name].sum())
+        arrays[name] = reader.tensor(got.dtype, (rows, *row), f"array {name!r}")
+    if layout is not None and arrays.keys() != layout.keys():
+        raise MessageError(f"message: it lacks {sorted(layout.keys() - arrays.keys())}")
+    if reader.at != len(buffer):
+        raise MessageError(f"message: {len(buffer) - reader.at} bytes follow its end (oversized)")
+    return Message(arrays, lengths)

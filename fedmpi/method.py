@@ -1,0 +1,202 @@
+"""The protocol of a method: a compressor (client → server) and a server rule.
+
+Both are pure: state goes in and comes out, so that a step can be dropped, repeated or checkpointed
+without either noticing. The objects themselves hold only constants (the parameter layout, the
+options); nothing here or in ``methods/`` communicates.
+
+The design in one paragraph: a compressor turns gradients into messages, and messages into vectors of
+S numbers that *can be summed* over clients and ranks (S = D for sparse values or signs, d for subspace
+coordinates, R·C for a sketch). The engine sums them; the server turns the weighted mean into new parameters,
+once. So a wrapper (error feedback, look-back) deals with one end of the compressor only and works
+over every method, and the accumulator of an additive method is as small as its message.
+
+Shape suffixes: C clients, D parameters, S numbers that are summed for one client.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedmpi import random
+from fedmpi.message import Layout, Message
+from fedmpi.spec import Spec
+
+State = dict[str, Tensor]
+"""Named tensors. Those of clients have a leading axis C; ``init`` gives one client's, without it."""
+
+
+class Round(NamedTuple):
+    """What every rank knows about a round before it starts."""
+
+    seed: int
+    t: int
+    """Its number, from 0."""
+    epoch: int
+    """e, from 0: passes over all clients (t // rounds per epoch)."""
+    lr: float
+    """The server's learning rate η in this round."""
+
+    def key(self, stream: str) -> int:
+        """The key of a stream that all clients and the server share in this round."""
+        return random.key(self.seed, self.t, -1, stream)
+
+
+@dataclass(frozen=True)
+class Context:
+    """One call's clients.
+
+    Attributes:
+      round: the round.
+      clients_C: int64, their ids.
+      steps_C: int64, local steps τ that each gradient is the sum of.
+      shared: what the server has published to all (:meth:`Server.shared`).
+    """
+
+    round: Round
+    clients_C: Tensor
+    steps_C: Tensor
+    shared: State = field(default_factory=dict)
+
+    def keys(self, stream: str) -> Tensor:
+        """One key a client, int64 ``(C,)``."""
+        return random.keys(self.round.seed, self.round.t, self.clients_C, stream)
+
+    def select(self, index: Tensor) -> Context:
+        return Context(self.round, self.clients_C[index], self.steps_C[index], self.shared)
+
+
+class Compressor(ABC):
+    """One direction's codec, batch-first: every function takes C clients at once.
+
+    Attributes:
+      spec: the parameters' layout.
+      size: S, how many numbers of a client are summed.
+      additive: the decoded vectors of a, b and a + b (same clients' keys, same shared state) fulfil
+        v(a) + v(b) = v(a + b): gradients may be summed before they are encoded.
+      integer: decoded values are small integers, summed as integers, one vote a client.
+      counters: names of what :meth:`count` counts, shown in every round's metrics.
+    """
+
+    additive: bool = False
+    integer: bool = False
+    counters: tuple[str, ...] = ()
+
+    def __init__(self, spec: Spec, size: int | None = None) -> None:
+        self.spec = spec
+        self.size = spec.size if size is None else size
+
+    def init(self) -> State:
+        """A client's state before its first message, without the axis C; {} for a stateless method."""
+        return {}
+
+    def init_peer(self) -> State:
+        """What the receiver keeps of one client. The same names stand in :meth:`init`: the sender's copy
+        of an entry is what it believes the receiver to hold, and must stay equal to it."""
+        return {}
+
+    @abstractmethod
+    def layout(self) -> Layout:
+        """The arrays of a message, for the receiver to check."""
+
+    @abstractmethod
+    def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
+        """Encode gradients ``(C, D)``; returns the messages and the clients' new state."""
+
+    @abstractmethod
+    def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
+        """Decode messages into what is summed, ``(C, S)``, and the new peer state."""
+
+    def lift(self, v_CS: Tensor, ctx: Context) -> Tensor:
+        """The gradients ``(C, D)`` that decoded vectors stand for (identity where S = D)."""
+        return v_CS
+
+    def count(self, message: Message) -> dict[str, int]:
+        """Counts of this message for the metrics; keys are :attr:`counters`."""
+        return {}
+
+
+class Server(ABC):
+    """What turns the sum of messages into new parameters, and what clients download.
+
+    ``state`` holds at least ``theta`` (D,) and ``version``, the number of finished rounds. A *view* is
+    what somebody holds who knows only θ₀, the seed and the downloads it got: :meth:`view` then
+    :meth:`reconcile`. Ranks that do not aggregate keep a view, exactly as a client does.
+
+    Attributes:
+      weighted: clients count by their number of samples; else one client, one vote.
+    """
+
+    weighted: bool = True
+
+    @abstractmethod
+    def init(self, theta_D: Tensor) -> State: ...
+
+    @abstractmethod
+    def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
+        """The state after a round; ``mean_S`` is its clients' mean (of an integer method: their sum)."""
+
+    @abstractmethod
+    def view(self, theta_D: Tensor) -> State:
+        """What a client holds that knows θ₀ and the seed: version 0."""
+
+    @abstractmethod
+    def download(self, state: State, seen: int) -> Message:
+        """What brings a client of version ``seen`` up to date, as the message of one client."""
+
+    @abstractmethod
+    def reconcile(self, view: State, message: Message, version: int) -> State:
+        """The view after a download that brings it to ``version`` (known from the call to the round).
+
+        Its parameters equal the server's to the bit.
+        """
+
+    def first(self, state: State, mean_S: Tensor, round: Round) -> State:
+        """The state (or view) after the first of two passes, whose clients' vectors have the mean ``mean_S``."""
+        return state
+
+    def parameters(self, state: State) -> Tensor:
+        """θ ``(D,)`` of a state or a view."""
+        return state["theta"]
+
+    def shared(self, state: State) -> State:
+        """What clients need of a state or a view to compress (a mask, say)."""
+        return {}
+
+
+class Method(NamedTuple):
+    """A compressor and a server rule.
+
+    A method of two collectives a round (PowerSGD) has a ``first`` compressor too: its vectors are averaged before
+    ``up`` compresses the same gradients, and :meth:`Server.first` makes what ``up`` then finds in
+    ``shared``.
+    """
+
+    up: Compressor
+    server: Server
+    first: Compressor | None = None
+
+
+def nest(state: Mapping[str, Tensor], prefix: str = "inner.") -> State:
+    """A wrapped part's state (or arrays) under a prefix."""
+    return {prefix + name: value for name, value in state.items()}
+
+
+def unnest(state: Mapping[str, Tensor], prefix: str = "inner.") -> State:
+    """The inverse of :func:`nest`."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def believed(up: Compressor, state: State) -> State:
+    """The peer state that a sender with ``state`` believes the receiver to hold."""
+    return {name: state[name] for name in up.init_peer()}
+
+
+def stack(states: list[State]) -> State:
+    """States of single clients as one with the leading axis C."""
+    return {name: torch.stack([s[name] for s in states]) for name in states[0]}

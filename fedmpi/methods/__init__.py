@@ -1,0 +1,63 @@
+"""The methods: one file each, one row each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedmpi.errors import ConfigError
+from fedmpi.method import Method
+from fedmpi.methods import dense, intrinsic, signsgd, topk
+from fedmpi.methods.base import Entry, Options, Setup
+from fedmpi.spec import Spec
+from fedmpi.validation import choose, describe
+
+METHODS: dict[str, Entry] = {
+    "dense": dense.ENTRY,
+    "signsgd": signsgd.ENTRY,
+    "topk": topk.ENTRY,
+    "intrinsic": intrinsic.ENTRY,
+}
+
+
+def parse(value: Any, where: str = "method") -> Options:
+    """The options of ``{name: topk, ratio: 0.01}`` or of the bare name.
+
+    Raises:
+      ConfigError: an unknown method or option, or a value of the wrong type or range.
+    """
+    if isinstance(value, Options):
+        return value
+    if isinstance(value, str):
+        value = {"name": value}
+    entry = METHODS[choose(where, value, METHODS)]
+    try:
+        return entry.options.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError(describe(error, entry.options, where)) from None
+
+
+def parse_inner(value: Any, wrapper: str) -> Options:
+    """The options of the method that ``wrapper`` is laid over.
+
+    Raises:
+      ConfigError: as :func:`parse`, or the wrapper cannot be laid over it.
+    """
+    options, allowed = parse(value, "method.inner"), METHODS[wrapper].wraps
+    if METHODS[options.name].wraps if allowed == "any" else options.name not in allowed:
+        valid = [name for name, entry in METHODS.items() if not entry.wraps] if allowed == "any" else allowed
+        raise ConfigError(
+            f"method.inner: {wrapper} does not go over {options.name}; valid: {', '.join(valid)}"
+        )
+    return options
+
+
+def build(options: Options | dict[str, Any] | str, spec: Spec, setup: Setup) -> Method:
+    """The method for a parameter layout.
+
+    Raises:
+      ConfigError: the options are wrong, or do not fit a model of this size.
+    """
+    options = parse(options)
+    return METHODS[options.name].build(options, spec, setup)

@@ -1,0 +1,46 @@
+"""Error feedback: what was not sent is added to the next (Stich et al. 2018, Karimireddy et al. 2019)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedmpi.errors import ConfigError
+from fedmpi.message import Layout, Message
+from fedmpi.method import Compressor, Context, State, believed, nest, unnest
+
+
+class Feedback(Compressor):
+    """p = g + e is compressed, and e ← p − (what the receiver decodes) is kept: D numbers a client."""
+
+    def __init__(self, inner: Compressor) -> None:
+        if inner.size != inner.spec.size or inner.integer:
+            raise ConfigError(
+                "method.feedback: expected a method whose message decodes to a gradient "
+                "(topk, signsgd with vote: mean, …); this one's does not, set feedback: false"
+            )
+        super().__init__(inner.spec)
+        self.inner = inner
+        self.counters = inner.counters
+
+    def init(self) -> State:
+        return {"residual": torch.zeros(self.spec.size), **nest(self.inner.init())}
+
+    def init_peer(self) -> State:
+        return nest(self.inner.init_peer())
+
+    def layout(self) -> Layout:
+        return self.inner.layout()
+
+    def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
+        p_CD, before = g_CD + state["residual"], unnest(state)
+        message, after = self.inner.compress(p_CD, before, ctx)
+        sent_CD, _ = self.inner.decompress(message, believed(self.inner, before), ctx)
+        return message, {"residual": p_CD - sent_CD, **nest(after)}
+
+    def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
+        v_CD, after = self.inner.decompress(message, unnest(peer), ctx)
+        return v_CD, nest(after)
+
+    def count(self, message: Message) -> dict[str, int]:
+        return self.inner.count(message)

@@ -1,0 +1,127 @@
+"""SignSGD (Bernstein et al. 2018): one bit a parameter, both ways under a majority vote."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field as Option
+from torch import Tensor
+
+from fedmpi import random
+from fedmpi.errors import ConfigError
+from fedmpi.message import Field, Layout, Message
+from fedmpi.method import Compressor, Context, Method, Round, Server, State
+from fedmpi.methods.base import Entry, FeedbackOptions, MeanServer, Setup
+from fedmpi.methods.feedback import Feedback
+from fedmpi.ops import bits
+from fedmpi.spec import Spec
+
+
+class SignOptions(FeedbackOptions):
+    vote: Literal["majority", "mean"] | None = Option(
+        None,
+        description="majority: the server moves by the sign of the votes; mean: clients also send ‖g‖₁/D "
+        "and scaled signs are averaged (default: mean with feedback, else majority)",
+    )
+
+
+class Sign(Compressor):
+    """Bit 1 for a positive entry. The sign of 0 is a fair coin of the client's key."""
+
+    def __init__(self, spec: Spec, scaled: bool) -> None:
+        super().__init__(spec)
+        self.scaled, self.integer = scaled, not scaled
+
+    def layout(self) -> Layout:
+        layout = {"signs": Field(torch.uint8, (bits.nbytes(self.size),))}
+        return layout | ({"scale": Field(torch.float32)} if self.scaled else {})
+
+    def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
+        positive_CD, zero_CD = g_CD > 0, g_CD == 0
+        if bool(zero_CD.any()):
+            positive_CD |= zero_CD & random.coins(ctx.keys("sign of zero"), self.size)
+        arrays = {"signs": bits.pack(positive_CD)}
+        if self.scaled:
+            arrays["scale"] = g_CD.abs().double().mean(1).float()
+        return Message(arrays), state
+
+    def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
+        v_CD = bits.unpack(message.arrays["signs"], self.size).to(torch.int8).mul_(2).sub_(1)
+        return (v_CD * message.arrays["scale"][:, None] if self.scaled else v_CD), peer
+
+
+class VoteServer(Server):
+    """θ ← θ − η · sign(votes); a tie is a fair coin of the round's key, the same for everybody.
+
+    A client downloads the signs of the rounds it missed (1 bit a parameter and η for each), or θ
+    where that is smaller; the server keeps the last 32 rounds' signs.
+    """
+
+    weighted = False
+
+    def __init__(self, spec: Spec) -> None:
+        self.size = spec.size
+        row = bits.nbytes(self.size)
+        self.keep = max(1, -(-4 * self.size // (row + 4)) - 1)  # more rounds than these cost more than θ
+
+    def init(self, theta_D: Tensor) -> State:
+        row = bits.nbytes(self.size)
+        history = {"signs": torch.zeros(0, row, dtype=torch.uint8), "lr": torch.zeros(0)}
+        return self.view(theta_D) | history
+
+    def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
+        positive_D, tie_D = mean_S > 0, mean_S == 0
+        if bool(tie_D.any()):
+            positive_D |= tie_D & random.coins(round.key("tie"), self.size)
+        packed_1B, lr_1 = bits.pack(positive_D[None]), torch.tensor([round.lr], dtype=torch.float32)
+        return {
+            "theta": _step(state["theta"], packed_1B[0], lr_1[0]),
+            "version": state["version"] + 1,
+            "signs": torch.cat([state["signs"], packed_1B])[-self.keep :],
+            "lr": torch.cat([state["lr"], lr_1])[-self.keep :],
+        }
+
+    def view(self, theta_D: Tensor) -> State:
+        return {"theta": theta_D, "version": torch.tensor(0)}
+
+    def download(self, state: State, seen: int) -> Message:
+        missed = int(state["version"]) - seen
+        if missed > len(state["lr"]):
+            return Message({"theta": state["theta"][None]})
+        last = slice(len(state["lr"]) - missed, None)
+        return Message({"signs": state["signs"][last][None], "lr": state["lr"][last][None]})
+
+    def reconcile(self, view: State, message: Message, version: int) -> State:
+        arrays = message.arrays
+        theta_D = arrays["theta"][0] if "theta" in arrays else view["theta"]
+        if "signs" in arrays:
+            for signs_B, lr in zip(arrays["signs"][0], arrays["lr"][0], strict=True):
+                theta_D = _step(theta_D, signs_B, lr)
+        return {"theta": theta_D, "version": torch.tensor(version)}
+
+
+def _step(theta_D: Tensor, signs_B: Tensor, lr: Tensor) -> Tensor:
+    positive_D = bits.unpack(signs_B[None], len(theta_D))[0]
+    return theta_D - torch.where(positive_D, lr, -lr)
+
+
+def build(options: SignOptions, spec: Spec, setup: Setup) -> Method:
+    vote = options.vote or ("mean" if options.feedback else "majority")
+    up = Sign(spec, scaled=vote == "mean")
+    feedback = Feedback(up) if options.feedback else up
+    if vote == "mean":
+        return Method(feedback, MeanServer(spec, setup.optimizer))
+    if setup.optimizer.name != "sgd":
+        raise ConfigError(f"server.optimizer: expected sgd with a majority vote, got {setup.optimizer.name}")
+    return Method(feedback, VoteServer(spec))
+
+
+ENTRY = Entry(
+    SignOptions,
+    build,
+    summary="one bit a parameter, majority vote",
+    keeps="nothing (D residual with feedback)",
+    sums="D votes (int)",
+    source="Bernstein et al. 2018; Karimireddy et al. 2019",
+)

@@ -1,0 +1,1 @@
+"""Kernels: packing, selection, transforms. Pure functions of tensors, no state, no communication."""

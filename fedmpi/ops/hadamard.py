@@ -1,0 +1,33 @@
+"""The fast Walsh–Hadamard transform, unnormalised: H is the ±1 Sylvester matrix, H·H = n·I."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def fwht(x: Tensor) -> Tensor:
+    """H x over the last axis, whose length n must be a power of two; O(n log n), a new tensor.
+
+    Only additions and subtractions in a fixed order: the result has the same bits on every device.
+    """
+    n = x.shape[-1]
+    if n & (n - 1) or n == 0:
+        raise ValueError(f"x: expected a last axis of a power of two, got {n}")
+    lead, h = x.shape[:-1], 1
+    while h < n:
+        pairs = x.reshape(*lead, n // (2 * h), 2, h)
+        a, b = pairs.unbind(-2)
+        x = torch.stack((a + b, a - b), dim=-2)
+        h *= 2
+    return x.reshape(*lead, n)
+
+
+def hadamard_matrix(n: int) -> Tensor:
+    """H itself, ``(n, n)``: entry (i, j) is −1 to the number of common one-bits of i and j."""
+    common = torch.arange(n)[:, None] & torch.arange(n)[None, :]
+    parity = torch.zeros_like(common)
+    while bool(common.any()):
+        parity ^= common & 1
+        common >>= 1
+    return 1.0 - 2.0 * parity

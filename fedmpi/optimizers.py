@@ -1,0 +1,47 @@
+"""Server optimizers: from the mean of the clients' vectors to the direction in which the server steps.
+
+Pure functions of a vector and a state, over whatever the method sums: parameters, or coordinates of a
+subspace (so that a static subspace is never left). Source of adam and yogi: Reddi et al., "Adaptive
+Federated Optimization", ICLR 2021, Algorithm 2 (without bias correction, as there).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Name = Literal["sgd", "momentum", "adam", "yogi"]
+
+
+class Optimizer(NamedTuple):
+    """One rule with its constants; ``epsilon`` is the papers' τ."""
+
+    name: Name = "sgd"
+    beta1: float = 0.9
+    beta2: float = 0.99
+    epsilon: float = 1e-3
+
+    def init(self, size: int) -> dict[str, Tensor]:
+        """The state for vectors of ``size`` numbers."""
+        if self.name == "sgd":
+            return {}
+        if self.name == "momentum":
+            return {"momentum": torch.zeros(size)}
+        return {"momentum": torch.zeros(size), "variance": torch.full((size,), self.epsilon**2)}
+
+    def direction(self, state: dict[str, Tensor], g: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """u and the new state; the server then does θ ← θ − η u."""
+        if self.name == "sgd":
+            return g, state
+        if self.name == "momentum":
+            m = self.beta1 * state["momentum"] + g
+            return m, {"momentum": m}
+        m = self.beta1 * state["momentum"] + (1 - self.beta1) * g
+        v, g2 = state["variance"], g * g
+        if self.name == "adam":
+            v = self.beta2 * v + (1 - self.beta2) * g2
+        else:
+            v = v - (1 - self.beta2) * g2 * torch.sign(v - g2)
+        return m / (v.sqrt() + self.epsilon), {"momentum": m, "variance": v}

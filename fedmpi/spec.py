@@ -1,0 +1,67 @@
+"""Names, shapes and offsets of a model's parameters over one flat float32 vector.
+
+Everything that travels or is aggregated is one vector of D numbers; a model sees it through views, so
+that a step of the optimizer is one operation on the whole vector and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from fedmpi.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The layout of D parameters; ``shapes[i]`` belongs to ``names[i]``, in the model's own order."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Spec:
+        """The layout of ``module``'s trainable parameters.
+
+        Raises:
+          ConfigError: a parameter is not float32, or there is none to train.
+        """
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        for name, p in named:
+            if p.dtype != torch.float32:
+                raise ConfigError(f"model: parameter {name} is {p.dtype}, expected torch.float32")
+        if not named:
+            raise ConfigError("model: it has no trainable parameter")
+        return cls(tuple(name for name, _ in named), tuple(tuple(p.shape) for _, p in named))
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def size(self) -> int:
+        """D."""
+        return sum(self.sizes)
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """Each parameter as a view of ``flat`` ``(..., D)``, shaped ``(..., *shape)``."""
+        parts = flat.split(self.sizes, dim=-1)
+        lead = flat.shape[:-1]
+        return {n: v.view(*lead, *s) for n, s, v in zip(self.names, self.shapes, parts, strict=True)}
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The vector ``(D,)`` of named tensors (a copy)."""
+        return torch.cat([tensors[name].detach().reshape(-1) for name in self.names])
+
+    def bind(self, module: nn.Module, theta_D: Tensor, grad_D: Tensor) -> None:
+        """Make ``module``'s parameters views of ``theta_D`` and their gradients views of ``grad_D``."""
+        parameters = dict(module.named_parameters())
+        theta, grad = self.views(theta_D), self.views(grad_D)
+        for name in self.names:
+            parameters[name].data = theta[name]
+            parameters[name].grad = grad[name]

@@ -1,0 +1,56 @@
+"""Turns what is wrong with a user's input into one sentence that names the key, the expected and the got."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from fedmpi.errors import ConfigError
+
+
+def suggest(got: object, valid: Iterable[str]) -> str:
+    """`` did you mean 'topk'?`` where something is near, and the list of what is valid."""
+    valid = list(valid)
+    near = difflib.get_close_matches(str(got), valid, n=1)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"valid: {', '.join(valid)}"
+
+
+def choose(where: str, value: Any, table: Mapping[str, object]) -> str:
+    """The name in ``{name: …}``, when it is one of ``table``'s.
+
+    Raises:
+      ConfigError: there is no name, or no such row.
+    """
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise ConfigError(f"{where}: expected a name or {{name: …}}, got {value!r}; {suggest('', table)}")
+    if value["name"] not in table:
+        raise ConfigError(f"{where}.name: unknown {value['name']!r}; {suggest(value['name'], table)}")
+    return str(value["name"])
+
+
+def describe(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
+    """All that a ValidationError of ``model`` says, a line each."""
+    return "\n".join(_line(e, model, where) for e in error.errors())
+
+
+def _line(problem: Any, model: type[BaseModel], where: str) -> str:
+    keys = [str(part) for part in problem["loc"]]
+    path = ".".join([where, *keys] if where else keys)
+    if problem["type"] == "extra_forbidden":
+        return f"{path}: unknown key; {suggest(keys[-1], _fields(model, keys[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{path}: required, not given"
+    message = problem["msg"].replace("Input should be", "expected").replace("Value error, ", "")
+    return f"{path}: {message}, got {problem['input']!r}"
+
+
+def _fields(model: type[BaseModel], keys: list[str]) -> list[str]:
+    for key in keys:
+        annotation = model.model_fields[key].annotation if key in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

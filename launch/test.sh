@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Lint, format, types and tests, from a fresh machine with Python 3.10+:
+#     ./launch/test.sh [--full] [pytest arguments]
+# --full runs the tests marked "slow" too (and sets FEDMPI_FULL=1). Everything is installed into .venv, a second MPI
+# (MPICH) into .mpich, named to the tests by FEDMPI_MPICH. All steps run; the exit code is 0 only if all passed.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+[[ " $* " != *" --full "* ]] || export FEDMPI_FULL=1 # tests/conftest.py knows --full too
+
+cd "$ROOT"
+ensure_venv mpi,test,dev
+ensure_mpich || echo "warning: no MPICH here; the tests that need it will be skipped" >&2
+mpi_env "$(cores)" # the tests start mpirun themselves
+
+failed=()
+step() {
+    say "$*"
+    "$@" || failed+=("$*")
+}
+step ruff check
+step ruff format --check
+step mypy
+((${#failed[@]} == 0)) || say "failed so far: ${failed[*]}"
+step pytest "$@" # last: its closing line is the last one printed
+((${#failed[@]} == 0))

@@ -1,0 +1,102 @@
+"""Shared by all tests: real MPI launches, small runs, options."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+JOBS = Path(__file__).parent / "jobs"
+
+# A run of a second: 6 clients of digits, of which 4 train in a round.
+SMALL: dict[str, Any] = {
+    "data": {"name": "digits"},
+    "model": {"name": "linear"},
+    "clients": 6,
+    "partition": {"name": "dirichlet", "alpha": 1.0},
+    "cohort": 4,
+    "rounds": 5,
+    "local": {"lr": 0.1, "steps": 2, "batch": 20},
+    "method": {"name": "dense"},
+    "evaluate_every": 5,
+    "seed": 3,
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        slow = [item for item in items if "slow" in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if "slow" not in item.keywords]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Mpi:
+    """Starts real MPI processes with Open MPI or MPICH."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.prefix = Path(os.environ["FEDMPI_MPICH"] if name == "mpich" else sys.prefix)
+        self.env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if name == "mpich":
+            self.env["MPI4PY_LIBMPI"] = str(self.prefix / "lib")
+        else:
+            self.env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+            self.env["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"
+            self.env["PRTE_MCA_hwloc_default_binding_policy"] = "none"
+
+    def __call__(self, ranks: int, *arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+        """``mpiexec -n ranks python arguments``; kills all of it after ``timeout`` seconds."""
+        command = [str(self.prefix / "bin" / "mpiexec"), "-n", str(ranks), sys.executable, *arguments]
+        return subprocess.run(
+            command,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+
+
+@pytest.fixture(scope="session", params=["openmpi", "mpich"])
+def mpi(request: pytest.FixtureRequest) -> Mpi:
+    return find_mpi(request.param)
+
+
+@pytest.fixture(scope="session")
+def openmpi() -> Mpi:
+    return find_mpi("openmpi")
+
+
+def find_mpi(name: str) -> Mpi:
+    if name == "mpich" and "FEDMPI_MPICH" not in os.environ:
+        pytest.skip("FEDMPI_MPICH names no MPICH; ./launch/test.sh installs one and sets it")
+    mpi = Mpi(name)
+    if not (mpi.prefix / "bin" / "mpiexec").exists():
+        pytest.skip(f"no mpiexec in {mpi.prefix}; ./launch/test.sh installs one")
+    return mpi
+
+
+def run_jobs(mpi: Mpi, ranks: int, jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Run configurations one after the other in one launch; returns what tests/jobs/runs.py reports of each."""
+    request, answer = folder / "request.json", folder / "answer.json"
+    request.write_text(json.dumps(jobs))
+    done = mpi(ranks, str(JOBS / "runs.py"), str(request), str(answer))
+    assert done.returncode == 0, done.stdout + done.stderr
+    answers: list[dict[str, Any]] = json.loads(answer.read_text())
+    return answers

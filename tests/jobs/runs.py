@@ -1,0 +1,40 @@
+"""Runs configurations one after the other on the ranks of one launch: ``runs.py REQUEST ANSWER``.
+
+REQUEST is a JSON list of configurations; ANSWER gets, for each, the summary, a hash of the
+parameters' bytes and the parameters. Also the in-process reference: :func:`outcome`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedmpi import config
+from fedmpi.comm import Comm, connect
+from fedmpi.engine.rounds import Simulation, handshake
+
+
+def outcome(values: dict[str, Any], comm: Comm) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    simulation = Simulation(config.parse(values), comm)
+    handshake(comm, simulation.config, simulation.spec)
+    for t in range(simulation.config.rounds):
+        simulation.round(t)
+    theta_D = simulation.topology.parameters()
+    digest = hashlib.sha256(theta_D.numpy().tobytes()).hexdigest()
+    digests = comm.allgather(digest.encode())
+    assert len(set(digests)) == 1, "ranks hold different parameters"
+    return {**simulation.summary(), "sha256": digest, "theta": theta_D.tolist()}
+
+
+if __name__ == "__main__":
+    request, answer = sys.argv[1:]
+    comm = connect()
+    answers = [outcome(values, comm) for values in json.loads(Path(request).read_text())]
+    if comm.rank == 0:
+        Path(answer).write_text(json.dumps(answers))

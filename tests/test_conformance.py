@@ -1,0 +1,277 @@
+"""What must hold of every row of METHODS, alone and under each wrapper. A new row needs no edit here.
+
+The properties are those of the protocol (fedmpi/method.py). Gradients are correlated from round to round
+(random ones hide what look-back does), clients have different keys.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedmpi import methods
+from fedmpi.comm import run_ranks, solo
+from fedmpi.engine.clients import ClientStore
+from fedmpi.errors import MessageError
+from fedmpi.message import concat, equal, from_bytes, to_bytes
+from fedmpi.method import Context, Method, Round, believed
+from fedmpi.methods import METHODS
+from fedmpi.methods.base import FeedbackOptions, Setup
+from fedmpi.spec import Spec
+
+from .conftest import SMALL
+from .jobs.runs import outcome
+
+SPEC = Spec(("conv.weight", "conv.bias", "fc.weight", "fc.bias"), ((4, 2, 3, 3), (4,), (11, 20), (11,)))
+CLIENTS, ROUNDS, LR = 5, 8, 0.1
+
+
+def cases() -> dict[str, dict[str, Any]]:
+    """Each row's example, with error feedback where it can be asked for, and under each wrapper."""
+    found = {}
+    for name, entry in METHODS.items():
+        example = {"name": name, **entry.example}
+        found[name] = example
+        if issubclass(entry.options, FeedbackOptions):
+            found[f"{name} feedback={not example.get('feedback', False)}"] = {
+                **example,
+                "feedback": not example.get("feedback", False),
+            }
+        for wrapper, outer in METHODS.items():
+            if name in outer.wraps or (outer.wraps == "any" and not entry.wraps):
+                found[f"{wrapper} over {name}"] = {"name": wrapper, **outer.example, "inner": example}
+    return found
+
+
+CASES = cases()
+
+
+@pytest.fixture(params=CASES, ids=CASES)
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return CASES[request.param]
+
+
+@pytest.fixture
+def method(options: dict[str, Any]) -> Method:
+    return methods.build(options, SPEC, Setup(seed=1))
+
+
+def gradients(round: int, seed: int = 0) -> Tensor:
+    """``(CLIENTS, D)``: each client's own direction, turning slowly, plus noise; some exact zeros."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    base = torch.randn(2, CLIENTS, SPEC.size, generator=generator)
+    noise = torch.randn(CLIENTS, SPEC.size, generator=generator.manual_seed(seed * 100 + round))
+    g = base[0] + 0.25 * round * base[1] + 0.3 * noise
+    g[:, ::17] = 0
+    return g
+
+
+def at(method: Method, t: int, clients: Tensor | None = None) -> Context:
+    clients = torch.arange(CLIENTS) if clients is None else clients
+    round = Round(seed=1, t=t, epoch=t // 3, lr=LR)
+    theta = torch.zeros(SPEC.size)
+    shared = method.server.shared(method.server.init(theta))
+    return Context(round, clients, torch.ones_like(clients), shared)
+
+
+def start(method: Method) -> tuple[ClientStore, ClientStore]:
+    return ClientStore(method.up.init), ClientStore(method.up.init_peer)
+
+
+def test_bytes_are_measured_and_frames_round_trip(method: Method) -> None:
+    senders, _ = start(method)
+    ids = torch.arange(CLIENTS)
+    for t in range(ROUNDS):
+        message, state = method.up.compress(gradients(t), senders.get(ids), at(method, t))
+        senders.put(ids, state)
+        assert message.clients == CLIENTS
+        assert int(message.nbytes().sum()) == sum(a.nbytes for a in message.arrays.values())
+        assert message.nbytes().min() > 0
+        frame = to_bytes(message)
+        assert equal(from_bytes(frame, method.up.layout(), CLIENTS), message)
+        alone = [message.select(torch.tensor([c])) for c in range(CLIENTS)]
+        assert [int(m.nbytes()[0]) for m in alone] == message.nbytes().tolist()
+        assert equal(concat(alone), message)
+        for cut in (*range(0, len(frame), 97), len(frame) - 1):
+            with pytest.raises(MessageError):
+                from_bytes(frame[:cut], method.up.layout(), CLIENTS)
+        with pytest.raises(MessageError, match="oversized"):
+            from_bytes(frame + b"\0", method.up.layout(), CLIENTS)
+
+
+def test_additive_is_true_of_what_is_sent(method: Method) -> None:
+    """Over rounds and clients with their own keys: v(a) + v(b) = v(a + b) exactly when ``additive``."""
+    up, ids = method.up, torch.arange(CLIENTS)
+    senders = [ClientStore(up.init) for _ in range(3)]
+    receivers = [ClientStore(up.init_peer) for _ in range(3)]
+    holds = True
+    for t in range(ROUNDS):
+        a, b = gradients(t, seed=0), gradients(t, seed=1)
+        decoded = []
+        for g, sender, receiver in zip((a, b, a + b), senders, receivers, strict=True):
+            message, state = up.compress(g, sender.get(ids), at(method, t))
+            v, peer = up.decompress(message, receiver.get(ids), at(method, t))
+            sender.put(ids, state)
+            receiver.put(ids, peer)
+            decoded.append(v.float())
+        scale = float(decoded[2].abs().max())
+        holds &= bool(torch.allclose(decoded[0] + decoded[1], decoded[2], rtol=0, atol=1e-5 * scale))
+    assert holds == up.additive
+
+
+def test_decoded_size_is_what_sums(method: Method) -> None:
+    up = method.up
+    message, _ = up.compress(gradients(0), start(method)[0].get(torch.arange(CLIENTS)), at(method, 0))
+    v, _ = up.decompress(message, start(method)[1].get(torch.arange(CLIENTS)), at(method, 0))
+    assert v.shape == (CLIENTS, up.size)
+    assert v.is_floating_point() != up.integer
+    assert up.lift(v, at(method, 0)).shape == (CLIENTS, SPEC.size)
+
+
+def test_sender_believes_what_the_receiver_holds(method: Method) -> None:
+    """Also under sampling: in each round only some clients take part."""
+    up, (senders, receivers) = method.up, start(method)
+    for t in range(ROUNDS):
+        ids = torch.tensor([c for c in range(CLIENTS) if (c * 7 + t * 3) % 4])
+        message, state = up.compress(gradients(t)[ids], senders.get(ids), at(method, t, ids))
+        senders.put(ids, state)
+        received = from_bytes(to_bytes(message), up.layout())
+        _, peer = up.decompress(received, receivers.get(ids), at(method, t, ids))
+        receivers.put(ids, peer)
+        everybody = torch.arange(CLIENTS)
+        held = receivers.get(everybody)
+        for name, belief in believed(up, senders.get(everybody)).items():
+            assert torch.equal(belief, held[name]), name
+
+
+def test_one_call_for_all_equals_a_call_each(method: Method) -> None:
+    up, together, alone = method.up, start(method)[0], start(method)[0]
+    ids = torch.arange(CLIENTS)
+    for t in range(3):
+        g = gradients(t)
+        v_before = together.get(ids)
+        message, state = up.compress(g, v_before, at(method, t))
+        v, _ = up.decompress(message, believed(up, v_before), at(method, t))
+        together.put(ids, state)
+        for c in range(CLIENTS):
+            one = ids[c : c + 1]
+            before = alone.get(one)
+            single, state_one = up.compress(g[c : c + 1], before, at(method, t, one))
+            alone.put(one, state_one)
+            v_one, _ = up.decompress(single, believed(up, before), at(method, t, one))
+            assert torch.allclose(v_one[0].float(), v[c].float(), rtol=1e-5, atol=1e-6)
+            assert int(single.nbytes()[0]) == int(message.nbytes()[c])
+
+
+def test_pure_and_random_only_by_key(method: Method) -> None:
+    """Inputs stay as they were, a call can be repeated, torch's own generator is neither read nor moved."""
+    up, ids = method.up, torch.arange(CLIENTS)
+    state = start(method)[0].get(ids)
+    for t in range(3):
+        g, kept = gradients(t), copy.deepcopy(state)
+        g_kept = g.clone()
+        torch.manual_seed(t)
+        generator = torch.random.get_rng_state()
+        first, new = up.compress(g, state, at(method, t))
+        v, _ = up.decompress(first, believed(up, state), at(method, t))
+        assert torch.equal(torch.random.get_rng_state(), generator)
+        torch.manual_seed(99)
+        second, _ = up.compress(g, state, at(method, t))
+        v_again, _ = up.decompress(second, believed(up, state), at(method, t))
+        assert equal(first, second)
+        assert torch.equal(v, v_again)
+        assert torch.equal(g, g_kept)
+        assert state.keys() == kept.keys()
+        assert all(torch.equal(state[n], kept[n]) for n in kept)
+        state = new
+
+
+def rounds_of(method: Method, rounds: int) -> Any:
+    """Server states after each round, starting with the initial one."""
+    up, server, ids = method.up, method.server, torch.arange(CLIENTS)
+    state, senders = server.init(torch.linspace(-1, 1, SPEC.size)), ClientStore(up.init)
+    yield state
+    for t in range(rounds):
+        before = senders.get(ids)
+        message, after = up.compress(gradients(t), before, at(method, t))
+        senders.put(ids, after)
+        v, _ = up.decompress(message, believed(up, before), at(method, t))
+        total = v.sum(0, dtype=torch.int32) if up.integer else v.mean(0)
+        state = server.finish(state, total, at(method, t).round)
+        assert int(state["version"]) == t + 1
+        yield state
+
+
+def test_a_client_that_missed_any_rounds_rebuilds_the_parameters(method: Method) -> None:
+    """From θ₀, the seed and its downloads alone, to the bit; each client misses other rounds."""
+    server = method.server
+    views = {c: server.view(torch.linspace(-1, 1, SPEC.size)) for c in range(4)}
+    comes = {0: lambda v: True, 1: lambda v: v % 3 == 1, 2: lambda v: v in (1, 39), 3: lambda v: v == 40}
+    for version, state in enumerate(rounds_of(method, 40)):
+        for client, view in views.items():
+            if comes[client](version):
+                download = server.download(state, int(view["version"]))
+                assert int(download.nbytes()[0]) <= 4 * SPEC.size + 8 * 40
+                received = from_bytes(to_bytes(download))
+                views[client] = view = server.reconcile(view, received, version)
+                assert torch.equal(server.parameters(view), server.parameters(state)), (client, version)
+                assert all(torch.equal(a, b) for a, b in _pairs(server.shared(view), server.shared(state)))
+                assert int(view["version"]) == version
+
+
+def _pairs(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    assert a.keys() == b.keys()
+    return [(a[name], b[name]) for name in a]
+
+
+def test_states_survive_a_file_exactly(method: Method) -> None:
+    """Sender and server states are plain tensors; saved and loaded they continue to the same bits."""
+    up, ids = method.up, torch.arange(CLIENTS)
+
+    def through_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return load(save({name: value.clone().contiguous() for name, value in state.items()}))
+
+    kept, saved = start(method)[0].get(ids), start(method)[0].get(ids)
+    for t in range(4):
+        message, kept = up.compress(gradients(t), kept, at(method, t))
+        again, saved = up.compress(gradients(t), through_file(saved), at(method, t))
+        assert equal(message, again)
+    states = list(rounds_of(method, 3))
+    total = torch.ones(up.size, dtype=torch.int32 if up.integer else torch.float32)
+    round = at(method, 3).round
+    resumed = method.server.finish(through_file(states[-1]), total, round)
+    direct = method.server.finish(states[-1], total, round)
+    assert all(torch.equal(a, b) for a, b in _pairs(resumed, direct))
+
+
+RUNS = {name: {**SMALL, "method": {"name": name, **entry.example}} for name, entry in METHODS.items()}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_any_number_of_ranks_and_both_topologies_are_the_same_run(name: str) -> None:
+    """Threads as ranks; tests/test_ranks.py does the same with real MPI processes."""
+    for exact in (True, False):
+        reference = outcome({**RUNS[name], "reproducible": exact}, solo())
+        for topology in ("allreduce", "aggregator"):
+            for ranks in (1, 2, 3, 4):
+                values = {**RUNS[name], "reproducible": exact, "topology": topology}
+                results = run_ranks(ranks, lambda comm, values=values: outcome(values, comm), timeout=60)
+                for result in results:
+                    assert_same_run(result, reference, exact)
+
+
+def assert_same_run(result: dict[str, Any], reference: dict[str, Any], exact: bool) -> None:
+    for field in ("upload_bytes", "download_bytes", "messages"):
+        assert result[field] == reference[field], field
+    if exact:
+        assert result["sha256"] == reference["sha256"]
+        assert result["accuracy"] == reference["accuracy"]
+        assert result["loss"] == reference["loss"]
+    else:
+        got, expected = torch.tensor(result["theta"]), torch.tensor(reference["theta"])
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,112 @@
+"""Real MPI processes, Open MPI and MPICH: the same run at any number of ranks, and ends that hang nobody."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedmpi.comm import solo
+from fedmpi.methods import METHODS
+
+from .conftest import JOBS, SMALL, Mpi, find_mpi, run_jobs
+from .jobs.runs import outcome
+from .test_conformance import RUNS, assert_same_run
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture(scope="module")
+def references() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(configuration, its outcome in one process) for every method, exact and not."""
+    exact_or_not = [{**RUNS[name], "reproducible": exact} for name in METHODS for exact in (True, False)]
+    return [(values, outcome(values, solo())) for values in exact_or_not]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_processes_equal_one_process(
+    mpi: Mpi, ranks: int, references: list[tuple[dict[str, Any], dict[str, Any]]], tmp_path: Path
+) -> None:
+    """Every method in both topologies: equal parameters (to the bit when reproducible) and protocol bytes."""
+    topologies = ("allreduce", "aggregator")
+    jobs = [{**values, "topology": topology} for values, _ in references for topology in topologies]
+    answers = run_jobs(mpi, ranks, jobs, tmp_path)
+    expected = [(values, reference) for values, reference in references for _ in topologies]
+    for answer, job, (values, reference) in zip(answers, jobs, expected, strict=True):
+        assert answer["ranks"] == ranks
+        assert_same_run(answer, reference, values["reproducible"])
+        trained = answer["clients_by_rank"]
+        assert sum(trained) == SMALL["cohort"] * SMALL["rounds"]
+        assert (trained[0] == 0) == (job["topology"] == "aggregator" and ranks > 1)
+        assert (answer["wire_bytes"] == 0) == (ranks == 1)
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}))
+    return path
+
+
+def test_the_command_line_writes_the_same_model_under_mpi_threads_and_alone(
+    openmpi: Mpi, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, reproducible=True)
+
+    def digest(name: str) -> str:
+        return hashlib.sha256((tmp_path / name / "model.safetensors").read_bytes()).hexdigest()
+
+    def arguments(name: str, *more: str) -> list[str]:
+        return ["-m", "fedmpi", "train", str(config), "--out", str(tmp_path / name), *more]
+
+    for ranks in (1, 3):
+        done = openmpi(ranks, *arguments(f"mpi{ranks}"))
+        assert done.returncode == 0, done.stderr
+    subprocess.run([sys.executable, *arguments("threads", "--local-ranks", "4")], check=True)
+    assert digest("mpi1") == digest("mpi3") == digest("threads")
+    summary = json.loads((tmp_path / "mpi3" / "summary.json").read_text())
+    assert summary["ranks"] == 3
+    assert "Open MPI" in summary["comm"]
+
+
+def test_ranks_that_disagree_end_with_the_difference(mpi: Mpi, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    done = mpi(3, str(JOBS / "disagree.py"), str(config), str(tmp_path / "out"), timeout=60)
+    assert done.returncode != 0
+    assert "ranks disagree on local.lr: rank 0 has 0.1, rank 2 has 0.5" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_client_whose_loss_is_not_a_number_is_named_on_all_ranks(mpi: Mpi, tmp_path: Path) -> None:
+    done = mpi(3, str(JOBS / "poison.py"), str(write_config(tmp_path)), timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    assert len(lines) == 3
+    assert all("client 4, round" in line for line in lines)
+
+
+def test_a_rank_that_fails_alone_ends_all(mpi: Mpi) -> None:
+    done = mpi(3, str(JOBS / "crash.py"), timeout=60)
+    assert done.returncode != 0
+    assert "rank 1 failed; ending all ranks" in done.stderr
+
+
+def test_doctor_does_a_real_collective(mpi: Mpi) -> None:
+    done = mpi(2, "-m", "fedmpi", "doctor", timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "sums and gathers correctly" in done.stdout
+    assert ("MPICH" if mpi.name == "mpich" else "Open MPI") in done.stdout
+
+
+def test_a_launcher_of_another_mpi_is_named() -> None:
+    """MPICH's mpiexec with Open MPI's library: every process would be rank 0 of 1."""
+    mpich = find_mpi("mpich")
+    del mpich.env["MPI4PY_LIBMPI"]
+    done = mpich(2, "-m", "fedmpi", "train", "configs/quickstart.yaml", timeout=60)
+    assert done.returncode != 0
+    assert "mpi4py uses another MPI than the launcher" in done.stderr
