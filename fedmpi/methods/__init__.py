@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from fedmpi.errors import ConfigError
 from fedmpi.method import Method
-from fedmpi.methods import dense, intrinsic, signsgd, topk
+from fedmpi.methods import dense, intrinsic, lookback, signsgd, topk
 from fedmpi.methods.base import Entry, Options, Setup
 from fedmpi.spec import Spec
 from fedmpi.validation import choose, describe
@@ -18,6 +18,7 @@ METHODS: dict[str, Entry] = {
     "signsgd": signsgd.ENTRY,
     "topk": topk.ENTRY,
     "intrinsic": intrinsic.ENTRY,
+    "lookback": lookback.ENTRY,
 }
 
 
