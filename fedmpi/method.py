@@ -37,10 +37,20 @@ class Round(NamedTuple):
     seed: int
     t: int
     """Its number, from 0."""
-    epoch: int
-    """e, from 0: passes over all clients (t // rounds per epoch)."""
     lr: float
     """The server's learning rate η in this round."""
+    rounds_per_epoch: int = 1
+    """Rounds in which every client comes once: clients / cohort, rounded up."""
+
+    @property
+    def epoch(self) -> int:
+        """e, from 0."""
+        return self.t // self.rounds_per_epoch
+
+    @property
+    def ends_epoch(self) -> bool:
+        """The next round belongs to the next epoch."""
+        return (self.t + 1) % self.rounds_per_epoch == 0
 
     def key(self, stream: str) -> int:
         """The key of a stream that all clients and the server share in this round."""

@@ -73,7 +73,7 @@ def gradients(round: int, seed: int = 0) -> Tensor:
 
 def at(method: Method, t: int, clients: Tensor | None = None) -> Context:
     clients = torch.arange(CLIENTS) if clients is None else clients
-    round = Round(seed=1, t=t, epoch=t // 3, lr=LR)
+    round = Round(seed=1, t=t, lr=LR, rounds_per_epoch=3)
     theta = torch.zeros(SPEC.size)
     shared = method.server.shared(method.server.init(theta))
     return Context(round, clients, torch.ones_like(clients), shared)

@@ -125,7 +125,7 @@ class Simulation:
     def round(self, t: int) -> dict[str, Any]:
         """One round; returns its line of metrics."""
         config, topology, started = self.config, self.topology, time.monotonic()
-        now = Round(config.seed, t, t // config.rounds_per_epoch, config.server_lr)
+        now = Round(config.seed, t, config.server_lr, config.rounds_per_epoch)
         clients = cohort(config, t)
         samples = self.partition.sizes[clients]
         weighted = samples.double() if self.method.server.weighted else torch.ones(len(clients)).double()
