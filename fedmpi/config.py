@@ -106,10 +106,12 @@ class Config(_Section):
     cohort: StrictInt | StrictFloat | None = Field(
         None, description="clients a round: a number, or a fraction as a float (default: all)"
     )
-    sampling: Literal["uniform", "epoch_shuffle"] = Field(
+    sampling: Literal["uniform", "weighted", "round_robin", "epoch_shuffle"] = Field(
         "uniform",
-        description="uniform: a fresh draw a round; epoch_shuffle: each client exactly once an epoch",
+        description="uniform: a fresh draw a round; weighted: by number of samples (messages then count "
+        "alike); round_robin: in order; epoch_shuffle: each client exactly once an epoch",
     )
+    dropout: float = Field(0.0, ge=0, lt=1, description="chance that a called client's message is lost")
     rounds: int = Field(ge=1)
     local: Local
     server: ServerConfig = ServerConfig.model_validate({})

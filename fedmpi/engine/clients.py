@@ -20,18 +20,43 @@ from fedmpi.tasks.data import Split
 from fedmpi.tasks.partitions import Partition
 
 
-def cohort(config: Config, round: int) -> Tensor:
-    """The clients of a round, int64, increasing: a function of the seed and the round alone."""
+def cohort(config: Config, partition: Partition, t: int) -> Tensor:
+    """The clients of round t, int64, increasing: a function of the seed and the round alone."""
     size, clients = config.cohort_size, config.clients
     if size == clients:
         return torch.arange(clients)
+    key = random.key(config.seed, t, -1, "cohort")
     if config.sampling == "uniform":
-        chosen = random.sample(random.key(config.seed, round, -1, "cohort"), clients, size)
+        chosen = random.sample(key, clients, size)
+    elif config.sampling == "weighted":
+        chosen = _by_samples(key, partition, size)
+    elif config.sampling == "round_robin":
+        chosen = (torch.arange(size) + t * size) % clients
     else:
-        epoch, turn = divmod(round, config.rounds_per_epoch)
+        epoch, turn = divmod(t, config.rounds_per_epoch)
         order = random.permutation(random.key(config.seed, epoch, -1, "cohort"), clients)
         chosen = order[turn * size : (turn + 1) * size]
     return chosen.sort().values
+
+
+def _by_samples(key: int, partition: Partition, size: int) -> Tensor:
+    """``size`` different clients, one after the other with chances proportional to their samples: owners of
+    samples in random order. In integers, so that the draw is the same on every machine."""
+    samples = random.permutation(key, int(partition.offset[-1]))
+    owners = torch.searchsorted(partition.offset, samples, right=True) - 1
+    first = torch.full((partition.clients,), len(samples)).scatter_reduce_(
+        0, owners, torch.arange(len(samples)), "amin"
+    )
+    return first.argsort(stable=True)[:size]
+
+
+def survivors(config: Config, called: Tensor, t: int) -> Tensor:
+    """Those of ``called`` whose message arrives. The others drop out after their download, and what they
+    keep stays as it was. Somebody always answers: at least the client with the luckiest draw."""
+    if not config.dropout:
+        return called
+    draw = random.uniform(random.keys(config.seed, t, called, "dropout"), 1)[:, 0]
+    return called[(draw >= config.dropout) | (draw == draw.max())]
 
 
 def place(clients: Tensor, work: Tensor, ranks: list[int], homes: bool) -> dict[int, Tensor]:

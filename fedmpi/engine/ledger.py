@@ -24,10 +24,10 @@ class Ledger:
         self.seen = torch.zeros(clients, dtype=torch.int64)
 
     def downloads(self, cohort: Tensor, served: Tensor, server: Server, state: State) -> int:
-        """The cohort catches up with the server; returns the bytes of those at positions ``served``."""
+        """The cohort catches up with the server; returns the bytes of the clients ``served`` of it."""
         total = 0
         sizes: dict[int, int] = {}  # clients that last saw the same version get the same download
-        for client in cohort[served].tolist():
+        for client in served.tolist():
             seen = int(self.seen[client])
             if seen not in sizes:
                 sizes[seen] = int(server.download(state, seen).nbytes()[0])
@@ -35,6 +35,12 @@ class Ledger:
             total += sizes[seen]
         self.seen[cohort] = int(state["version"])
         return total
+
+    def download_of(self, clients: Tensor, message: Message) -> int:
+        """Each of ``clients`` downloads the same ``message``; returns the bytes."""
+        nbytes = int(message.nbytes()[0])
+        self.download[clients] += nbytes
+        return nbytes * len(clients)
 
     def uploads(self, clients_C: Tensor, message: Message) -> int:
         """Clients sent ``message``; returns its bytes."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,15 @@ import fedmpi
 from fedmpi import methods, random
 from fedmpi.comm.base import Comm, together
 from fedmpi.config import Config
-from fedmpi.engine.clients import ClientStore, Trainer, cohort, place
+from fedmpi.engine.clients import ClientStore, Trainer, Update, cohort, place, survivors
 from fedmpi.engine.ledger import Ledger
 from fedmpi.engine.progress import Display
 from fedmpi.engine.record import Record
 from fedmpi.engine.sums import from_fixed, to_fixed
 from fedmpi.engine.topology import TOPOLOGIES
 from fedmpi.errors import CommError, FedMPIError, NumericalError
-from fedmpi.method import Context, Round
+from fedmpi.message import Message
+from fedmpi.method import Compressor, Context, Round
 from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec
 from fedmpi.tasks import data, models, objectives, partitions
@@ -117,7 +120,7 @@ class Simulation:
         # Clients that keep state stay on the rank that keeps it.
         self.homes = not self.clients.empty
         self.chunk = 1 if config.reproducible else max(1, _CHUNK_VALUES // self.spec.size)
-        self.trained = self.participations = self.upload_bytes = self.download_bytes = 0
+        self.trained = self.participations = self.called = self.upload_bytes = self.download_bytes = 0
         self.counts: dict[str, int] = dict.fromkeys(self.method.up.counters, 0)
         self.accuracy = self.test_loss = float("nan")
         self.started = time.monotonic()
@@ -126,51 +129,61 @@ class Simulation:
         """One round; returns its line of metrics."""
         config, topology, started = self.config, self.topology, time.monotonic()
         now = Round(config.seed, t, config.server_lr, config.rounds_per_epoch)
-        clients = cohort(config, t)
-        samples = self.partition.sizes[clients]
-        weighted = samples.double() if self.method.server.weighted else torch.ones(len(clients)).double()
-        placed = place(clients, samples, topology.workers, self.homes)
-        topology.start(clients, weighted / weighted.sum(), placed)
-        shares = samples.double() / samples.sum()
+        called = cohort(config, self.partition, t)
+        clients = survivors(config, called, t)
+        samples = self.partition.sizes[clients].double()
+        # A client that was drawn by its number of samples counts once; so does a vote.
+        by_samples = self.method.server.weighted and config.sampling != "weighted"
+        weights = samples if by_samples else torch.ones_like(samples)
+        self.weights = weights / weights.sum()
+        placed = place(clients, self.partition.sizes[clients], topology.workers, self.homes)
+        mine = placed.get(self.comm.rank, clients[:0])
+        chunks = list(mine.split(self.chunk)) if len(mine) else []
 
-        error: FedMPIError | None = None
-        loss = torch.zeros((), dtype=torch.int64)
-        upload, download = 0, 0
-        counts = dict.fromkeys(self.counts, 0)
-        try:
-            served = topology.serves(placed)
-            download = self.ledger.downloads(clients, served, self.method.server, topology.state)
-            mine = placed.get(self.comm.rank, clients[:0])
-            for positions in mine.split(self.chunk) if len(mine) else ():
-                losses_C, sent, counted = self._chunk(now, clients, positions)
-                loss += to_fixed(losses_C * shares[positions]).sum()
-                upload += sent
-                counts = {name: counts[name] + counted[name] for name in counts}
-            self.trained += len(mine)
-        except FedMPIError as e:
-            error = e
+        status = _Status(self.method.up.counters)
+        served = called[topology.served(len(called))]
+        with status.watch():
+            status.download += self.ledger.downloads(called, served, self.method.server, topology.state)
+        if self.method.first is None:
+            topology.start(self.method.up, clients, self.weights, placed, now)
+            with status.watch():
+                for positions in chunks:
+                    self._send(self.method.up, self._train(clients[positions], now), positions, status)
+            self.exchange(status, t)
+        else:
+            updates: list[tuple[Context, Update]] = []
+            topology.start(self.method.first, clients, self.weights, placed, now)
+            with status.watch():
+                for positions in chunks:
+                    updates.append(self._train(clients[positions], now))
+                    self._send(self.method.first, updates[-1], positions, status)
+            self.exchange(status, t)
+            mean = Message({"mean": topology.between()[None]})
+            status.reset()
+            status.download += self.ledger.download_of(called[topology.served(len(called))], mean)
+            topology.start(self.method.up, clients, self.weights, placed, now)
+            with status.watch():
+                for positions, (ctx, update) in zip(chunks, updates, strict=True):
+                    ctx = Context(now, ctx.clients_C, ctx.steps_C, topology.shared())
+                    self._send(self.method.up, (ctx, update), positions, status)
+            self.exchange(status, t)
+        topology.finish()
 
-        status = torch.tensor([int(loss), upload, download, error is not None, *counts.values()])
-        self.comm.sum([status])
-        if status[3]:
-            with together(self.comm, f"round {t}"):
-                if error is not None:
-                    raise error
-        topology.finish(now)
-
+        self.trained += len(mine)
         self.participations += len(clients)
-        self.upload_bytes += int(status[1])
-        self.download_bytes += int(status[2])
-        counts = dict(zip(counts, status[4:].tolist(), strict=True))
+        self.called += len(called)
+        self.upload_bytes += status.total["upload"]
+        self.download_bytes += status.total["download"]
+        counts = {name: status.total[name] for name in self.counts}
         self.counts = {name: self.counts[name] + n for name, n in counts.items()}
         line = {
             "round": t,
-            "loss": float(from_fixed(status[0])),
+            "loss": float(from_fixed(torch.tensor(status.total["loss"]))),
             "accuracy": None,
             "test_loss": None,
             "clients": len(clients),
-            "upload_bytes": int(status[1]),
-            "download_bytes": int(status[2]),
+            "upload_bytes": status.total["upload"],
+            "download_bytes": status.total["download"],
             **counts,
         }
         if (t + 1) % config.evaluate_every == 0 or t + 1 == config.rounds:
@@ -178,12 +191,20 @@ class Simulation:
             line |= {"accuracy": self.accuracy, "test_loss": self.test_loss}
         return line | {"seconds": time.monotonic() - started}
 
-    def _chunk(self, now: Round, cohort: Tensor, positions: Tensor) -> tuple[Tensor, int, dict[str, int]]:
-        """Train, compress and hand over some of this rank's clients; returns losses, bytes and counts."""
-        clients_C = cohort[positions]
-        update = self.trainer.train(
-            self.topology.parameters(), self.data.train, self.partition, clients_C, now.t
-        )
+    def exchange(self, status: _Status, t: int) -> None:
+        """Add up what the ranks counted; when one has failed, all fail with its error.
+
+        Raises:
+          FedMPIError: the same on every rank.
+        """
+        if status.collect(self.comm):
+            with together(self.comm, f"round {t}"):
+                if status.error is not None:
+                    raise status.error
+
+    def _train(self, clients_C: Tensor, now: Round) -> tuple[Context, Update]:
+        theta_D = self.topology.parameters()
+        update = self.trainer.train(theta_D, self.data.train, self.partition, clients_C, now.t)
         finite_C = update.loss_C.isfinite() & update.g_CD.sum(1).isfinite()
         if not bool(finite_C.all()):
             bad = int(clients_C[~finite_C][0])
@@ -191,12 +212,21 @@ class Simulation:
                 f"client {bad}, round {now.t}: the loss or gradient is not finite (loss "
                 f"{float(update.loss_C[~finite_C][0])}); try a smaller local.lr than {self.config.local.lr:g}"
             )
-        ctx = Context(now, clients_C, update.steps_C, self.topology.shared())
-        before = self.clients.get(clients_C)
-        message, after = self.method.up.compress(update.g_CD, before, ctx)
+        return Context(now, clients_C, update.steps_C, self.topology.shared()), update
+
+    def _send(
+        self, up: Compressor, trained: tuple[Context, Update], positions: Tensor, status: _Status
+    ) -> None:
+        """Compress some of this rank's clients' gradients and hand the messages over."""
+        ctx, update = trained
+        before = self.clients.get(ctx.clients_C)
+        message, after = up.compress(update.g_CD, before, ctx)
         self.topology.take(positions, message, before, ctx)
-        self.clients.put(clients_C, after)
-        return update.loss_C, self.ledger.uploads(clients_C, message), self.method.up.count(message)
+        status.upload += self.ledger.uploads(ctx.clients_C, message)
+        if up is self.method.up:
+            self.clients.put(ctx.clients_C, after)
+            status.loss += int(to_fixed(update.loss_C * self.weights[positions]).sum())
+            status.count(up.count(message))
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
@@ -218,7 +248,7 @@ class Simulation:
         ranks = [
             json.loads(r) for r in self.comm.allgather(json.dumps([self.trained, self.comm.sent]).encode())
         ]
-        full = 4 * self.spec.size * self.participations
+        full_up, full_down = (4 * self.spec.size * n for n in (self.participations, self.called))
         return {
             "method": self.config.method.name,
             "accuracy": self.accuracy,
@@ -229,9 +259,9 @@ class Simulation:
             "params": self.spec.size,
             "upload_bytes": self.upload_bytes,
             "download_bytes": self.download_bytes,
-            "upload_ratio": _ratio(full, self.upload_bytes),
-            "download_ratio": _ratio(full, self.download_bytes),
-            "total_ratio": _ratio(2 * full, self.upload_bytes + self.download_bytes),
+            "upload_ratio": _ratio(full_up, self.upload_bytes),
+            "download_ratio": _ratio(full_down, self.download_bytes),
+            "total_ratio": _ratio(full_up + full_down, self.upload_bytes + self.download_bytes),
             "messages": self.participations,
             **self.counts,
             "ranks": self.comm.size,
@@ -245,6 +275,42 @@ class Simulation:
             "reproducible": self.config.reproducible,
             "version": fedmpi.__version__,
         }
+
+
+class _Status:
+    """What a rank counts in a pass, and whether it failed: added up over ranks in one small collective."""
+
+    def __init__(self, counters: tuple[str, ...]) -> None:
+        self.total = dict.fromkeys(("loss", "upload", "download", *counters), 0)
+        self._counters = counters
+        self.error: FedMPIError | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        self.loss = self.upload = self.download = 0
+        self._counts = dict.fromkeys(self._counters, 0)
+
+    def count(self, counts: dict[str, int]) -> None:
+        for name, n in counts.items():
+            self._counts[name] += n
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Keep an error for :meth:`collect`, where all ranks meet."""
+        try:
+            yield
+        except FedMPIError as error:
+            self.error = self.error or error
+
+    def collect(self, comm: Comm) -> bool:
+        """Add this pass's counts of all ranks to :attr:`total`; returns whether any rank failed."""
+        mine = (self.loss, self.upload, self.download, *self._counts.values(), self.error is not None)
+        sums = torch.tensor(mine)
+        comm.sum([sums])
+        *counts, failed = sums.tolist()
+        for name, n in zip(self.total, counts, strict=True):
+            self.total[name] += n
+        return bool(failed)
 
 
 def _ratio(full: int, sent: int) -> float | None:

@@ -11,13 +11,14 @@ from fedmpi.comm.base import Comm
 from fedmpi.engine.clients import ClientStore
 from fedmpi.engine.sums import Sum
 from fedmpi.message import Message, concat, from_bytes, to_bytes
-from fedmpi.method import Context, Method, Round, State, believed
+from fedmpi.method import Compressor, Context, Method, Round, State, believed
 
 _CHUNK_VALUES = 1 << 24  # decoded numbers at a time when rank 0 decodes many clients
 
 
 class Topology(ABC):
-    """One rank's part in a round: :meth:`take` its clients' messages, then :meth:`finish`.
+    """One rank's part in a round: :meth:`start` a pass, :meth:`take` its clients' messages, then
+    :meth:`finish` (or, after the first of two passes, :meth:`between`).
 
     Attributes:
       state: the server's state where this rank aggregates, else the view of it.
@@ -36,25 +37,31 @@ class Topology(ABC):
     def shared(self) -> State:
         return self.method.server.shared(self.state)
 
-    def sum(self, terms: int) -> Sum:
-        up = self.method.up
-        return Sum(up.size, integer=up.integer, exact=self.exact, terms=terms)
+    def start(
+        self, up: Compressor, clients: Tensor, weights: Tensor, placed: dict[int, Tensor], round: Round
+    ) -> None:
+        """A pass begins: ``clients`` will send ``up``'s messages; ``placed`` are each worker's positions there."""
+        self.up, self.clients, self.weights, self.placed, self.now = up, clients, weights, placed, round
 
-    @abstractmethod
-    def start(self, cohort: Tensor, weights: Tensor, placed: dict[int, Tensor]) -> None:
-        """A round begins; ``placed`` are each worker's positions in ``cohort``."""
+    def sum(self) -> Sum:
+        up = self.up
+        return Sum(up.size, integer=up.integer, exact=self.exact, terms=len(self.clients))
 
     @abstractmethod
     def take(self, positions: Tensor, message: Message, before: State, ctx: Context) -> None:
-        """This rank's clients at ``positions`` of the cohort sent ``message``; ``before`` was their state."""
+        """This rank's clients at ``positions`` sent ``message``; ``before`` was their state."""
 
     @abstractmethod
-    def finish(self, round: Round) -> None:
+    def between(self) -> Tensor:
+        """The first pass is over: make its mean known to all ranks, and return it ``(S,)``."""
+
+    @abstractmethod
+    def finish(self) -> None:
         """All have sent: aggregate, and bring this rank's parameters up to date."""
 
     @abstractmethod
-    def serves(self, placed: dict[int, Tensor]) -> Tensor:
-        """Positions in the cohort whose downloads this rank makes (and counts)."""
+    def served(self, clients: int) -> Tensor:
+        """Positions among so many clients whose downloads this rank makes (and counts)."""
 
 
 class AllReduce(Topology):
@@ -65,20 +72,28 @@ class AllReduce(Topology):
         super().__init__(comm, method, exact)
         self.state, self.workers = method.server.init(theta_D), list(range(comm.size))
 
-    def start(self, cohort: Tensor, weights: Tensor, placed: dict[int, Tensor]) -> None:
-        self._weights, self._sum = weights, self.sum(len(cohort))
+    def start(
+        self, up: Compressor, clients: Tensor, weights: Tensor, placed: dict[int, Tensor], round: Round
+    ) -> None:
+        super().start(up, clients, weights, placed, round)
+        self._sum = self.sum()
 
     def take(self, positions: Tensor, message: Message, before: State, ctx: Context) -> None:
-        peer = believed(self.method.up, before)
-        v_CS, _ = self.method.up.decompress(message, peer, ctx)
-        self._sum.add(v_CS, self._weights[positions])
+        v_CS, _ = self.up.decompress(message, believed(self.up, before), ctx)
+        self._sum.add(v_CS, self.weights[positions])
 
-    def finish(self, round: Round) -> None:
+    def between(self) -> Tensor:
         self._sum.over(self.comm)
-        self.state = self.method.server.finish(self.state, self._sum.value(), round)
+        mean_S = self._sum.value()
+        self.state = self.method.server.first(self.state, mean_S, self.now)
+        return mean_S
 
-    def serves(self, placed: dict[int, Tensor]) -> Tensor:
-        return placed[self.comm.rank]
+    def finish(self) -> None:
+        self._sum.over(self.comm)
+        self.state = self.method.server.finish(self.state, self._sum.value(), self.now)
+
+    def served(self, clients: int) -> Tensor:
+        return torch.arange(self.comm.rank, clients, self.comm.size)
 
 
 class Aggregator(Topology):
@@ -92,44 +107,57 @@ class Aggregator(Topology):
         self.state = server.init(theta_D) if comm.rank == 0 else server.view(theta_D)
         self.peers = ClientStore(method.up.init_peer)
 
-    def start(self, cohort: Tensor, weights: Tensor, placed: dict[int, Tensor]) -> None:
-        self._cohort, self._weights, self._placed = cohort, weights, placed
-        self._outbox: list[tuple[Tensor, Message, Context]] = []
+    def start(
+        self, up: Compressor, clients: Tensor, weights: Tensor, placed: dict[int, Tensor], round: Round
+    ) -> None:
+        super().start(up, clients, weights, placed, round)
+        self._outbox: list[Message] = []
 
     def take(self, positions: Tensor, message: Message, before: State, ctx: Context) -> None:
-        self._outbox.append((positions, message, ctx))
+        self._outbox.append(message)
 
-    def finish(self, round: Round) -> None:
-        sent = to_bytes(concat([m for _, m, _ in self._outbox])) if self._outbox else b""
-        inbox = self.comm.gather(sent)
-        version = int(self.state["version"])
-        download = b""
-        if self.comm.rank == 0:
-            total = self.sum(len(self._cohort))
-            for rank, frame in enumerate(inbox):
-                self._absorb(total, frame, self._placed.get(rank), round)
-            self.state = self.method.server.finish(self.state, total.value(), round)
-            download = to_bytes(self.method.server.download(self.state, version))
-        download = self.comm.broadcast(download)
+    def _gather(self) -> Tensor | None:
+        """The sum of all ranks' messages on rank 0."""
+        inbox = self.comm.gather(to_bytes(concat(self._outbox)) if self._outbox else b"")
         if self.comm.rank != 0:
-            self.state = self.method.server.reconcile(self.state, from_bytes(download), version + 1)
+            return None
+        total = self.sum()
+        for rank, frame in enumerate(inbox):
+            self._absorb(total, frame, self.placed.get(rank, self.clients[:0]))
+        return total.value()
 
-    def _absorb(self, total: Sum, frame: bytes, positions: Tensor | None, round: Round) -> None:
-        if positions is None or not len(positions):
+    def _absorb(self, total: Sum, frame: bytes, positions: Tensor) -> None:
+        if not len(positions):
             return
-        up = self.method.up
-        message = from_bytes(frame, up.layout(), clients=len(positions))
-        step = 1 if self.exact else max(1, _CHUNK_VALUES // up.size)
+        message = from_bytes(frame, self.up.layout(), clients=len(positions))
+        step = 1 if self.exact else max(1, _CHUNK_VALUES // self.up.size)
         for rows in torch.arange(len(positions)).split(step):
-            clients_C = self._cohort[positions[rows]]
-            ctx = Context(round, clients_C, torch.ones_like(clients_C), self.shared())
-            v_CS, peer = up.decompress(message.select(rows), self.peers.get(clients_C), ctx)
+            clients_C = self.clients[positions[rows]]
+            ctx = Context(self.now, clients_C, torch.ones_like(clients_C), self.shared())
+            peer = self.peers.get(clients_C) if self.up is self.method.up else {}
+            v_CS, peer = self.up.decompress(message.select(rows), peer, ctx)
             self.peers.put(clients_C, peer)
-            total.add(v_CS, self._weights[positions[rows]])
+            total.add(v_CS, self.weights[positions[rows]])
 
-    def serves(self, placed: dict[int, Tensor]) -> Tensor:
-        everybody = torch.arange(len(self._cohort))
-        return everybody if self.comm.rank == 0 else everybody[:0]
+    def between(self) -> Tensor:
+        mean_S = self._gather()
+        sent = b"" if mean_S is None else to_bytes(Message({"mean": mean_S[None]}))
+        mean_S = from_bytes(self.comm.broadcast(sent)).arrays["mean"][0]
+        self.state = self.method.server.first(self.state, mean_S, self.now)
+        return mean_S
+
+    def finish(self) -> None:
+        mean_S, version = self._gather(), int(self.state["version"])
+        sent = b""
+        if mean_S is not None:
+            self.state = self.method.server.finish(self.state, mean_S, self.now)
+            sent = to_bytes(self.method.server.download(self.state, version))
+        sent = self.comm.broadcast(sent)
+        if mean_S is None:
+            self.state = self.method.server.reconcile(self.state, from_bytes(sent), version + 1)
+
+    def served(self, clients: int) -> Tensor:
+        return torch.arange(clients if self.comm.rank == 0 else 0)
 
 
 TOPOLOGIES: dict[str, type[AllReduce] | type[Aggregator]] = {"allreduce": AllReduce, "aggregator": Aggregator}
