@@ -120,6 +120,10 @@ class Config(_Section):
     topology: Literal["allreduce", "aggregator"] = Field(
         "allreduce", description="allreduce: ranks are peers; aggregator: rank 0 aggregates, the others train"
     )
+    store: Literal["memory", "mmap"] = Field("memory", description="where clients' state is kept")
+    store_folder: str | None = Field(
+        None, description="for store: mmap (default: the system's temporary folder)"
+    )
     reproducible: bool = Field(
         False, description="the same bits at any number of ranks: one thread a rank, fixed-point sums"
     )

@@ -99,7 +99,9 @@ def equal(a: Message, b: Message) -> bool:
 
 
 def _raw(array: Tensor) -> bytes:
-    return array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    flat = array.detach().cpu().reshape(-1)
+    # Not contiguous(): it keeps the odd strides that a view of at most one element may have.
+    return torch.empty(len(flat), dtype=flat.dtype).copy_(flat).view(torch.uint8).numpy().tobytes()
 
 
 def to_bytes(message: Message) -> bytes:
@@ -133,6 +135,8 @@ class _Reader:
         return struct.unpack(form, self.take(struct.calcsize(form), what))
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...], what: str) -> Tensor:
+        if math.prod(max(1, n) for n in shape) * dtype.itemsize >= 1 << 63:
+            raise MessageError(f"message: {what} has the shape {shape}, which no tensor can have")
         # Python integers cannot overflow, and nothing is allocated before the bytes are known to be there.
         raw = self.take(math.prod(shape) * dtype.itemsize, what)
         if not raw:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -66,19 +66,26 @@ class Context:
       clients_C: int64, their ids.
       steps_C: int64, local steps τ that each gradient is the sum of.
       shared: what the server has published to all (:meth:`Server.shared`).
+      part: the tensor that this call is about, where each is compressed by itself.
     """
 
     round: Round
     clients_C: Tensor
     steps_C: Tensor
     shared: State = field(default_factory=dict)
+    part: int | None = None
 
     def keys(self, stream: str) -> Tensor:
         """One key a client, int64 ``(C,)``."""
+        stream = stream if self.part is None else f"{stream}, part {self.part}"
         return random.keys(self.round.seed, self.round.t, self.clients_C, stream)
 
     def select(self, index: Tensor) -> Context:
-        return Context(self.round, self.clients_C[index], self.steps_C[index], self.shared)
+        return replace(self, clients_C=self.clients_C[index], steps_C=self.steps_C[index])
+
+    def within(self, part: int) -> Context:
+        """The same clients' tensor ``part``: other keys."""
+        return replace(self, part=part)
 
 
 class Compressor(ABC):
@@ -87,13 +94,15 @@ class Compressor(ABC):
     Attributes:
       spec: the parameters' layout.
       size: S, how many numbers of a client are summed.
-      additive: the decoded vectors of a, b and a + b (same clients' keys, same shared state) fulfil
-        v(a) + v(b) = v(a + b): gradients may be summed before they are encoded.
+      additive: the decoded vectors fulfil v(a) + v(b) = v(a + b) whoever sends a, b and a + b (in the same
+        round, with the same shared state): gradients of several clients may be summed before they are encoded.
+      replayable: a message decodes to the same vector whenever it is decoded, without any state.
       integer: decoded values are small integers, summed as integers, one vote a client.
       counters: names of what :meth:`count` counts, shown in every round's metrics.
     """
 
     additive: bool = False
+    replayable: bool = True
     integer: bool = False
     counters: tuple[str, ...] = ()
 

@@ -132,7 +132,7 @@ def normal(key: int | Tensor, n: int, device: torch.device | None = None) -> Ten
 
     A word gives a sign and an upper-tail mass u = x · 2^-32 with x a 31-bit integer ≥ 1. The exponent and
     the top 8 mantissa bits of x (exact in a float64) choose the table's interval, the next 23 bits
-    interpolate in integers. |values| ≤ 6.24; the largest error of the quantile is 2·10^-5 (tests/test_random.py).
+    interpolate in integers. |values| ≤ 6.24; the quantile's error is below 10^-6 (tests/test_random.py).
     """
     words = bits(key, n, device=device)
     x = (_shift(words, 33)).clamp_(min=1)

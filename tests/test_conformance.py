@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedmpi import methods
 from fedmpi.comm import run_ranks, solo
-from fedmpi.engine.clients import ClientStore
+from fedmpi.engine.store import ClientStore
 from fedmpi.errors import MessageError
 from fedmpi.message import concat, equal, from_bytes, to_bytes
 from fedmpi.method import Context, Method, Round, believed
@@ -37,6 +37,7 @@ def cases() -> dict[str, dict[str, Any]]:
     for name, entry in METHODS.items():
         example = {"name": name, **entry.example}
         found[name] = example
+        found |= {f"{name} {variant}": example | options for variant, options in entry.variants.items()}
         if issubclass(entry.options, FeedbackOptions):
             found[f"{name} feedback={not example.get('feedback', False)}"] = {
                 **example,
@@ -105,17 +106,18 @@ def test_bytes_are_measured_and_frames_round_trip(method: Method) -> None:
 
 
 def test_additive_is_true_of_what_is_sent(method: Method) -> None:
-    """Over rounds and clients with their own keys: v(a) + v(b) = v(a + b) exactly when ``additive``."""
-    up, ids = method.up, torch.arange(CLIENTS)
+    """Over rounds, and with other clients sending a, b and a + b: v(a) + v(b) = v(a + b) exactly when ``additive``."""
+    up = method.up
     senders = [ClientStore(up.init) for _ in range(3)]
     receivers = [ClientStore(up.init_peer) for _ in range(3)]
     holds = True
     for t in range(ROUNDS):
         a, b = gradients(t, seed=0), gradients(t, seed=1)
         decoded = []
-        for g, sender, receiver in zip((a, b, a + b), senders, receivers, strict=True):
-            message, state = up.compress(g, sender.get(ids), at(method, t))
-            v, peer = up.decompress(message, receiver.get(ids), at(method, t))
+        for i, (g, sender, receiver) in enumerate(zip((a, b, a + b), senders, receivers, strict=True)):
+            ids = torch.arange(CLIENTS) + i * CLIENTS
+            message, state = up.compress(g, sender.get(ids), at(method, t, ids))
+            v, peer = up.decompress(message, receiver.get(ids), at(method, t, ids))
             sender.put(ids, state)
             receiver.put(ids, peer)
             decoded.append(v.float())
@@ -249,7 +251,11 @@ def test_states_survive_a_file_exactly(method: Method) -> None:
     assert all(torch.equal(a, b) for a, b in _pairs(resumed, direct))
 
 
-RUNS = {name: {**SMALL, "method": {"name": name, **entry.example}} for name, entry in METHODS.items()}
+RUNS = {
+    f"{name} {variant}".strip(): {**SMALL, "method": {"name": name, **entry.example, **options}}
+    for name, entry in METHODS.items()
+    for variant, options in {"": {}, **entry.variants}.items()
+}
 
 
 @pytest.mark.parametrize("name", RUNS)

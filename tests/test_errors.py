@@ -13,7 +13,7 @@ import yaml
 
 from fedmpi import config
 from fedmpi.cli import main
-from fedmpi.comm import run_ranks
+from fedmpi.comm import run_ranks, solo
 from fedmpi.engine.rounds import Simulation
 from fedmpi.errors import ConfigError, NumericalError
 from fedmpi.tasks.data import Split
@@ -141,12 +141,11 @@ def test_a_diverging_run_says_what_to_do(capsys: pytest.CaptureFixture[str], tmp
     assert "try a smaller local.lr than 1e+30" in said
 
 
-def test_reproducible_sums_refuse_to_overflow() -> None:
-    from fedmpi.comm import solo
-
-    values = {**SMALL, "model": "fcn", "reproducible": True, "local": {"lr": 1e5, "steps": 3}}
-    simulation = Simulation(config.parse(values), solo())
-    with pytest.raises(NumericalError, match="reproducible: expected weighted values up to 4194304, got"):
+def test_reproducible_sums_refuse_to_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound itself is tested in tests/test_numerics.py; here it is lowered until this run meets it."""
+    monkeypatch.setattr("fedmpi.engine.sums.LARGEST", 0.01)
+    simulation = Simulation(config.parse({**SMALL, "reproducible": True}), solo())
+    with pytest.raises(NumericalError, match=r"reproducible: expected weighted values up to 0\.0025, got"):
         simulation.round(0)
 
 

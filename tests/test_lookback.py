@@ -1,15 +1,176 @@
-"""Options of look-back that cannot be. Its numerics are in tests/test_numerics.py."""
+"""Look-back: its options, its stores, and both ends over every inner method.
+
+Algorithms 1 and 3 against a numpy transcription are in tests/test_numerics.py.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from fedmpi import config
-from fedmpi.errors import ConfigError
+from fedmpi import config, methods
+from fedmpi.comm import solo
+from fedmpi.engine.rounds import Simulation
+from fedmpi.engine.topology import Aggregator
+from fedmpi.errors import ConfigError, MessageError
+from fedmpi.message import Message
+from fedmpi.method import Compressor, Context, Round, believed
+from fedmpi.methods import METHODS
+from fedmpi.methods.base import Setup
+from fedmpi.spec import Spec
 
 from .conftest import SMALL
+
+SPEC = Spec(("w", "b"), ((6, 10), (6,)))
+
+
+def compressor(**options: Any) -> Compressor:
+    return methods.build({"name": "lookback", **options}, SPEC, Setup(seed=1)).up
+
+
+def context(clients: int, t: int = 0, steps: int = 1) -> Context:
+    ids = torch.arange(clients)
+    return Context(Round(1, t, 0.1), ids, torch.full_like(ids, steps))
+
+
+def turning(t: int, clients: int = 4) -> torch.Tensor:
+    """Gradients that turn by 3° a round; client c's are (c + 1) times as long, tensor b's turn faster."""
+    angle = np.deg2rad(3.0 * t)
+    g = torch.zeros(clients, SPEC.size)
+    g[:, 0], g[:, 1] = np.cos(angle), np.sin(angle)
+    g[:, 60], g[:, 61] = 0.1 * np.cos(9 * angle), 0.1 * np.sin(9 * angle)
+    return g * torch.arange(1.0, clients + 1)[:, None]
+
+
+def dense_turning(t: int) -> torch.Tensor:
+    """The same without zeros, whose signs would be coins."""
+    generator = torch.Generator().manual_seed(5)
+    a, b = torch.randn(2, 4, SPEC.size, generator=generator)
+    return a + 0.1 * t * b
+
+
+def run(up: Compressor, rounds: int, steps: int = 1, gradients: Any = turning) -> list[Message]:
+    """Send ``rounds`` rounds; each message is decoded, and both ends' copies compared."""
+    clients = 4
+    sender = {name: torch.stack([v] * clients) for name, v in up.init().items()}
+    receiver = {name: torch.stack([v] * clients) for name, v in up.init_peer().items()}
+    sent = []
+    for t in range(rounds):
+        ctx = context(clients, t, steps)
+        message, sender = up.compress(gradients(t), sender, ctx)
+        _, receiver = up.decompress(message, receiver, ctx)
+        assert all(torch.equal(v, receiver[n]) for n, v in believed(up, sender).items())
+        sent.append(message)
+    return sent
+
+
+def scalars(messages: list[Message]) -> list[list[int]]:
+    return [m.arrays["scalar"].tolist() for m in messages]
+
+
+def test_each_client_may_have_its_own_threshold() -> None:
+    """sin²(3°·j) ≤ δ: a client's LBG lasts as many rounds as its δ allows."""
+    deltas = (0.0, 0.006, 0.02, 0.2)
+    sent = scalars(run(compressor(threshold=deltas), 12))
+    for client, delta in enumerate(deltas):
+        since, expected = None, []
+        for t in range(12):
+            g, last = turning(t)[client].double().numpy(), turning(since or 0)[client].double().numpy()
+            sin2 = 1 - (g @ last) ** 2 / ((g @ g) * (last @ last))
+            scalar = since is not None and max(sin2, 0) <= delta
+            expected.append(int(scalar))
+            since = since if scalar else t
+        assert [row[client] for row in sent] == expected
+    assert 0 == sum(row[0] for row in sent) < sum(row[1] for row in sent) < sum(row[3] for row in sent)
+
+
+def test_theorem_1_compares_with_the_normalised_gradient() -> None:
+    """sin²α ≤ Δ² τ² / ‖g‖²: longer gradients are held to a tighter condition, more local steps to a looser."""
+    sent = scalars(run(compressor(threshold={"delta_sq": 0.02}), 12))
+    counts = [sum(row[client] for row in sent) for client in range(4)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[3]
+    looser = scalars(run(compressor(threshold={"delta_sq": 0.02}), 12, steps=4))
+    assert sum(row[3] for row in looser) > counts[3]
+    g0, g1 = (turning(t)[1].double().numpy() for t in (0, 1))
+    sin2 = 1 - (g0 @ g1) ** 2 / ((g0 @ g0) * (g1 @ g1))
+    edge = sin2 * (g1 @ g1)  # the Δ² at which client 1's second message just becomes a scalar
+    assert scalars(run(compressor(threshold={"delta_sq": edge * 1.001}), 2))[1][1] == 1
+    assert scalars(run(compressor(threshold={"delta_sq": edge * 0.999}), 2))[1][1] == 0
+
+
+def test_tensors_decide_for_themselves() -> None:
+    """w turns slowly and b fast: b is sent in full while w's scalar lasts, and only its 6 values travel."""
+    up = compressor(threshold=0.05, scope="tensor")
+    sent = run(up, 3)
+    assert sent[1].arrays["0.scalar"].tolist() == [1] * 4
+    assert sent[1].arrays["1.scalar"].tolist() == [0] * 4
+    assert sent[1].nbytes().tolist() == [2 + 4 + 6 * 4] * 4
+    assert up.count(sent[1]) == {"scalars": 0, "scalar_tensors": 4}
+    whole = run(compressor(threshold=0.05), 3)
+    assert whole[1].nbytes().tolist() == [1 + 4] * 4, "for the whole model w decides"
+
+
+@pytest.mark.parametrize(
+    ("keep", "inner", "size"),
+    [
+        ("exact", {"name": "signsgd"}, 66 * 4),
+        ("half", {"name": "signsgd"}, 66 * 2),
+        ("message", {"name": "signsgd"}, 1 + 9),
+        ("message", {"name": "topk", "k": 5}, 1 + 5 * 4 + 5),
+        ("message", {"name": "dense"}, 1 + 66 * 4),
+    ],
+)
+def test_how_it_is_kept_and_how_large_that_is(keep: str, inner: dict[str, Any], size: int) -> None:
+    up = compressor(threshold=0.3, keep=keep, inner=inner)
+    assert sum(value.nbytes for value in up.init_peer().values()) == size
+    exact = run(compressor(threshold=0.3, inner=inner), 10, gradients=dense_turning)
+    kept = run(up, 10, gradients=dense_turning)
+    assert 0 < sum(map(sum, scalars(kept))) < 40
+    if keep == "message":  # nothing is lost by it
+        for a, b in zip(exact, kept, strict=True):
+            assert torch.equal(a.arrays["rho"], b.arrays["rho"])
+
+
+OVER = [name for name, entry in METHODS.items() if not entry.wraps]
+
+
+@pytest.mark.parametrize("name", OVER)
+@pytest.mark.parametrize("options", [{}, {"feedback": True}, {"keep": "half"}], ids=str)
+def test_both_ends_agree_after_every_round_under_sampling_and_dropouts(name: str, options: Any) -> None:
+    inner = {"name": name, **METHODS[name].example}
+    method = {"name": "lookback", "threshold": 0.6, "inner": inner, **options}
+    values = {**SMALL, "topology": "aggregator", "dropout": 0.3, "rounds": 12, "method": method}
+    if (
+        options.get("feedback")
+        and methods.build(inner, Spec(("w", "b"), ((10, 64), (10,))), Setup()).up.size != 650
+    ):
+        with pytest.raises(
+            ConfigError, match=r"method\.feedback: expected an inner method that sums D numbers"
+        ):
+            Simulation(config.parse(values), solo())
+        return
+    simulation = Simulation(config.parse(values), solo())
+    assert isinstance(simulation.topology, Aggregator)
+    everybody, sent = torch.arange(6), 0
+    for t in range(12):
+        sent += simulation.round(t)["scalars"]
+        held = simulation.topology.peers.get(everybody)
+        for entry, belief in believed(simulation.method.up, simulation.clients.get(everybody)).items():
+            assert torch.equal(belief, held[entry]), (t, entry)
+    assert simulation.participations < 48, "some dropped out"
+
+
+def test_a_message_whose_counts_do_not_fit_its_tags_is_refused() -> None:
+    up = compressor()
+    message = run(up, 2)[1]
+    peer = {name: torch.stack([v] * 4) for name, v in up.init_peer().items()}
+    wrong = Message({**message.arrays, "scalar": 1 - message.arrays["scalar"]}, message.lengths)
+    with pytest.raises(MessageError, match="row counts of rho do not fit"):
+        up.decompress(wrong, peer, context(4))
 
 
 @pytest.mark.parametrize(
@@ -17,9 +178,16 @@ from .conftest import SMALL
     [
         ({"inner": {"name": "topk", "q": 1}}, "method.inner.q: unknown key"),
         ({"inner": "lookback"}, "method.inner: lookback does not go over lookback; valid: dense, signsgd"),
-        ({"threshold": 2}, "method.threshold: expected less than or equal to 1, got 2"),
+        ({"threshold": 2}, "method.threshold: expected δ from 0 to 1, got 2"),
+        ({"threshold": [0.1, 0.2]}, "method.threshold: expected one δ a client, 6, got 2"),
+        ({"threshold": {"delta_sq": -1}}, "method.threshold.*: expected greater than 0, got -1"),
+        ({"keep": "message", "inner": "randomk"}, "method.keep: message is for inner methods whose messages"),
+        (
+            {"scope": "tensor", "inner": {"name": "intrinsic", "dim": 4}},
+            "method.scope: expected an inner method that sums D numbers",
+        ),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        config.parse({**SMALL, "method": {"name": "lookback", **options}})
+        Simulation(config.parse({**SMALL, "method": {"name": "lookback", **options}}), solo())

@@ -260,11 +260,13 @@ def test_isometry_keeps_lengths_on_average(matrix):
     means = {}
     for scale in ("unbiased", "isometry"):
         options = {"name": "intrinsic", "dim": dim, "matrix": matrix, "scale": scale}
-        built = [methods.build(options, spec, Setup(seed)).up.embedding for seed in range(200)]
+        if matrix == "orthonormal":
+            options |= {"matrix": "dense", "orthonormal": True}
+        built = [methods.build(options, spec, Setup(seed)).up.subspaces.at(0, 0) for seed in range(200)]
         assert {e.factor for e in built} == {math.sqrt(dim / size) if scale == "isometry" else 1.0}
         squares = torch.tensor([float(e.lift(torch.eye(dim)).double().square().sum()) / dim for e in built])
         expected = 1 if scale == "isometry" else size / dim
-        assert abs(squares.mean() - expected) < 5 * squares.std() / math.sqrt(len(squares))
+        assert abs(squares.mean() - expected) <= 5 * squares.std() / math.sqrt(len(squares)) + 1e-5
         means[scale] = squares.mean()
     assert means["unbiased"] / means["isometry"] == pytest.approx(size / dim, rel=1e-5)
 
@@ -290,4 +292,5 @@ def test_the_same_key_gives_the_same_matrix_and_another_another(matrix, size, da
     v = torch.ones(1, dim)
     first = MATRICES[matrix](size, dim, key).lift(v)
     assert torch.equal(first, MATRICES[matrix](size, dim, key).lift(v))
-    assert not torch.equal(first, MATRICES[matrix](size, dim, key ^ 1).lift(v))
+    if size >= 64:  # fewer signs can agree by chance
+        assert not torch.equal(first, MATRICES[matrix](size, dim, key ^ 1).lift(v))

@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 from fedmpi.comm import solo
-from fedmpi.methods import METHODS
 
 from .conftest import JOBS, SMALL, Mpi, find_mpi, run_jobs
 from .jobs.runs import outcome
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.mpi
 @pytest.fixture(scope="module")
 def references() -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """(configuration, its outcome in one process) for every method, exact and not."""
-    exact_or_not = [{**RUNS[name], "reproducible": exact} for name in METHODS for exact in (True, False)]
+    exact_or_not = [{**RUNS[name], "reproducible": exact} for name in RUNS for exact in (True, False)]
     return [(values, outcome(values, solo())) for values in exact_or_not]
 
 
@@ -90,8 +89,8 @@ def test_a_client_whose_loss_is_not_a_number_is_named_on_all_ranks(mpi: Mpi, tmp
     assert all("client 4, round" in line for line in lines)
 
 
-def test_a_rank_that_fails_alone_ends_all(mpi: Mpi) -> None:
-    done = mpi(3, str(JOBS / "crash.py"), timeout=60)
+def test_a_rank_that_fails_alone_ends_all(mpi: Mpi, tmp_path: Path) -> None:
+    done = mpi(3, str(JOBS / "crash.py"), str(tmp_path / "out"), timeout=60)
     assert done.returncode != 0
     assert "rank 1 failed; ending all ranks" in done.stderr
 

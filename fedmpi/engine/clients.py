@@ -1,4 +1,4 @@
-"""Which clients take part, where they run, what they keep, and how one trains.
+"""Which clients take part, where they run, and how one trains.
 
 Shape suffixes: C clients of a chunk, D parameters.
 """
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fedmpi import random
 from fedmpi.config import Config, Local
-from fedmpi.method import Compressor, State, stack
 from fedmpi.spec import Spec
 from fedmpi.tasks.data import Split
 from fedmpi.tasks.partitions import Partition
@@ -78,29 +77,6 @@ def place(clients: Tensor, work: Tensor, ranks: list[int], homes: bool) -> dict[
         positions[rank].append(position)
         heapq.heappush(load, (done + int(work[position]), rank))
     return {rank: torch.tensor(sorted(p), dtype=torch.int64) for rank, p in positions.items()}
-
-
-class ClientStore:
-    """Per-client state, made when a client first comes."""
-
-    def __init__(self, init: Callable[[], State]) -> None:
-        self._template = init()
-        self._states: dict[int, State] = {}
-
-    @property
-    def empty(self) -> bool:
-        """True when clients keep nothing."""
-        return not self._template
-
-    def get(self, clients_C: Tensor) -> State:
-        """Their states with the leading axis C."""
-        return stack([self._states.get(c, self._template) for c in clients_C.tolist()])
-
-    def put(self, clients_C: Tensor, state: State) -> None:
-        if self._template:
-            for i, client in enumerate(clients_C.tolist()):
-                # A row is cloned: a view would keep the whole chunk alive.
-                self._states[client] = {name: value[i].clone() for name, value in state.items()}
 
 
 class Update(NamedTuple):
@@ -171,8 +147,3 @@ class Trainer:
             total += loss.item() * len(chosen)
             seen += len(chosen)
         return total / seen
-
-
-def stores(up: Compressor) -> tuple[ClientStore, ClientStore]:
-    """The senders' and the receiver's stores for a compressor."""
-    return ClientStore(up.init), ClientStore(up.init_peer)

@@ -55,6 +55,11 @@ class Display:
             self._task = self._live.add_task("", total=rounds, info="")
             self._live.start()
 
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if text and self._enabled:
+            self._console.print(text, highlight=False)
+
     def round(self, line: dict[str, Any]) -> None:
         if not self._enabled:
             return

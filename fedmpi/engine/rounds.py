@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ import fedmpi
 from fedmpi import methods, random
 from fedmpi.comm.base import Comm, together
 from fedmpi.config import Config
-from fedmpi.engine.clients import ClientStore, Trainer, Update, cohort, place, survivors
+from fedmpi.engine.clients import Trainer, Update, cohort, place, survivors
 from fedmpi.engine.ledger import Ledger
 from fedmpi.engine.progress import Display
 from fedmpi.engine.record import Record
-from fedmpi.engine.sums import from_fixed, to_fixed
+from fedmpi.engine.store import ClientStore, fits, make_store
+from fedmpi.engine.sums import LARGEST, from_fixed, to_fixed
 from fedmpi.engine.topology import TOPOLOGIES
 from fedmpi.errors import CommError, FedMPIError, NumericalError
 from fedmpi.message import Message
-from fedmpi.method import Compressor, Context, Round
+from fedmpi.method import Compressor, Context, Round, State
 from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec
 from fedmpi.tasks import data, models, objectives, partitions
@@ -50,6 +51,7 @@ def run(config: Config, comm: Comm, out: Path | None = None, quiet: bool = False
         record = Record(out, config.plain()) if out is not None and comm.rank == 0 else None
     handshake(comm, config, simulation.spec)
     display = Display(config.method.name, config.rounds, enabled=comm.rank == 0 and not quiet)
+    display.say(simulation.memory)
     try:
         for t in range(config.rounds):
             line = simulation.round(t)
@@ -111,11 +113,14 @@ class Simulation:
         models.check_supported(model)
         self.spec = Spec.of(model)
         theta_D = self.spec.flatten(dict(model.named_parameters()))
-        self.method = methods.build(config.method, self.spec, Setup(config.seed, config.server.rule))
-        self.topology = TOPOLOGIES[config.topology](comm, self.method, theta_D, config.reproducible)
+        self.method = methods.build(
+            config.method, self.spec, Setup(config.seed, config.clients, config.server.rule)
+        )
+        self.clients, peers = self._store(self.method.up.init), self._store(self.method.up.init_peer)
+        self.memory = self._memory(peers)
+        self.topology = TOPOLOGIES[config.topology](comm, self.method, theta_D, config.reproducible, peers)
         self.objective = objectives.OBJECTIVES[config.loss]
         self.trainer = Trainer(model, self.spec, self.objective.loss, config.local, config.seed)
-        self.clients = ClientStore(self.method.up.init)
         self.ledger = Ledger(config.clients)
         # Clients that keep state stay on the rank that keeps it.
         self.homes = not self.clients.empty
@@ -124,6 +129,23 @@ class Simulation:
         self.counts: dict[str, int] = dict.fromkeys(self.method.up.counters, 0)
         self.accuracy = self.test_loss = float("nan")
         self.started = time.monotonic()
+
+    def _store(self, init: Callable[[], State]) -> ClientStore:
+        config = self.config
+        return make_store(init, config.store, config.clients, config.store_folder)
+
+    def _memory(self, peers: ClientStore) -> str:
+        """What clients' state will need on this machine; "" where they keep nothing.
+
+        Raises:
+          ConfigError: it would not fit.
+        """
+        config, comm = self.config, self.comm
+        come = min(config.clients, config.rounds * config.cohort_size)
+        need = self.clients.row * come * comm.local_size // comm.size
+        if config.topology == "aggregator" and comm.rank < comm.local_size:  # rank 0's machine
+            need += peers.row * come
+        return fits(config.store, need, config.store_folder) if need else ""
 
     def round(self, t: int) -> dict[str, Any]:
         """One round; returns its line of metrics."""
@@ -205,7 +227,7 @@ class Simulation:
     def _train(self, clients_C: Tensor, now: Round) -> tuple[Context, Update]:
         theta_D = self.topology.parameters()
         update = self.trainer.train(theta_D, self.data.train, self.partition, clients_C, now.t)
-        finite_C = update.loss_C.isfinite() & update.g_CD.sum(1).isfinite()
+        finite_C = (update.loss_C.abs() <= LARGEST) & update.g_CD.sum(1).isfinite()
         if not bool(finite_C.all()):
             bad = int(clients_C[~finite_C][0])
             raise NumericalError(
@@ -234,14 +256,15 @@ class Simulation:
         model, test = self.trainer.model, self.data.test
         self.trainer.theta_D.copy_(self.topology.parameters())
         model.eval()
-        sums = torch.zeros(2, dtype=torch.int64)
         batches = torch.arange(len(test.y)).split(_TEST_BATCH)
-        for index in batches[self.comm.rank :: self.comm.size]:
-            logits, y = model(test.x[index]), test.y[index]
-            sums[0] += self.objective.correct(logits, y)
-            sums[1] += to_fixed(self.objective.loss(logits, y).double() * len(index))
+        # A place a batch, of which each rank fills its own: the sum over ranks is exact in any order.
+        sums = torch.zeros(2, len(batches), dtype=torch.float64)
+        for b in range(self.comm.rank, len(batches), self.comm.size):
+            logits, y = model(test.x[batches[b]]), test.y[batches[b]]
+            sums[0, b] = self.objective.correct(logits, y)
+            sums[1, b] = self.objective.loss(logits, y).double() * len(y)
         self.comm.sum([sums])
-        return int(sums[0]) / len(test.y), float(from_fixed(sums[1])) / len(test.y)
+        return float(sums[0].sum()) / len(test.y), float(sums[1].sum()) / len(test.y)
 
     def summary(self) -> dict[str, Any]:
         """What the run came to (the same on every rank)."""

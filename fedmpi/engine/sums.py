@@ -14,7 +14,7 @@ from fedmpi.comm.base import Comm
 from fedmpi.errors import NumericalError
 
 _FRACTION = 40
-_LARGEST = 2.0**22
+LARGEST = 2.0**22
 
 
 def to_fixed(values: Tensor) -> Tensor:
@@ -35,6 +35,7 @@ class Sum:
         votes = next(t for t in (torch.int8, torch.int16, torch.int32) if terms <= torch.iinfo(t).max)
         dtype = votes if integer else torch.int64 if exact else torch.float32
         self.total_S = torch.zeros(size, dtype=dtype)
+        self.largest = LARGEST / max(terms, 1)  # so that no partial sum, on any rank, can wrap
 
     def add(self, v_CS: Tensor, weights_C: Tensor) -> None:
         """Add C vectors with float64 weights (ignored for votes).
@@ -48,9 +49,9 @@ class Sum:
             for v_S, weight in zip(v_CS, weights_C.tolist(), strict=True):
                 weighted_S = v_S.double() * weight
                 largest = float(weighted_S.abs().amax()) if len(weighted_S) else 0.0
-                if largest > _LARGEST:
+                if not largest <= self.largest:
                     raise NumericalError(
-                        f"reproducible: expected weighted values up to {_LARGEST:.0f}, got {largest:.3g}"
+                        f"reproducible: expected weighted values up to {self.largest:.3g}, got {largest:.3g}"
                     )
                 self.total_S += to_fixed(weighted_S)
         else:

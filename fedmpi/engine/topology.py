@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from fedmpi.comm.base import Comm
-from fedmpi.engine.clients import ClientStore
+from fedmpi.comm.base import Comm, together
+from fedmpi.engine.store import ClientStore
 from fedmpi.engine.sums import Sum
 from fedmpi.message import Message, concat, from_bytes, to_bytes
 from fedmpi.method import Compressor, Context, Method, Round, State, believed
@@ -68,7 +68,7 @@ class AllReduce(Topology):
     """Ranks are peers: each decodes and sums its own clients, the sums are all-reduced, and every rank
     holds the server. The receiver's per-client state lives beside its sender's, which it equals."""
 
-    def __init__(self, comm: Comm, method: Method, theta_D: Tensor, exact: bool) -> None:
+    def __init__(self, comm: Comm, method: Method, theta_D: Tensor, exact: bool, peers: ClientStore) -> None:
         super().__init__(comm, method, exact)
         self.state, self.workers = method.server.init(theta_D), list(range(comm.size))
 
@@ -100,12 +100,12 @@ class Aggregator(Topology):
     """Rank 0 aggregates and trains nobody (alone, it does both); the others send it their clients'
     messages and get the download of a client that has seen every round."""
 
-    def __init__(self, comm: Comm, method: Method, theta_D: Tensor, exact: bool) -> None:
+    def __init__(self, comm: Comm, method: Method, theta_D: Tensor, exact: bool, peers: ClientStore) -> None:
         super().__init__(comm, method, exact)
         server = method.server
         self.workers = list(range(1, comm.size)) or [0]
         self.state = server.init(theta_D) if comm.rank == 0 else server.view(theta_D)
-        self.peers = ClientStore(method.up.init_peer)
+        self.peers = peers
 
     def start(
         self, up: Compressor, clients: Tensor, weights: Tensor, placed: dict[int, Tensor], round: Round
@@ -119,12 +119,12 @@ class Aggregator(Topology):
     def _gather(self) -> Tensor | None:
         """The sum of all ranks' messages on rank 0."""
         inbox = self.comm.gather(to_bytes(concat(self._outbox)) if self._outbox else b"")
-        if self.comm.rank != 0:
-            return None
-        total = self.sum()
-        for rank, frame in enumerate(inbox):
-            self._absorb(total, frame, self.placed.get(rank, self.clients[:0]))
-        return total.value()
+        total = self.sum() if self.comm.rank == 0 else None
+        with together(self.comm, "aggregating"):  # a message that cannot be read must end the senders, too
+            for rank, frame in enumerate(inbox):
+                assert total is not None  # only rank 0 got frames
+                self._absorb(total, frame, self.placed.get(rank, self.clients[:0]))
+        return total.value() if total else None
 
     def _absorb(self, total: Sum, frame: bytes, positions: Tensor) -> None:
         if not len(positions):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ class Setup:
     """What a method is built for, besides its options and the model."""
 
     seed: int = 0
+    clients: int | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
 
 
@@ -52,7 +53,8 @@ class Entry:
       sums: what is added up over clients and ranks.
       source: where the algorithm comes from.
       wraps: the methods that it can be laid over (its option ``inner``); "any" for all that wrap none.
-      example: options for a small model (some thousand parameters); the conformance suite runs these.
+      example: options for a small model (some thousand parameters); the conformance suite runs these,
+      variants: and, by name, these options on top of them.
     """
 
     options: type[Options]
@@ -63,6 +65,7 @@ class Entry:
     source: str
     wraps: Literal["any"] | tuple[str, ...] = ()
     example: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def count_of(name: str, ratio: float | None, k: int | None, size: int) -> int:
@@ -97,8 +100,12 @@ class MeanServer(Server):
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         u_D, memory = self.optimizer.direction(unnest(state, "optimizer."), mean_S)
-        theta_D, version = state["theta"].add(u_D, alpha=-round.lr), state["version"] + 1
-        new = {"theta": theta_D, "version": version, **nest(memory, "optimizer.")}
+        return self.moved(state, state["theta"].add(u_D, alpha=-round.lr)) | nest(memory, "optimizer.")
+
+    def moved(self, state: State, theta_D: Tensor) -> State:
+        """Parameters, version and changes after a step from ``state`` to ``theta_D``."""
+        version = state["version"] + 1
+        new = {"theta": theta_D, "version": version}
         if self.sparse:
             new["changed"] = torch.where(theta_D != state["theta"], version.int(), state["changed"])
         return new
@@ -107,28 +114,36 @@ class MeanServer(Server):
         return {"theta": theta_D, "version": torch.tensor(0)}
 
     def download(self, state: State, seen: int) -> Message:
-        arrays = {"theta": state["theta"][None]}
         if self.sparse:
-            changed_D = state["changed"] > seen
-            index_K = changed_D.nonzero()[:, 0]
-            width = bits.index_width(self.size)
-            positions = min(bits.nbytes(len(index_K), width), bits.nbytes(self.size))
-            if 4 * len(index_K) + positions < 4 * self.size:
-                arrays["theta"] = state["theta"][index_K][None]
-                if positions == bits.nbytes(self.size):
-                    arrays["map"] = bits.pack(changed_D[None])
-                else:
-                    arrays["index"] = bits.pack_integers(index_K[None], width)
-        return Message(arrays)
+            return Message(pack_changes(state["theta"], state["changed"] > seen))
+        return Message({"theta": state["theta"][None]})
 
     def reconcile(self, view: State, message: Message, version: int) -> State:
-        arrays = message.arrays
-        new = {"theta": arrays["theta"][0], "version": torch.tensor(version)}
-        if "map" in arrays:
-            changed_D = bits.unpack(arrays["map"], self.size)[0]
-            new["theta"] = view["theta"].masked_scatter(changed_D, arrays["theta"][0])
-        elif "index" in arrays:
-            values_K = arrays["theta"][0]
-            index_K = bits.unpack_integers(arrays["index"], len(values_K), bits.index_width(self.size))[0]
-            new["theta"] = view["theta"].scatter(0, index_K, values_K)
-        return new
+        theta_D = apply_changes(view["theta"], message.arrays)
+        return {"theta": theta_D, "version": torch.tensor(version)}
+
+
+def pack_changes(theta_D: Tensor, changed_D: Tensor) -> dict[str, Tensor]:
+    """The arrays of a download that brings whoever holds the unchanged entries to ``theta_D``: the changed values
+    and their positions, as indices or as a bit map, or all values, whichever is smallest."""
+    size, index_K = len(theta_D), changed_D.nonzero()[:, 0]
+    width = bits.index_width(size)
+    positions = min(bits.nbytes(len(index_K), width), bits.nbytes(size))
+    if 4 * len(index_K) + positions >= 4 * size:
+        return {"theta": theta_D[None]}
+    values = {"theta": theta_D[index_K][None]}
+    if positions == bits.nbytes(size):
+        return values | {"map": bits.pack(changed_D[None])}
+    return values | {"index": bits.pack_integers(index_K[None], width)}
+
+
+def apply_changes(theta_D: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+    """The parameters after a download that :func:`pack_changes` made."""
+    values_K = arrays["theta"][0]
+    if "map" in arrays:
+        return theta_D.masked_scatter(bits.unpack(arrays["map"], len(theta_D))[0], values_K)
+    if "index" in arrays:
+        width = bits.index_width(len(theta_D))
+        index_K = bits.unpack_integers(arrays["index"], len(values_K), width)[0]
+        return theta_D.scatter(0, index_K, values_K)
+    return values_K

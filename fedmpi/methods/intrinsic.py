@@ -1,9 +1,16 @@
-"""Intrinsic gradient compression: gradients as coordinates in a random subspace known to all.
+"""Intrinsic gradient compression: gradients as coordinates in random subspaces known to all.
 
 Source: Melas-Kyriazi and Wang, "Intrinsic Gradient Compression for Scalable and Efficient Federated
-Learning", Algorithm 1 (static). Clients send S = Aᵀg, the server keeps Σ ∈ R^d with Σ ← Σ − η·mean(S), and
-θ = θ₀ + AΣ is evaluated afresh from Σ by server and client alike: incremental updates would
-drift apart in float32.
+Learning": Algorithm 1 (static), 2 (time-varying), 3 (K-varying). Readings, where the paper is terse:
+
+- θ = (θ at the epoch's start) + Σ_k A^(k) Σ^(k) is evaluated afresh from the coordinates, by server and
+  client alike: the paper's incremental updates would drift apart in float32.
+- A client that last came in epoch q gets Σ_q^final (where Algorithm 2 subtracts Σ^last, which is as long), the
+  final Σ of each epoch that it missed, and the current Σ_e. The algorithms, taken literally, leave
+  missed epochs out, which goes wrong under random sampling.
+- Coordinates are averaged over the round's W clients, not over those that drew the same k.
+
+Shape suffixes: C clients, D parameters, d subspace dimension, K subspaces, S = K·d, E epochs.
 """
 
 from __future__ import annotations
@@ -16,7 +23,7 @@ from pydantic import Field as Option
 from torch import Tensor
 
 from fedmpi import random
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, Round, Server, State, nest, unnest
 from fedmpi.methods.base import Entry, Options, Setup
@@ -26,10 +33,20 @@ from fedmpi.spec import Spec
 
 
 class IntrinsicOptions(Options):
-    dim: int = Option(ge=1, description="d, the subspace's dimension")
-    schedule: Literal["static"] = Option("static", description="one subspace for the whole run")
-    matrix: Literal["fastfood", "dense"] = Option(
-        "fastfood", description="A: fastfood, or dense (D·d memory, for small models)"
+    dim: int = Option(ge=1, description="d, a subspace's dimension")
+    schedule: Literal["static", "time_varying", "k_varying"] = Option(
+        "static",
+        description="static: one subspace; time_varying: a new one each epoch; k_varying: K new ones each "
+        "epoch, of which each client draws one a round",
+    )
+    subspaces: int | None = Option(None, ge=1, le=65536, description="K, with k_varying (default 8)")
+    redraw: bool = Option(True, description="k_varying: new subspaces each epoch; false keeps the first K")
+    matrix: Literal["fastfood", "dense", "hashed"] = Option(
+        "fastfood",
+        description="A: fastfood, dense (D·d memory, for small models), hashed (one non-zero a row: fastest)",
+    )
+    orthonormal: bool = Option(
+        False, description="matrix: dense with orthonormal columns (lossless at d = D)"
     )
     scale: Literal["unbiased", "isometry"] = Option(
         "unbiased",
@@ -38,55 +55,145 @@ class IntrinsicOptions(Options):
     )
 
 
+class Subspaces:
+    """The matrices A_e^(k): functions of the seed, the epoch (where they are redrawn) and k."""
+
+    def __init__(self, spec: Spec, options: IntrinsicOptions, seed: int) -> None:
+        self.size, self.dim = spec.size, options.dim
+        self.count = (options.subspaces or 8) if options.schedule == "k_varying" else 1
+        self.redrawn = options.schedule == "time_varying" or (
+            options.schedule == "k_varying" and options.redraw
+        )
+        self._factor = math.sqrt(options.dim / spec.size) if options.scale == "isometry" else 1.0
+        self._matrix, self._seed = MATRICES["orthonormal" if options.orthonormal else options.matrix], seed
+
+    def at(self, epoch: int, k: int) -> Embedding:
+        key = random.key(self._seed, epoch if self.redrawn else 0, k, "subspace")
+        return self._matrix(self.size, self.dim, key, self._factor)
+
+    def lift(self, v_CS: Tensor, epoch: int) -> Tensor:
+        """Σ_k A^(k) v^(k) for each row, ``(C, D)``."""
+        total_CD = v_CS.new_zeros(len(v_CS), self.size)
+        for k, v_Cd in enumerate(v_CS.split(self.dim, 1)):
+            if bool(v_Cd.any()):
+                total_CD += self.at(epoch, k).lift(v_Cd)
+        return total_CD
+
+
 class Coordinates(Compressor):
-    """Sends Aᵀg: d numbers."""
+    """Sends A^(k)ᵀ g: d numbers, and with several subspaces the number k, drawn by the client's key."""
 
-    additive = True
-
-    def __init__(self, spec: Spec, embedding: Embedding) -> None:
-        super().__init__(spec, embedding.dim)
-        self.embedding = embedding
+    def __init__(self, spec: Spec, subspaces: Subspaces) -> None:
+        super().__init__(spec, subspaces.count * subspaces.dim)
+        self.additive = subspaces.count == 1
+        self.subspaces = subspaces
+        self._tag = torch.uint8 if subspaces.count <= 256 else torch.int32
 
     def layout(self) -> Layout:
-        return {"coordinates": Field(torch.float32, (self.size,))}
+        layout = {"coordinates": Field(torch.float32, (self.subspaces.dim,))}
+        return layout if self.subspaces.count == 1 else layout | {"subspace": Field(self._tag)}
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
-        return Message({"coordinates": self.embedding.project(g_CD)}), state
+        subspaces, epoch = self.subspaces, ctx.round.epoch
+        if subspaces.count == 1:
+            return Message({"coordinates": subspaces.at(epoch, 0).project(g_CD)}), state
+        k_C = random.integers(ctx.keys("subspace"), 1, subspaces.count)[:, 0]
+        coordinates_Cd = g_CD.new_empty(len(g_CD), subspaces.dim)
+        for k in k_C.unique().tolist():
+            coordinates_Cd[k_C == k] = subspaces.at(epoch, k).project(g_CD[k_C == k])
+        return Message({"coordinates": coordinates_Cd, "subspace": k_C.to(self._tag)}), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
-        return message.arrays["coordinates"], peer
+        coordinates_Cd = message.arrays["coordinates"]
+        if self.subspaces.count == 1:
+            return coordinates_Cd, peer
+        k_C = message.arrays["subspace"].long()
+        if len(k_C) and not 0 <= int(k_C.min()) <= int(k_C.max()) < self.subspaces.count:
+            raise MessageError(
+                f"message: subspace {int(k_C.max())}, expected 0 to {self.subspaces.count - 1}"
+            )
+        v_CKd = coordinates_Cd.new_zeros(len(k_C), self.subspaces.count, self.subspaces.dim)
+        v_CKd[torch.arange(len(k_C)), k_C] = coordinates_Cd
+        return v_CKd.flatten(1), peer
 
     def lift(self, v_CS: Tensor, ctx: Context) -> Tensor:
-        return self.embedding.lift(v_CS)
+        return self.subspaces.lift(v_CS, ctx.round.epoch)
 
 
-class StaticServer(Server):
-    """Algorithm 1's server; its optimizer works on the coordinates. A client downloads Σ, whenever it last came."""
+class SubspaceServer(Server):
+    """Keeps Σ of the current epoch and the final Σ of each epoch before; its optimizer works on coordinates
+    and starts afresh with each new subspace, so that the parameters never leave it.
 
-    def __init__(self, embedding: Embedding, optimizer: Optimizer) -> None:
-        self.embedding, self.optimizer = embedding, optimizer
+    A client downloads the current Σ (S numbers), after Σ_q^final … Σ_{e−1}^final if it last came in epoch
+    q < e: (e − q + 1)·S, or, where that is smaller, θ at the epoch's start instead of the finals: D + S.
+    """
 
-    def init(self, theta_D: Tensor) -> State:
-        return self.view(theta_D) | nest(self.optimizer.init(self.embedding.dim), "optimizer.")
+    def __init__(self, subspaces: Subspaces, optimizer: Optimizer) -> None:
+        self.subspaces, self.optimizer = subspaces, optimizer
+        self.width = subspaces.count * subspaces.dim
 
     def view(self, theta_D: Tensor) -> State:
-        sigma_d = torch.zeros(self.embedding.dim)
-        return {"theta0": theta_D, "theta": theta_D, "sigma": sigma_d, "version": torch.tensor(0)}
+        return {
+            "base": theta_D,  # θ at the epoch's start
+            "theta": theta_D,
+            "sigma": torch.zeros(self.width),
+            "epoch": torch.tensor(0),  # of sigma
+            "version": torch.tensor(0),
+        }
+
+    def init(self, theta_D: Tensor) -> State:
+        history = {
+            "finals": torch.zeros(0, self.width),  # (E, S)
+            "starts": torch.zeros(1, dtype=torch.int64),  # (E + 1,) the version at each epoch's start
+        }
+        return self.view(theta_D) | history | nest(self.optimizer.init(self.width), "optimizer.")
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
-        u_d, memory = self.optimizer.direction(unnest(state, "optimizer."), mean_S)
-        new = self._at(state, state["sigma"].add(u_d, alpha=-round.lr), state["version"] + 1)
+        u_S, memory = self.optimizer.direction(unnest(state, "optimizer."), mean_S)
+        epoch, version = state["epoch"], state["version"] + 1
+        sigma_S = state["sigma"].add(u_S, alpha=-round.lr)
+        theta_D = self._theta(state["base"], sigma_S, int(epoch))
+        new = state | {"theta": theta_D, "sigma": sigma_S, "version": version}
+        if self.subspaces.redrawn and round.ends_epoch:
+            new |= {
+                "base": theta_D,
+                "sigma": torch.zeros(self.width),
+                "epoch": epoch + 1,
+                "finals": torch.cat([state["finals"], sigma_S[None]]),
+                "starts": torch.cat([state["starts"], version[None]]),
+            }
+            memory = self.optimizer.init(self.width)
         return new | nest(memory, "optimizer.")
 
-    def _at(self, state: State, sigma_d: Tensor, version: Tensor) -> State:
-        theta_D = state["theta0"] + self.embedding.lift(sigma_d[None])[0]
-        return {"theta0": state["theta0"], "theta": theta_D, "sigma": sigma_d, "version": version}
+    def _theta(self, base_D: Tensor, sigma_S: Tensor, epoch: int) -> Tensor:
+        return base_D + self.subspaces.lift(sigma_S[None], epoch)[0]
 
     def download(self, state: State, seen: int) -> Message:
-        return Message({"sigma": state["sigma"][None]})
+        last = int(torch.searchsorted(state["starts"], seen, right=True)) - 1
+        finals_ES = state["finals"][last:]
+        arrays = {"sigma": state["sigma"][None]}
+        if finals_ES.numel() > self.subspaces.size:
+            arrays |= {"base": state["base"][None], "epoch": state["epoch"].int()[None]}
+        elif len(finals_ES):
+            arrays["finals"] = finals_ES[None]
+        return Message(arrays)
 
     def reconcile(self, view: State, message: Message, version: int) -> State:
-        return self._at(view, message.arrays["sigma"][0], torch.tensor(version))
+        arrays = message.arrays
+        base_D, epoch = view["base"], int(view["epoch"])
+        if "finals" in arrays:
+            for final_S in arrays["finals"][0]:
+                base_D, epoch = self._theta(base_D, final_S, epoch), epoch + 1
+        if "base" in arrays:
+            base_D, epoch = arrays["base"][0], int(arrays["epoch"][0])
+        sigma_S = arrays["sigma"][0]
+        return {
+            "base": base_D,
+            "theta": self._theta(base_D, sigma_S, epoch),
+            "sigma": sigma_S,
+            "epoch": torch.tensor(epoch),
+            "version": torch.tensor(version),
+        }
 
 
 def build(options: IntrinsicOptions, spec: Spec, setup: Setup) -> Method:
@@ -94,18 +201,24 @@ def build(options: IntrinsicOptions, spec: Spec, setup: Setup) -> Method:
         raise ConfigError(
             f"method.dim: expected at most D = {spec.size} (the model's parameters), got {options.dim}"
         )
-    factor = math.sqrt(options.dim / spec.size) if options.scale == "isometry" else 1.0
-    key = random.key(setup.seed, stream="subspace")
-    embedding = MATRICES[options.matrix](spec.size, options.dim, key, factor)
-    return Method(Coordinates(spec, embedding), StaticServer(embedding, setup.optimizer))
+    if options.orthonormal and options.matrix != "dense":
+        raise ConfigError(f"method.orthonormal: expected matrix: dense, got {options.matrix}")
+    if options.subspaces is not None and options.schedule != "k_varying":
+        raise ConfigError(f"method.subspaces: expected schedule: k_varying, got {options.schedule}")
+    subspaces = Subspaces(spec, options, setup.seed)
+    return Method(Coordinates(spec, subspaces), SubspaceServer(subspaces, setup.optimizer))
 
 
 ENTRY = Entry(
     IntrinsicOptions,
     build,
-    summary="d coordinates in a shared random subspace",
+    summary="d coordinates in shared random subspaces: static, time-varying, K-varying",
     keeps="nothing",
-    sums="d",
-    source="Melas-Kyriazi and Wang, Algorithm 1",
+    sums="K·d (static, time-varying: d)",
+    source="Melas-Kyriazi and Wang, Algorithms 1, 2, 3",
     example={"dim": 64},
+    variants={
+        "time-varying": {"schedule": "time_varying", "matrix": "hashed"},
+        "k-varying": {"schedule": "k_varying", "subspaces": 3, "dim": 20},
+    },
 )

@@ -8,14 +8,14 @@ which the inner method sums, so that over subspace coordinates a look-back gradi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, SerializeAsAny, field_validator
 from pydantic import Field as Option
-from pydantic import SerializeAsAny, field_validator
 from torch import Tensor
 
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, State, believed, nest, unnest
 from fedmpi.methods.base import Entry, FeedbackOptions, Options, Setup
@@ -23,11 +23,42 @@ from fedmpi.methods.feedback import Feedback
 from fedmpi.spec import Spec
 
 
+class DeltaSquared(BaseModel):
+    """Theorem 1's condition instead of a fixed δ: sin²α ≤ Δ² / ‖d‖², with d = v/τ the normalised gradient."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    delta_sq: float = Option(gt=0, description="Δ²; Corollary 1 asks for at most η = 1/√(τT)")
+
+
 class LookBackOptions(FeedbackOptions):
-    threshold: float = Option(0.2, ge=0, le=1, description="δ: a scalar is sent when sin²α ≤ δ")
+    threshold: float | tuple[float, ...] | DeltaSquared = Option(
+        0.2,
+        description="δ: a scalar is sent when sin²α ≤ δ; a list gives each client its own; "
+        "{delta_sq: …} is Theorem 1's condition",
+    )
+    scope: Literal["model", "tensor"] = Option(
+        "model", description="decide for the whole model (the paper's text), or for each tensor (its code)"
+    )
+    keep: Literal["exact", "half", "message"] = Option(
+        "exact",
+        description="how both ends keep a look-back gradient: float32; bfloat16; or as the inner message, "
+        "which is as small as what was sent",
+    )
     inner: SerializeAsAny[Options] = Option(
         Options(name="dense"), description="the method whose messages it recycles"
     )
+
+    @field_validator("threshold")
+    @classmethod
+    def _range(
+        cls, value: float | tuple[float, ...] | DeltaSquared
+    ) -> float | tuple[float, ...] | DeltaSquared:
+        for delta in (
+            () if isinstance(value, DeltaSquared) else value if isinstance(value, tuple) else (value,)
+        ):
+            if not 0 <= delta <= 1:
+                raise ValueError("expected δ from 0 to 1")
+        return value
 
     @field_validator("inner", mode="before")
     @classmethod
@@ -45,10 +76,16 @@ class LookBack(Compressor):
     full, and so is one where v or l has norm zero (ρ and α are undefined).
     """
 
-    def __init__(self, inner: Compressor, threshold: float) -> None:
+    def __init__(self, inner: Compressor, options: LookBackOptions) -> None:
         super().__init__(inner.spec, inner.size)
-        self.inner, self.threshold = inner, threshold
+        self.inner, self.threshold, self.keep = inner, options.threshold, options.keep
         self.counters = ("scalars", *inner.counters)
+        self._ragged = {name for name, field in inner.layout().items() if field.ragged}
+        if self.keep == "message" and (self._ragged or inner.init_peer() or not inner.replayable):
+            raise ConfigError(
+                "method.keep: message is for inner methods whose messages have one size and can be decoded "
+                "again later; expected exact or half"
+            )
 
     def init(self) -> State:
         return {**self._own(), **nest(self.inner.init())}
@@ -57,63 +94,87 @@ class LookBack(Compressor):
         return {**self._own(), **nest(self.inner.init_peer())}
 
     def _own(self) -> State:
-        # An empty look-back gradient is all zeros: its norm says that there is none.
-        return {"lookback": torch.zeros(self.size)}
+        """What stands for the look-back gradient; all zeros, whose norm says that there is none."""
+        if self.keep == "message":
+            kept = {n: torch.zeros(f.row, dtype=f.dtype) for n, f in self.inner.layout().items()}
+            return {"held": torch.zeros((), dtype=torch.uint8), **nest(kept, "kept.")}
+        dtype = torch.bfloat16 if self.keep == "half" else torch.float32
+        return {"lookback": torch.zeros(self.size, dtype=dtype)}
+
+    def _load(self, state: State, ctx: Context) -> Tensor:
+        """The look-back gradients ``(C, S)`` that a state holds."""
+        if self.keep != "message":
+            return state["lookback"].float()
+        v_CS, _ = self.inner.decompress(Message(unnest(state, "kept.")), {}, ctx)
+        return v_CS.float() * state["held"][:, None]
+
+    def _store(self, state: State, full: Tensor, v_CS: Tensor, inner: Message) -> State:
+        """This part of a state after the clients ``full`` sent ``inner``, decoded ``v_CS``, in full."""
+        if self.keep != "message":
+            kept = {"lookback": v_CS.to(state["lookback"].dtype)}
+        else:
+            held = torch.ones(len(full), dtype=torch.uint8)
+            kept = {"held": held, **nest(inner.arrays, "kept.")}
+        return {name: state[name].index_copy(0, full, rows) for name, rows in kept.items()}
+
+    def _threshold(self, vv_C: Tensor, ctx: Context) -> Tensor | float:
+        if isinstance(self.threshold, DeltaSquared):
+            return self.threshold.delta_sq * ctx.steps_C.double() ** 2 / vv_C
+        if isinstance(self.threshold, tuple):
+            return torch.tensor(self.threshold, dtype=torch.float64)[ctx.clients_C]
+        return self.threshold
 
     def layout(self) -> Layout:
         inner = {f"inner.{name}": field._replace(ragged=True) for name, field in self.inner.layout().items()}
         return {"scalar": Field(torch.uint8), "rho": Field(torch.float32, (), ragged=True), **inner}
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
-        before, lookback_CS = unnest(state), state["lookback"]
+        before = unnest(state)
         message, after = self.inner.compress(g_CD, before, ctx)
         v_CS, _ = self.inner.decompress(message, believed(self.inner, before), ctx)
         v_CS = v_CS.float()
         # float64: in float32 the cancellation in 1 − cos² would hide every α below about 0.02.
-        v, lb = v_CS.double(), lookback_CS.double()
+        v, lb = v_CS.double(), self._load(state, ctx).double()
         dot_C, vv_C, ll_C = (v * lb).sum(1), (v * v).sum(1), (lb * lb).sum(1)
-        defined_C = (vv_C > 0) & (ll_C > 0)
         sin2_C = (1 - dot_C * dot_C / (vv_C * ll_C)).clamp(0, 1)
-        scalar_C = defined_C & (sin2_C <= self.threshold)
+        scalar_C = (vv_C > 0) & (ll_C > 0) & (sin2_C <= self._threshold(vv_C, ctx))
         full = (~scalar_C).nonzero()[:, 0]
         sent = message.select(full)
-        ones_C = scalar_C.long()
         arrays = {"scalar": scalar_C.to(torch.uint8), "rho": (dot_C / ll_C)[scalar_C].float()}
-        lengths = {"rho": ones_C}
+        lengths = {"rho": scalar_C.long()}
         for name, array in sent.arrays.items():
             arrays[f"inner.{name}"] = array
-            rows_C = 1 - ones_C
-            if name in sent.lengths:
-                rows_C = rows_C.clone()
-                rows_C[full] = sent.lengths[name]
-            lengths[f"inner.{name}"] = rows_C
-        new = {"lookback": torch.where(scalar_C[:, None], lookback_CS, v_CS), **nest(after)}
+            rows = sent.lengths.get(name, torch.ones_like(full))
+            lengths[f"inner.{name}"] = torch.zeros(len(v), dtype=torch.int64).index_copy(0, full, rows)
+        new = {**self._store(state, full, v_CS[full], sent), **nest(after)}
         return Message(arrays, lengths), new
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
+        self._check(message)
         scalar_C = message.arrays["scalar"].bool()
         full = (~scalar_C).nonzero()[:, 0]
-        v_CS = peer["lookback"].clone()
-        v_CS[scalar_C] *= message.arrays["rho"][:, None]
-        new = {
-            "lookback": peer["lookback"].clone(),
-            **{n: p.clone() for n, p in peer.items() if n != "lookback"},
-        }
-        if len(full):
-            inner = Message(
-                unnest(message.arrays),
-                {
-                    name.removeprefix("inner."): rows_C[full]
-                    for name, rows_C in message.lengths.items()
-                    if name.startswith("inner.") and self.inner.layout()[name.removeprefix("inner.")].ragged
-                },
-            )
-            inner_peer = {name: value[full] for name, value in unnest(peer).items()}
-            decoded, inner_peer = self.inner.decompress(inner, inner_peer, ctx.select(full))
-            v_CS[full] = new["lookback"][full] = decoded.float()
-            for name, value in nest(inner_peer).items():
-                new[name][full] = value
-        return v_CS, new
+        sent = Message(
+            {name: message.arrays[f"inner.{name}"] for name in self.inner.layout()},
+            {name: message.lengths[f"inner.{name}"][full] for name in self._ragged},
+        )
+        inner_peer = {name: value[full] for name, value in unnest(peer).items()}
+        v_FS, inner_peer = self.inner.decompress(sent, inner_peer, ctx.select(full))
+        v_FS = v_FS.float()
+        rho_C = torch.ones(len(scalar_C)).masked_scatter(scalar_C, message.arrays["rho"])
+        v_CS = self._load(peer, ctx) * rho_C[:, None]
+        new = {name: peer[name].index_copy(0, full, rows) for name, rows in nest(inner_peer).items()}
+        return v_CS.index_copy(0, full, v_FS), {**self._store(peer, full, v_FS, sent), **new}
+
+    def _check(self, message: Message) -> None:
+        """Raises MessageError when row counts do not fit the tags."""
+        tag_C = message.arrays["scalar"].long()
+        for name, rows_C in message.lengths.items():
+            if name.removeprefix("inner.") in self._ragged:
+                fits = not bool(rows_C[tag_C == 1].any())
+            else:
+                fits = torch.equal(rows_C, tag_C if name == "rho" else 1 - tag_C)
+            if not fits:
+                raise MessageError(f"message: the row counts of {name} do not fit the clients' tags")
 
     def lift(self, v_CS: Tensor, ctx: Context) -> Tensor:
         return self.inner.lift(v_CS, ctx)
@@ -122,15 +183,70 @@ class LookBack(Compressor):
         return {"scalars": int(message.arrays["scalar"].sum()), **dict.fromkeys(self.inner.counters, 0)}
 
 
+class PerTensor(Compressor):
+    """One compressor a tensor, each deciding for itself; their messages travel together."""
+
+    def __init__(self, spec: Spec, parts: list[Compressor]) -> None:
+        super().__init__(spec)
+        self.parts = parts
+        self.counters = ("scalars", "scalar_tensors")
+
+    def init(self) -> State:
+        return self._merge([part.init() for part in self.parts])
+
+    def init_peer(self) -> State:
+        return self._merge([part.init_peer() for part in self.parts])
+
+    @staticmethod
+    def _merge(states: list[State]) -> State:
+        return {f"{i}.{name}": value for i, state in enumerate(states) for name, value in state.items()}
+
+    def layout(self) -> Layout:
+        layouts = enumerate(part.layout() for part in self.parts)
+        return {f"{i}.{name}": field for i, layout in layouts for name, field in layout.items()}
+
+    def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
+        arrays: dict[str, Tensor] = {}
+        lengths: dict[str, Tensor] = {}
+        states = []
+        for i, (part, g) in enumerate(zip(self.parts, g_CD.split(self.spec.sizes, 1), strict=True)):
+            message, after = part.compress(g, unnest(state, f"{i}."), ctx.within(i))
+            arrays |= nest(message.arrays, f"{i}.")
+            lengths |= nest(message.lengths, f"{i}.")
+            states.append(after)
+        return Message(arrays, lengths), self._merge(states)
+
+    def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
+        values, states = [], []
+        for i, part in enumerate(self.parts):
+            own = Message(unnest(message.arrays, f"{i}."), unnest(message.lengths, f"{i}."))
+            v, after = part.decompress(own, unnest(peer, f"{i}."), ctx.within(i))
+            values.append(v)
+            states.append(after)
+        return torch.cat(values, 1), self._merge(states)
+
+    def count(self, message: Message) -> dict[str, int]:
+        scalar_TC = torch.stack([message.arrays[f"{i}.scalar"] for i in range(len(self.parts))])
+        return {"scalars": int(scalar_TC.all(0).sum()), "scalar_tensors": int(scalar_TC.sum())}
+
+
 def build(options: LookBackOptions, spec: Spec, setup: Setup) -> Method:
     from fedmpi import methods
 
-    inner = methods.build(options.inner, spec, setup)
-    up = LookBack(inner.up, options.threshold)
-    if options.feedback and up.size != spec.size:
+    if isinstance(options.threshold, tuple) and setup.clients not in (None, len(options.threshold)):
         raise ConfigError(
-            "method.feedback: expected an inner method that sums D numbers, this one sums fewer"
+            f"method.threshold: expected one δ a client, {setup.clients}, got {len(options.threshold)}"
         )
+    inner = methods.build(options.inner, spec, setup)
+    if (options.feedback or options.scope == "tensor") and inner.up.size != spec.size:
+        which = "feedback" if options.feedback else "scope"
+        raise ConfigError(
+            f"method.{which}: expected an inner method that sums D numbers, this one sums fewer"
+        )
+    up: Compressor = LookBack(inner.up, options)
+    if options.scope == "tensor":
+        alone = [Spec((name,), (shape,)) for name, shape in zip(spec.names, spec.shapes, strict=True)]
+        up = PerTensor(spec, [LookBack(methods.build(options.inner, s, setup).up, options) for s in alone])
     return Method(Feedback(up) if options.feedback else up, inner.server)
 
 
@@ -143,4 +259,9 @@ ENTRY = Entry(
     source="Azam et al. 2022, Algorithms 1 and 3",
     wraps="any",
     example={"threshold": 0.5},
+    variants={
+        "per tensor": {"scope": "tensor", "inner": {"name": "topk", "ratio": 0.1, "feedback": True}},
+        "kept as sent": {"keep": "message", "inner": {"name": "signsgd"}},
+        "kept in half": {"keep": "half", "threshold": {"delta_sq": 3000.0}},
+    },
 )

@@ -55,7 +55,7 @@ class VoteServer(Server):
     """θ ← θ − η · sign(votes); a tie is a fair coin of the round's key, the same for everybody.
 
     A client downloads the signs of the rounds it missed (1 bit a parameter and η for each), or θ
-    where that is smaller; the server keeps the last 32 rounds' signs.
+    where that is smaller; the server keeps the signs of as many rounds (about 31).
     """
 
     weighted = False

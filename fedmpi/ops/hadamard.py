@@ -14,6 +14,8 @@ def fwht(x: Tensor) -> Tensor:
     n = x.shape[-1]
     if n & (n - 1) or n == 0:
         raise ValueError(f"x: expected a last axis of a power of two, got {n}")
+    if n == 1:
+        return x.clone()
     lead, h = x.shape[:-1], 1
     while h < n:
         pairs = x.reshape(*lead, n // (2 * h), 2, h)

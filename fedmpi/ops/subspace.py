@@ -74,12 +74,54 @@ class Fastfood(Embedding):
         return fwht(small_CM)[:, : self.dim] * self.scale
 
 
+class Orthonormal(Dense):
+    """A dense A with orthonormal columns times √(D/d): E[A Aᵀ] = I, and A Aᵀ = I when d = D."""
+
+    def __init__(self, size: int, dim: int, key: int, factor: float = 1.0) -> None:
+        Embedding.__init__(self, size, dim, key, factor)
+        self.matrix_Dd = _orthonormal_matrix(size, dim, key) * (factor * math.sqrt(size / dim))
+
+
+class Hashed(Embedding):
+    """One non-zero a row: A[i, h(i)] = s(i), with h(i) uniform over the d columns and s(i) a sign.
+
+    (A Aᵀ)_ij = s(i) s(j) [h(i) = h(j)] is 1 on the diagonal and 0 in the mean elsewhere. One pass over the
+    parameters, no transform. The count-sketch of one row (Charikar et al. 2002; Weinberger et al. 2009).
+    """
+
+    def lift(self, v_Cd: Tensor) -> Tensor:
+        column_D, sign_D = _hashed_parts(self.size, self.dim, self.key)
+        return v_Cd[:, column_D] * sign_D * self.factor
+
+    def project(self, g_CD: Tensor) -> Tensor:
+        column_D, sign_D = _hashed_parts(self.size, self.dim, self.key)
+        out_Cd = g_CD.new_zeros(len(g_CD), self.dim)
+        for row, g_D in zip(out_Cd, g_CD, strict=True):
+            row.index_add_(0, column_D, g_D * sign_D)
+        return out_Cd * self.factor
+
+
 @lru_cache(maxsize=2)  # threads that play ranks share the same random parts
 def _dense_matrix(size: int, dim: int, key: int) -> Tensor:
     return random.normal(random.key(key, stream="dense"), size * dim).view(size, dim)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
+def _orthonormal_matrix(size: int, dim: int, key: int) -> Tensor:
+    q_Dd, r_dd = torch.linalg.qr(_dense_matrix(size, dim, key).double())
+    matrix_Dd: Tensor = (q_Dd * r_dd.diagonal().sign()).float()  # a QR's signs are free: fix them
+    return matrix_Dd
+
+
+@lru_cache(maxsize=16)
+def _hashed_parts(size: int, dim: int, key: int) -> tuple[Tensor, Tensor]:
+    return (
+        random.integers(random.key(key, stream="h"), size, dim),
+        random.signs(random.key(key, stream="s"), size),
+    )
+
+
+@lru_cache(maxsize=16)  # K subspaces of this epoch and of the last
 def _fastfood_parts(n: int, key: int) -> tuple[Tensor, Tensor, Tensor]:
     return (
         random.signs(random.key(key, stream="B"), n),
@@ -88,4 +130,9 @@ def _fastfood_parts(n: int, key: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-MATRICES: dict[str, type[Embedding]] = {"fastfood": Fastfood, "dense": Dense}
+MATRICES: dict[str, type[Embedding]] = {
+    "fastfood": Fastfood,
+    "dense": Dense,
+    "orthonormal": Orthonormal,
+    "hashed": Hashed,
+}

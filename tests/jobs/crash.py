@@ -1,4 +1,4 @@
-"""Rank 1 fails with an error that is a bug, not a user's; the others wait for it in a collective."""
+"""Rank 1 fails with an error that is a bug, not a user's; the others wait for it in a collective: ``crash.py OUT``."""
 
 import sys
 
@@ -15,6 +15,4 @@ def evaluate(self: Simulation) -> tuple[float, float]:
 
 
 Simulation.evaluate = evaluate  # type: ignore[method-assign]
-sys.exit(
-    cli.main(["train", "configs/quickstart.yaml", "--quiet", "rounds=30", "--out", sys.argv[0] + ".out"])
-)
+sys.exit(cli.main(["train", "configs/quickstart.yaml", "--quiet", "rounds=30", "--out", sys.argv[1]]))

@@ -1,0 +1,135 @@
+"""What clients keep between rounds (residuals, look-back gradients), in memory or in a file.
+
+Shape suffix: C clients.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedmpi.engine.progress import human
+from fedmpi.errors import ConfigError
+from fedmpi.method import State, stack
+
+
+class ClientStore:
+    """Per-client state in memory, made when a client first comes."""
+
+    def __init__(self, init: Callable[[], State]) -> None:
+        self._template = init()
+        self._states: dict[int, State] = {}
+
+    @property
+    def empty(self) -> bool:
+        """True when clients keep nothing."""
+        return not self._template
+
+    @property
+    def row(self) -> int:
+        """Bytes that one client keeps."""
+        return sum(value.nbytes for value in self._template.values())
+
+    def get(self, clients_C: Tensor) -> State:
+        """Their states with the leading axis C, a copy."""
+        return stack([self._states.get(c, self._template) for c in clients_C.tolist()])
+
+    def put(self, clients_C: Tensor, state: State) -> None:
+        """Keep the states of ``clients_C``."""
+        if self._template:
+            for i, client in enumerate(clients_C.tolist()):
+                # A row is cloned: a view would keep the whole chunk alive.
+                self._states[client] = {name: value[i].clone() for name, value in state.items()}
+
+
+class MappedStore(ClientStore):
+    """The same in a memory-mapped file a state entry: the machine keeps what fits of it in its page cache.
+
+    The files are sparse and nameless (deleted as soon as they are open): they take what was written, and
+    vanish with the process, however it ends.
+    """
+
+    def __init__(self, init: Callable[[], State], clients: int, folder: Path) -> None:
+        super().__init__(init)
+        self._known = torch.zeros(clients, dtype=torch.bool)
+        self._rows: dict[str, np.memmap[tuple[int, ...], np.dtype[np.uint8]]] = {}
+        for name, value in self._template.items():
+            with tempfile.TemporaryFile(dir=folder, prefix="fedmpi-state-") as file:
+                self._rows[name] = np.memmap(file, np.uint8, "w+", shape=(clients, max(1, value.nbytes)))
+
+    def _get(self, client: int) -> State:
+        if not self._known[client]:
+            return self._template
+        state = {name: torch.empty_like(value) for name, value in self._template.items()}
+        for name, value in state.items():
+            if value.nbytes:
+                _raw(value)[:] = self._rows[name][client]
+        return state
+
+    def get(self, clients_C: Tensor) -> State:
+        return stack([self._get(c) for c in clients_C.tolist()])
+
+    def put(self, clients_C: Tensor, state: State) -> None:
+        for i, client in enumerate(clients_C.tolist()):
+            self._known[client] = True
+            for name, value in state.items():
+                if value[i].nbytes:
+                    self._rows[name][client] = _raw(value[i].contiguous())
+
+
+def _raw(value: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """The bytes of a contiguous tensor, in place."""
+    raw: np.ndarray[tuple[int], np.dtype[np.uint8]] = value.reshape(-1).view(torch.uint8).numpy()
+    return raw
+
+
+def make_store(init: Callable[[], State], kind: str, clients: int, folder: str | None) -> ClientStore:
+    """The store that a configuration asks for.
+
+    Raises:
+      ConfigError: the folder for its files cannot be used.
+    """
+    if kind == "memory":
+        return ClientStore(init)
+    place = Path(folder or tempfile.gettempdir())
+    try:
+        return MappedStore(init, clients, place)
+    except OSError as error:
+        raise ConfigError(f"store_folder: cannot use {place}: {error.strerror or error}") from None
+
+
+def fits(kind: str, need: int, folder: str | None) -> str:
+    """One sentence on what client state needs on this machine and what there is.
+
+    Raises:
+      ConfigError: it does not fit; names the figures and the ways out.
+    """
+    if kind == "memory":
+        there, what = _available_memory(), "memory"
+    else:
+        place = folder or tempfile.gettempdir()
+        there, what = shutil.disk_usage(place).free, f"disk in {place}"
+    said = f"client state needs up to {human(need)} of {what}, {human(there)} are free"
+    if need > there:
+        raise ConfigError(
+            f"store: {said}; ways out: store: {'mmap' if kind == 'memory' else 'mmap with another store_folder'}, "
+            "fewer clients or rounds, a method that keeps less (lookback with keep: message or half)"
+        )
+    return said
+
+
+def _available_memory() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux: all of the memory is the best that is known
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,92 @@
+"""The Count-Sketch: a short linear image of a vector from which its largest entries can be read off.
+
+Source: Charikar, Chen, Farach-Colton, "Finding frequent items in data streams", ICALP 2002. Row r of R adds
+entry i with the sign s_r(i) = ±1 to the bucket h_r(i) of K; the estimate of an entry is the median over the
+rows of s_r(i) times its bucket. Hashes and signs are counter-based functions of a key.
+
+Shape suffixes: C clients, D coordinates, N some of them, R rows, K buckets of a row, S = R·K.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fedmpi import random
+
+_BLOCK = 1 << 15  # coordinates estimated at a time: their R rows stay in a core's cache
+
+
+class CountSketch:
+    """The sketch of vectors of ``size`` coordinates that ``key`` draws.
+
+    Attributes:
+      length: S, numbers of a sketch.
+    """
+
+    def __init__(self, size: int, rows: int, columns: int, key: int) -> None:
+        self.size, self.rows, self.columns, self.key = size, rows, columns, key
+        self.length = rows * columns
+
+    def encode(self, g_CN: Tensor, index_N: Tensor | None = None) -> Tensor:
+        """The sketch of each row, ``(C, S)``.
+
+        Every bucket is summed in the order of the coordinates, on its own: a row's bits do not depend on the
+        others. (On CUDA that takes ``torch.use_deterministic_algorithms``.)
+
+        Args:
+          g_CN: ``(C, D)``; with ``index_N``, the values at these coordinates, all others being zero.
+          index_N: int64, different coordinates.
+        """
+        places_RN = self._places()
+        if index_N is not None:
+            places_RN = places_RN[:, index_N]
+        sums_CT = g_CN.new_zeros(len(g_CN), 2 * self.length)
+        for sums_T, g_N in zip(sums_CT, g_CN, strict=True):
+            for places_N in places_RN:
+                sums_T.index_add_(0, places_N, g_N)
+        plus_CS, minus_CS = sums_CT.view(-1, self.length, 2).unbind(-1)
+        return plus_CS - minus_CS
+
+    def estimate(self, v_CS: Tensor) -> Tensor:
+        """The estimates of all coordinates from each sketch, ``(C, D)``; of an even number of rows the median
+        is the mean of the two in the middle."""
+        signed_CT = torch.stack((v_CS, -v_CS), dim=-1).flatten(1)
+        blocks = self._places().split(_BLOCK, dim=1)
+        return torch.cat([_median([signed_CT.index_select(1, p_N) for p_N in b_RN]) for b_RN in blocks], 1)
+
+    def matrix(self) -> Tensor:
+        """The sketch as a matrix ``(S, D)``, one ±1 for each row and coordinate: the slow reference."""
+        places_RD = self._places().long()
+        matrix_SD = torch.zeros(self.length, self.size)
+        return matrix_SD.scatter_(0, places_RD // 2, 1.0 - 2.0 * (places_RD % 2))
+
+    def _places(self) -> Tensor:
+        return _draw(self.size, self.rows, self.columns, self.key)
+
+
+@lru_cache(maxsize=2)  # threads that play ranks share them
+def _draw(size: int, rows: int, columns: int, key: int) -> Tensor:
+    """Where each coordinate goes, ``(R, D)``: 2·(r·K + h_r(i)), plus 1 where s_r(i) = −1.
+
+    With a place for either sign of a bucket, to add or to look up is one pass without a product.
+    """
+    dtype = torch.int32 if 2 * rows * columns < 1 << 31 else torch.int64
+    places_RD = torch.empty(rows, size, dtype=dtype)
+    for r in range(rows):
+        bucket_D = random.integers(random.key(key, client=r, stream="buckets"), size, columns)
+        positive_D = random.coins(random.key(key, client=r, stream="signs"), size)
+        places_RD[r] = 2 * (r * columns + bucket_D) + ~positive_D
+    return places_RD
+
+
+def _median(rows: list[Tensor]) -> Tensor:
+    """The elementwise median, by an odd-even transposition sort (five times as fast as ``torch.median``)."""
+    rows = list(rows)
+    for turn in range(len(rows)):
+        for i in range(turn % 2, len(rows) - 1, 2):
+            rows[i], rows[i + 1] = torch.minimum(rows[i], rows[i + 1]), torch.maximum(rows[i], rows[i + 1])
+    half = len(rows) // 2
+    return rows[half] if len(rows) % 2 else (rows[half - 1] + rows[half]) * 0.5
