@@ -25,6 +25,9 @@ _DTYPES = (*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float
 _CODE = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _MAX_NDIM = 8
 
+POSITIONS = ("index", "map")
+"""Names (after any prefix) of arrays that only say where values belong."""
+
 
 class Field(NamedTuple):
     """What a receiver expects of one array: its dtype, the shape of one row, and whether rows are ragged."""
@@ -56,10 +59,17 @@ class Message(NamedTuple):
             return len(self.lengths[name]) if name in self.lengths else len(array)
         return 0
 
-    def nbytes(self) -> Tensor:
-        """Bytes that each client sends, int64 ``(C,)``, measured on the arrays."""
+    def nbytes(self, positions: bool = True) -> Tensor:
+        """Bytes that each client sends, int64 ``(C,)``, measured on the arrays.
+
+        Args:
+          positions: count arrays that say where values belong (``index``, ``map``), too. The
+            papers' tables leave them out.
+        """
         total_C = torch.zeros(self.clients, dtype=torch.int64)
         for name, array in self.arrays.items():
+            if not positions and name.rpartition(".")[2] in POSITIONS:
+                continue
             row = array[:1].nbytes if len(array) else 0
             total_C += self.lengths[name] * row if name in self.lengths else row
         return total_C

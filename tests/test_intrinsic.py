@@ -12,6 +12,7 @@ import torch
 from fedmpi import config, methods, random
 from fedmpi.comm import solo
 from fedmpi.engine.clients import cohort
+from fedmpi.engine.ledger import ratios
 from fedmpi.engine.rounds import Simulation
 from fedmpi.errors import ConfigError
 from fedmpi.method import Context, Round
@@ -187,3 +188,27 @@ def test_a_drawn_subspace_is_uniform() -> None:
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Simulation(config.parse({**SMALL, "method": {"name": "intrinsic", "dim": 8, **options}}), solo())
+
+
+def test_table_2_follows_from_its_own_dimensions() -> None:
+    """GPT-2's rows (D = 124,439,808, two epochs) from d and K: ratios of numbers, total of the sums.
+
+    K-subspace rows: the download counts dK an epoch, that is, K subspaces that are not redrawn.
+    """
+    size = 124_439_808
+    table = {  # d: up and down of static, then down and total of K = 8
+        16384: (7595, 949, 1688),
+        65536: (1900, 237, 422),
+        262144: (475, 59.3, 105),
+        1048576: (119, 14.8, 26.3),
+    }
+    for dim, (up, down, total) in table.items():
+        static = ratios(size, size, dim, dim)
+        assert static["upload_ratio"] == static["download_ratio"] == static["total_ratio"]
+        assert static["upload_ratio"] == pytest.approx(up, rel=0.005)
+        varying = ratios(size, size, dim, 8 * dim)
+        assert varying["download_ratio"] == pytest.approx(down, rel=0.005)
+        assert varying["total_ratio"] == pytest.approx(total, rel=0.005)
+    # Local top-k, k = 50,000, values only: 4D/4k is the column that the paper calls download.
+    assert ratios(size, size, 50_000, 1)["upload_ratio"] == pytest.approx(2490, rel=0.005)
+    assert ratios(size, size, 500_000, 1)["upload_ratio"] == pytest.approx(248, rel=0.005)

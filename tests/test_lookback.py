@@ -183,6 +183,10 @@ def test_a_message_whose_counts_do_not_fit_its_tags_is_refused() -> None:
         ({"threshold": {"delta_sq": -1}}, "method.threshold.*: expected greater than 0, got -1"),
         ({"keep": "message", "inner": "randomk"}, "method.keep: message is for inner methods whose messages"),
         (
+            {"keep": "message", "inner": {"name": "randomk", "feedback": True}},
+            "method.keep: message is for inner methods whose messages",
+        ),
+        (
             {"scope": "tensor", "inner": {"name": "intrinsic", "dim": 4}},
             "method.scope: expected an inner method that sums D numbers",
         ),

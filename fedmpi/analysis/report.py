@@ -91,6 +91,7 @@ class _Summary(BaseModel):
     upload_ratio: float | None
     download_ratio: float | None
     total_ratio: float | None
+    values_only: dict[str, float | None] = {}
     seconds: float
     seed: int
     ranks: int = 1
@@ -226,6 +227,16 @@ def _scalars(run: _Run) -> float | None:
     return None if s.scalars is None or not s.messages else s.scalars / s.messages
 
 
+def _values_only(name: str) -> Callable[[_Run], float | None]:
+    """A ratio that leaves positions (indices, maps) out, of a run that sends any: the papers' convention."""
+
+    def value(run: _Run) -> float | None:
+        only: float | None = run.summary.values_only.get(name)
+        return None if only == getattr(run.summary, name) else only
+
+    return value
+
+
 class _Column(NamedTuple):
     header: str
     value: Callable[[_Run], float | None]
@@ -240,6 +251,9 @@ _COLUMNS = (
     _Column("download", lambda run: run.summary.download_bytes, human),
     _Column("download ratio", lambda run: run.summary.download_ratio, ratio),
     _Column("total ratio", lambda run: run.summary.total_ratio, ratio),
+    _Column("upload, values", _values_only("upload_ratio"), ratio, always=False),
+    _Column("download, values", _values_only("download_ratio"), ratio, always=False),
+    _Column("total, values", _values_only("total_ratio"), ratio, always=False),
     _Column("scalars", _scalars, _percent, always=False),
     _Column("seconds", lambda run: run.summary.seconds, lambda seconds: f"{seconds:.1f}"),
 )

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from fedmpi.message import Message
 from fedmpi.method import Server, State
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes in all, and those of values alone (without indices and maps: the papers' tables)."""
+
+    all: int = 0
+    values: int = 0
+
+    @classmethod
+    def of(cls, message: Message) -> Bytes:
+        return cls(int(message.nbytes().sum()), int(message.nbytes(positions=False).sum()))
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(self.all + other.all, self.values + other.values)
 
 
 class Ledger:
@@ -23,27 +40,33 @@ class Ledger:
         self.download = torch.zeros(clients, dtype=torch.int64)
         self.seen = torch.zeros(clients, dtype=torch.int64)
 
-    def downloads(self, cohort: Tensor, served: Tensor, server: Server, state: State) -> int:
+    def downloads(self, cohort: Tensor, served: Tensor, server: Server, state: State) -> Bytes:
         """The cohort catches up with the server; returns the bytes of the clients ``served`` of it."""
-        total = 0
-        sizes: dict[int, int] = {}  # clients that last saw the same version get the same download
+        total = Bytes()
+        made: dict[int, Bytes] = {}  # clients that last saw the same version get the same download
         for client in served.tolist():
             seen = int(self.seen[client])
-            if seen not in sizes:
-                sizes[seen] = int(server.download(state, seen).nbytes()[0])
-            self.download[client] += sizes[seen]
-            total += sizes[seen]
+            if seen not in made:
+                made[seen] = Bytes.of(server.download(state, seen))
+            self.download[client] += made[seen].all
+            total += made[seen]
         self.seen[cohort] = int(state["version"])
         return total
 
-    def download_of(self, clients: Tensor, message: Message) -> int:
+    def download_of(self, clients: Tensor, message: Message) -> Bytes:
         """Each of ``clients`` downloads the same ``message``; returns the bytes."""
-        nbytes = int(message.nbytes()[0])
-        self.download[clients] += nbytes
-        return nbytes * len(clients)
+        one = Bytes.of(message)
+        self.download[clients] += one.all
+        return Bytes(one.all * len(clients), one.values * len(clients))
 
-    def uploads(self, clients_C: Tensor, message: Message) -> int:
+    def uploads(self, clients_C: Tensor, message: Message) -> Bytes:
         """Clients sent ``message``; returns its bytes."""
-        nbytes_C = message.nbytes()
-        self.upload.index_add_(0, clients_C, nbytes_C)
-        return int(nbytes_C.sum())
+        self.upload.index_add_(0, clients_C, message.nbytes())
+        return Bytes.of(message)
+
+
+def ratios(full_up: int, full_down: int, up: int, down: int) -> dict[str, float | None]:
+    """Uncompressed bytes over sent bytes, up, down, and of the sums of both; None where nothing was sent."""
+    pairs = {"upload_ratio": (full_up, up), "download_ratio": (full_down, down)}
+    pairs["total_ratio"] = (full_up + full_down, up + down)
+    return {name: full / sent if sent else None for name, (full, sent) in pairs.items()}

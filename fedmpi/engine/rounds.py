@@ -17,7 +17,7 @@ from fedmpi import methods, random
 from fedmpi.comm.base import Comm, together
 from fedmpi.config import Config
 from fedmpi.engine.clients import Trainer, Update, cohort, place, survivors
-from fedmpi.engine.ledger import Ledger
+from fedmpi.engine.ledger import Bytes, Ledger, ratios
 from fedmpi.engine.progress import Display
 from fedmpi.engine.record import Record
 from fedmpi.engine.store import ClientStore, fits, make_store
@@ -125,7 +125,8 @@ class Simulation:
         # Clients that keep state stay on the rank that keeps it.
         self.homes = not self.clients.empty
         self.chunk = 1 if config.reproducible else max(1, _CHUNK_VALUES // self.spec.size)
-        self.trained = self.participations = self.called = self.upload_bytes = self.download_bytes = 0
+        self.trained = self.participations = self.called = 0
+        self.bytes = dict.fromkeys(_SUMMED[1:], 0)
         self.counts: dict[str, int] = dict.fromkeys(self.method.up.counters, 0)
         self.accuracy = self.test_loss = float("nan")
         self.started = time.monotonic()
@@ -194,8 +195,8 @@ class Simulation:
         self.trained += len(mine)
         self.participations += len(clients)
         self.called += len(called)
-        self.upload_bytes += status.total["upload"]
-        self.download_bytes += status.total["download"]
+        for name in self.bytes:
+            self.bytes[name] += status.total[name]
         counts = {name: status.total[name] for name in self.counts}
         self.counts = {name: self.counts[name] + n for name, n in counts.items()}
         line = {
@@ -280,11 +281,12 @@ class Simulation:
             "clients": self.config.clients,
             "cohort": self.config.cohort_size,
             "params": self.spec.size,
-            "upload_bytes": self.upload_bytes,
-            "download_bytes": self.download_bytes,
-            "upload_ratio": _ratio(full_up, self.upload_bytes),
-            "download_ratio": _ratio(full_down, self.download_bytes),
-            "total_ratio": _ratio(full_up + full_down, self.upload_bytes + self.download_bytes),
+            "upload_bytes": self.bytes["upload"],
+            "download_bytes": self.bytes["download"],
+            **ratios(full_up, full_down, self.bytes["upload"], self.bytes["download"]),
+            "values_only": ratios(
+                full_up, full_down, self.bytes["upload_values"], self.bytes["download_values"]
+            ),
             "messages": self.participations,
             **self.counts,
             "ranks": self.comm.size,
@@ -300,17 +302,20 @@ class Simulation:
         }
 
 
+_SUMMED = ("loss", "upload", "upload_values", "download", "download_values")
+
+
 class _Status:
     """What a rank counts in a pass, and whether it failed: added up over ranks in one small collective."""
 
     def __init__(self, counters: tuple[str, ...]) -> None:
-        self.total = dict.fromkeys(("loss", "upload", "download", *counters), 0)
+        self.total = dict.fromkeys((*_SUMMED, *counters), 0)
         self._counters = counters
         self.error: FedMPIError | None = None
         self.reset()
 
     def reset(self) -> None:
-        self.loss = self.upload = self.download = 0
+        self.loss, self.upload, self.download = 0, Bytes(), Bytes()
         self._counts = dict.fromkeys(self._counters, 0)
 
     def count(self, counts: dict[str, int]) -> None:
@@ -327,14 +332,10 @@ class _Status:
 
     def collect(self, comm: Comm) -> bool:
         """Add this pass's counts of all ranks to :attr:`total`; returns whether any rank failed."""
-        mine = (self.loss, self.upload, self.download, *self._counts.values(), self.error is not None)
-        sums = torch.tensor(mine)
+        sent = (self.upload.all, self.upload.values, self.download.all, self.download.values)
+        sums = torch.tensor([self.loss, *sent, *self._counts.values(), self.error is not None])
         comm.sum([sums])
         *counts, failed = sums.tolist()
         for name, n in zip(self.total, counts, strict=True):
             self.total[name] += n
         return bool(failed)
-
-
-def _ratio(full: int, sent: int) -> float | None:
-    return full / sent if sent else None

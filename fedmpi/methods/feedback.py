@@ -21,7 +21,7 @@ class Feedback(Compressor):
             )
         super().__init__(inner.spec)
         self.inner = inner
-        self.counters = inner.counters
+        self.counters, self.replayable = inner.counters, inner.replayable
 
     def init(self) -> State:
         return {"residual": torch.zeros(self.spec.size), **nest(self.inner.init())}
