@@ -139,17 +139,28 @@ def _train_rank(arguments: argparse.Namespace, comm: Comm) -> int:
 
 def _methods_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     listing = commands.add_parser("methods", help="list the methods, their options and what they cost")
+    listing.add_argument("--params", type=_positive, metavar="D", help="measure bytes for D parameters")
+    listing.add_argument("--model", metavar="MODEL", help="measure bytes for a model on 3x32x32 images")
     listing.add_argument(
-        "--params", type=_positive, default=1_000_000, metavar="D", help="for a model of D parameters"
+        "names",
+        nargs="*",
+        metavar="METHOD",
+        help="only these; with --params or --model also {name: topk, ratio: 0.1}",
     )
-    listing.add_argument("names", nargs="*", metavar="METHOD", help="only these")
     listing.set_defaults(run=_methods)
 
 
 def _methods(arguments: argparse.Namespace) -> int:
-    from fedmpi.methods.listing import listing
+    from fedmpi.methods.listing import costs, describe
+    from fedmpi.spec import Spec
+    from fedmpi.tasks.models import build
 
-    print(listing(arguments.params, arguments.names))
+    if arguments.model:
+        print(costs(Spec.of(build(arguments.model, (3, 32, 32), 10, 0)), arguments.names))
+    elif arguments.params:
+        print(costs(Spec(("parameters",), ((arguments.params,),)), arguments.names))
+    else:
+        print(describe(arguments.names))
     return 0
 
 

@@ -149,9 +149,11 @@ class Server(ABC):
 
     Attributes:
       weighted: clients count by their number of samples; else one client, one vote.
+      samples: training samples of its own, from which :meth:`prepare` gets a gradient; 0 for none.
     """
 
     weighted: bool = True
+    samples: int = 0
 
     @abstractmethod
     def init(self, theta_D: Tensor) -> State: ...
@@ -178,6 +180,19 @@ class Server(ABC):
     def first(self, state: State, mean_S: Tensor, round: Round) -> State:
         """The state (or view) after the first of two passes, whose clients' vectors have the mean ``mean_S``."""
         return state
+
+    def prepare(self, state: State, g_D: Tensor) -> State:
+        """The state before round 0 of a server with ``samples``; ``g_D`` is the accumulated gradient of local
+        training on them. It has a version of its own, so that clients download what came of it."""
+        return state
+
+    def facts(self, state: State) -> dict[str, float]:
+        """What a run's summary says of a state or a view."""
+        return {}
+
+    def frozen(self, state: State) -> Tensor | None:
+        """Parameters that stay as they are while clients train, bool ``(D,)``, of a state or a view."""
+        return None
 
     def parameters(self, state: State) -> Tensor:
         """θ ``(D,)`` of a state or a view."""

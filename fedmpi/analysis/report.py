@@ -258,6 +258,10 @@ _COLUMNS = (
     _Column("seconds", lambda run: run.summary.seconds, lambda seconds: f"{seconds:.1f}"),
 )
 _TITLE = "Mean ± standard error over seeds"
+_RATIOS = (
+    "A ratio is uncompressed over sent bytes (total: both directions); “values” leaves positions out; "
+    "1 kB is 1000 bytes."
+)
 _LEFT = 2  # so many columns of words come first
 _Table = list[list[str]]
 
@@ -314,7 +318,7 @@ def _document(tables: list[_Table], runs: list[_Run], command: str) -> str:
             "# Comparison of runs",
             _markdown(tables[0]),
             *(f"## {_TITLE}\n\n{_markdown(table)}" for table in tables[1:]),
-            "A ratio is uncompressed over sent bytes (total: of both directions together); 1 kB is 1000 bytes.",
+            _RATIOS,
             "![Accuracy by round and by uploaded bytes](report.png)",
             f"## How to get this again\n\nFrom the folder `{Path.cwd()}`:",
             "```sh\n" + "\n".join([*map(_command, runs), command]) + "\n```\n",

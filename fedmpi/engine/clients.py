@@ -108,19 +108,38 @@ class Trainer:
         return self.local.steps or (self.local.epochs or 0) * per_epoch or 1
 
     def train(
-        self, theta_D: Tensor, data: Split, partition: Partition, clients_C: Tensor, round: int
+        self,
+        theta_D: Tensor,
+        data: Split,
+        partition: Partition,
+        clients_C: Tensor,
+        round: int,
+        frozen_D: Tensor | None = None,
     ) -> Update:
-        """Train each of ``clients_C`` from ``theta_D``."""
+        """Train each of ``clients_C`` from ``theta_D``, whose entries ``frozen_D`` stay as they are."""
         g_CD = torch.zeros(len(clients_C), self.spec.size)
         losses, steps = [], []
         for row, client in enumerate(clients_C.tolist()):
             index = partition.of(client)
-            losses.append(self._one(theta_D, g_CD[row], data, index, client, round))
+            losses.append(self._one(theta_D, g_CD[row], data, index, client, round, frozen_D))
             steps.append(self.steps(len(index)))
         return Update(g_CD, torch.tensor(losses, dtype=torch.float64), torch.tensor(steps))
 
+    def alone(self, theta_D: Tensor, data: Split, index: Tensor) -> Tensor:
+        """The accumulated gradient of somebody who is no client and has the samples ``index``."""
+        g_D = torch.zeros_like(theta_D)
+        self._one(theta_D, g_D, data, index, client=-1, round=0, frozen_D=None)
+        return g_D
+
     def _one(
-        self, theta_D: Tensor, g_D: Tensor, data: Split, index: Tensor, client: int, round: int
+        self,
+        theta_D: Tensor,
+        g_D: Tensor,
+        data: Split,
+        index: Tensor,
+        client: int,
+        round: int,
+        frozen_D: Tensor | None,
     ) -> float:
         n = len(index)
         batch = min(self.local.batch or n, n)
@@ -140,6 +159,8 @@ class Trainer:
             direction_D = self.grad_D
             if self.local.weight_decay:
                 direction_D = direction_D.add(self.theta_D, alpha=self.local.weight_decay)
+            if frozen_D is not None:
+                direction_D = direction_D.masked_fill(frozen_D, 0)
             if velocity_D is not None:
                 direction_D = velocity_D.mul_(self.local.momentum).add_(direction_D)
             g_D.add_(direction_D)

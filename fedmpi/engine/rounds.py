@@ -23,8 +23,8 @@ from fedmpi.engine.record import Record
 from fedmpi.engine.store import ClientStore, fits, make_store
 from fedmpi.engine.sums import LARGEST, from_fixed, to_fixed
 from fedmpi.engine.topology import TOPOLOGIES
-from fedmpi.errors import CommError, FedMPIError, NumericalError
-from fedmpi.message import Message
+from fedmpi.errors import CommError, ConfigError, FedMPIError, NumericalError
+from fedmpi.message import Message, from_bytes, to_bytes
 from fedmpi.method import Compressor, Context, Round, State
 from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec
@@ -118,6 +118,11 @@ class Simulation:
         )
         self.clients, peers = self._store(self.method.up.init), self._store(self.method.up.init_peer)
         self.memory = self._memory(peers)
+        if self.method.server.samples > len(self.data.train.y):
+            raise ConfigError(
+                f"method.samples: expected at most {len(self.data.train.y)} (the training set), "
+                f"got {self.method.server.samples}"
+            )
         self.topology = TOPOLOGIES[config.topology](comm, self.method, theta_D, config.reproducible, peers)
         self.objective = objectives.OBJECTIVES[config.loss]
         self.trainer = Trainer(model, self.spec, self.objective.loss, config.local, config.seed)
@@ -164,6 +169,8 @@ class Simulation:
         chunks = list(mine.split(self.chunk)) if len(mine) else []
 
         status = _Status(self.method.up.counters)
+        if t == 0 and self.method.server.samples:
+            self._prepare()
         served = called[topology.served(len(called))]
         with status.watch():
             status.download += self.ledger.downloads(called, served, self.method.server, topology.state)
@@ -225,9 +232,35 @@ class Simulation:
                 if status.error is not None:
                     raise status.error
 
+    def _prepare(self) -> None:
+        """The server trains on its own samples, drawn from the training set. Rank 0 does, for all: another rank's
+        machine may differ in the last bits."""
+        train, samples = self.data.train, self.method.server.samples
+        g_1D = torch.zeros(1, self.spec.size)
+        with together(self.comm, "the server's own training"):
+            if self.comm.rank == 0:
+                index = random.sample(
+                    random.key(self.config.seed, stream="server data"), len(train.y), samples
+                )
+                g_1D = self.trainer.alone(self.topology.parameters(), train, index)[None]
+                if not bool(g_1D.isfinite().all()):
+                    raise NumericalError(
+                        f"server: its own gradient is not finite; try a smaller local.lr than "
+                        f"{self.config.local.lr:g}"
+                    )
+        sent = self.comm.broadcast(to_bytes(Message({"gradient": g_1D})))
+        self.topology.prepare(from_bytes(sent).arrays["gradient"][0])
+
     def _train(self, clients_C: Tensor, now: Round) -> tuple[Context, Update]:
-        theta_D = self.topology.parameters()
-        update = self.trainer.train(theta_D, self.data.train, self.partition, clients_C, now.t)
+        topology, server = self.topology, self.method.server
+        update = self.trainer.train(
+            topology.parameters(),
+            self.data.train,
+            self.partition,
+            clients_C,
+            now.t,
+            server.frozen(topology.state),
+        )
         finite_C = (update.loss_C.abs() <= LARGEST) & update.g_CD.sum(1).isfinite()
         if not bool(finite_C.all()):
             bad = int(clients_C[~finite_C][0])
@@ -267,6 +300,16 @@ class Simulation:
         self.comm.sum([sums])
         return float(sums[0].sum()) / len(test.y), float(sums[1].sum()) / len(test.y)
 
+    @property
+    def upload_bytes(self) -> int:
+        """Protocol bytes that all clients have sent."""
+        return self.bytes["upload"]
+
+    @property
+    def download_bytes(self) -> int:
+        """Protocol bytes that all clients have received."""
+        return self.bytes["download"]
+
     def summary(self) -> dict[str, Any]:
         """What the run came to (the same on every rank)."""
         ranks = [
@@ -281,14 +324,15 @@ class Simulation:
             "clients": self.config.clients,
             "cohort": self.config.cohort_size,
             "params": self.spec.size,
-            "upload_bytes": self.bytes["upload"],
-            "download_bytes": self.bytes["download"],
-            **ratios(full_up, full_down, self.bytes["upload"], self.bytes["download"]),
+            "upload_bytes": self.upload_bytes,
+            "download_bytes": self.download_bytes,
+            **ratios(full_up, full_down, self.upload_bytes, self.download_bytes),
             "values_only": ratios(
                 full_up, full_down, self.bytes["upload_values"], self.bytes["download_values"]
             ),
             "messages": self.participations,
             **self.counts,
+            **self.method.server.facts(self.topology.state),
             "ranks": self.comm.size,
             "topology": self.config.topology,
             "comm": self.comm.name,

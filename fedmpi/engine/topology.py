@@ -48,6 +48,10 @@ class Topology(ABC):
         return Sum(up.size, integer=up.integer, exact=self.exact, terms=len(self.clients))
 
     @abstractmethod
+    def prepare(self, g_D: Tensor) -> None:
+        """The server's own gradient, before round 0."""
+
+    @abstractmethod
     def take(self, positions: Tensor, message: Message, before: State, ctx: Context) -> None:
         """This rank's clients at ``positions`` sent ``message``; ``before`` was their state."""
 
@@ -77,6 +81,9 @@ class AllReduce(Topology):
     ) -> None:
         super().start(up, clients, weights, placed, round)
         self._sum = self.sum()
+
+    def prepare(self, g_D: Tensor) -> None:
+        self.state = self.method.server.prepare(self.state, g_D)
 
     def take(self, positions: Tensor, message: Message, before: State, ctx: Context) -> None:
         v_CS, _ = self.up.decompress(message, believed(self.up, before), ctx)
@@ -113,6 +120,12 @@ class Aggregator(Topology):
         super().start(up, clients, weights, placed, round)
         self._outbox: list[Message] = []
 
+    def prepare(self, g_D: Tensor) -> None:
+        version = int(self.state["version"])
+        if self.comm.rank == 0:
+            self.state = self.method.server.prepare(self.state, g_D)
+        self._publish(version)
+
     def take(self, positions: Tensor, message: Message, before: State, ctx: Context) -> None:
         self._outbox.append(message)
 
@@ -148,13 +161,16 @@ class Aggregator(Topology):
 
     def finish(self) -> None:
         mean_S, version = self._gather(), int(self.state["version"])
-        sent = b""
         if mean_S is not None:
             self.state = self.method.server.finish(self.state, mean_S, self.now)
-            sent = to_bytes(self.method.server.download(self.state, version))
-        sent = self.comm.broadcast(sent)
-        if mean_S is None:
-            self.state = self.method.server.reconcile(self.state, from_bytes(sent), version + 1)
+        self._publish(version)
+
+    def _publish(self, version: int) -> None:
+        """The views of the other ranks catch up from ``version`` with rank 0, which is one ahead."""
+        server, first = self.method.server, self.comm.rank == 0
+        sent = self.comm.broadcast(to_bytes(server.download(self.state, version)) if first else b"")
+        if not first:
+            self.state = server.reconcile(self.state, from_bytes(sent), version + 1)
 
     def served(self, clients: int) -> Tensor:
         return torch.arange(clients if self.comm.rank == 0 else 0)

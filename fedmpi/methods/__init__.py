@@ -8,7 +8,21 @@ from pydantic import ValidationError
 
 from fedmpi.errors import ConfigError
 from fedmpi.method import Method
-from fedmpi.methods import dense, intrinsic, lookback, signsgd, topk
+from fedmpi.methods import (
+    atomo,
+    dense,
+    fetchsgd,
+    halves,
+    intrinsic,
+    lookback,
+    powersgd,
+    prune,
+    qsgd,
+    randomk,
+    rtopk,
+    signsgd,
+    topk,
+)
 from fedmpi.methods.base import Entry, Options, Setup
 from fedmpi.spec import Spec
 from fedmpi.validation import choose, describe
@@ -16,8 +30,17 @@ from fedmpi.validation import choose, describe
 METHODS: dict[str, Entry] = {
     "dense": dense.ENTRY,
     "signsgd": signsgd.ENTRY,
+    "fp16": halves.FP16,
+    "bf16": halves.BF16,
     "topk": topk.ENTRY,
+    "randomk": randomk.ENTRY,
+    "rtopk": rtopk.ENTRY,
+    "prune": prune.ENTRY,
+    "qsgd": qsgd.ENTRY,
     "intrinsic": intrinsic.ENTRY,
+    "fetchsgd": fetchsgd.ENTRY,
+    "atomo": atomo.ENTRY,
+    "powersgd": powersgd.ENTRY,
     "lookback": lookback.ENTRY,
 }
 

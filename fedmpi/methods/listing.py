@@ -1,48 +1,44 @@
-"""``fedmpi methods``: the table of methods as text."""
+"""``fedmpi methods``: the table of methods as text, and what their messages cost."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+import torch
+import yaml
+from torch import Tensor
+
+from fedmpi import random
 from fedmpi.engine.progress import human
-from fedmpi.message import Field
+from fedmpi.message import Message
+from fedmpi.method import Compressor, Context, Method, Round, State, believed
 from fedmpi.methods import METHODS, build, parse
 from fedmpi.methods.base import Entry, Setup
 from fedmpi.spec import Spec
 from fedmpi.validation import choose
 
 
-def listing(params: int, names: Sequence[str] = ()) -> str:
-    """Each method's options, what sums, and the bytes of one message for a model of ``params`` parameters."""
+def describe(names: Sequence[str] = ()) -> str:
+    """Each method with its options, what clients keep, what sums, and what it can be laid over."""
+    return "\n\n".join(_description(name, METHODS[name]) for name in _chosen(names))
+
+
+def _chosen(names: Sequence[str]) -> list[str]:
     for name in names:
         choose("METHOD", {"name": name}, METHODS)
-    rows = {name: entry for name, entry in METHODS.items() if not names or name in names}
-    size = f"{params:,} parameters ({human(4 * params)} uncompressed)"
-    title = f"Bytes of one client's message for a model of {size}:"
-    return "\n\n".join([title, *(_row(name, entry, params) for name, entry in rows.items())])
+    return [name for name in METHODS if not names or name in names]
 
 
-def _row(name: str, entry: Entry, params: int) -> str:
-    spec = Spec(("parameters",), ((params,),))
-    options = parse({"name": name, **entry.example})
-    method = build(options, spec, Setup())
-    layout = method.up.layout()
-    fixed = sum(_nbytes(field) for field in layout.values() if not field.ragged)
-    ragged = [_nbytes(field) for field in layout.values() if field.ragged]
-    cost = (
-        human(fixed)
-        if not ragged
-        else f"{human(fixed + min(ragged))} to {human(fixed + sum(ragged) - min(ragged))}"
-    )
-    shown = ", ".join(f"{k}: {v}" for k, v in options.model_dump(exclude={"name"}).items())
+def _description(name: str, entry: Entry) -> str:
     lines = [
         f"{name}: {entry.summary}",
-        f"    upload   {cost} with {{{shown}}}",
-        f"    sums     {entry.sums} = {method.up.size:,} numbers",
         f"    client   keeps {entry.keeps}",
+        f"    sums     {entry.sums}",
         f"    source   {entry.source}",
     ]
+    if entry.wraps:
+        over = "any method that is no wrapper" if entry.wraps == "any" else ", ".join(entry.wraps)
+        lines.append(f"    goes over {over}")
     for key, field in entry.options.model_fields.items():
         if key != "name":
             default = "required" if field.is_required() else f"default {field.default}"
@@ -50,5 +46,54 @@ def _row(name: str, entry: Entry, params: int) -> str:
     return "\n".join(lines)
 
 
-def _nbytes(field: Field) -> int:
-    return math.prod(field.row) * field.dtype.itemsize
+def costs(spec: Spec, chosen: Sequence[str] = ()) -> str:
+    """A Markdown table of bytes, measured on the messages of one client for a model of this layout.
+
+    ``chosen`` are YAML: names or ``{name: topk, ratio: 0.1}``; default: all, with their example options.
+
+    A client sends one random gradient twice: "first" and "again" differ where a method looks back. The
+    download is that of a client that missed one round.
+    """
+    full = 4 * spec.size
+    rows = ["| method | options | upload first | again | upload ratio | download | download ratio |"]
+    rows.append("|:--|:--|--:|--:|--:|--:|--:|")
+    everything = [{"name": name, **entry.example} for name, entry in METHODS.items()]
+    for value in [yaml.safe_load(text) for text in chosen] or everything:
+        options = parse(value, "METHOD")
+        name, method = options.name, build(options, spec, Setup())
+        first, again, download = _measure(method, spec)
+        shown = {k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else {}
+        given = ", ".join(f"{k}: {v}" for k, v in shown.items())
+        ratios = (f"{full / again:,.1f}x", f"{full / download:,.1f}x" if download else "-")
+        cells = (name, given, f"{first:,}", f"{again:,}", ratios[0], f"{download:,}", ratios[1])
+        rows.append(f"| {' | '.join(cells)} |")
+    title = f"Bytes of one client for {spec.size:,} parameters ({human(full)} uncompressed), as measured:"
+    return "\n".join([title, "", *rows])
+
+
+def _measure(method: Method, spec: Spec) -> tuple[int, int, int]:
+    server, client = method.server, torch.tensor([0])
+    g_CD = random.normal(random.key(0, stream="listing"), spec.size)[None]
+    state: State = {name: value[None] for name, value in method.up.init().items()}
+    held = server.init(torch.zeros(spec.size))
+    uploads = []
+    for t in range(2):
+        now = Round(0, t, 0.1)
+        ctx = Context(now, client, torch.tensor([1]), server.shared(held))
+        nbytes = 0
+        if method.first is not None:
+            message, _ = method.first.compress(g_CD, state, ctx)
+            nbytes += int(message.nbytes()[0])
+            held = server.first(held, _decoded(method.first, message, state, ctx), now)
+            ctx = Context(now, client, torch.tensor([1]), server.shared(held))
+        message, after = method.up.compress(g_CD, state, ctx)
+        uploads.append(nbytes + int(message.nbytes()[0]))
+        held = server.finish(held, _decoded(method.up, message, state, ctx), now)
+        state = after
+    return uploads[0], uploads[1], int(server.download(held, 1).nbytes()[0])
+
+
+def _decoded(up: Compressor, message: Message, state: State, ctx: Context) -> Tensor:
+    """The sum over this one client."""
+    v_CS, _ = up.decompress(message, believed(up, state), ctx)
+    return v_CS[0].int() if up.integer else v_CS[0]

@@ -23,13 +23,12 @@ def outcome(values: dict[str, Any], comm: Comm) -> dict[str, Any]:
     torch.set_num_threads(1)
     simulation = Simulation(config.parse(values), comm)
     handshake(comm, simulation.config, simulation.spec)
-    for t in range(simulation.config.rounds):
-        simulation.round(t)
+    losses = [simulation.round(t)["loss"] for t in range(simulation.config.rounds)]
     theta_D = simulation.topology.parameters()
     digest = hashlib.sha256(theta_D.numpy().tobytes()).hexdigest()
     digests = comm.allgather(digest.encode())
     assert len(set(digests)) == 1, "ranks hold different parameters"
-    return {**simulation.summary(), "sha256": digest, "theta": theta_D.tolist()}
+    return {**simulation.summary(), "losses": losses, "sha256": digest, "theta": theta_D.tolist()}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""Half-precision gradients, 2 bytes a parameter: IEEE binary16 (fp16) and bfloat16 (bf16).
+
+Values are rounded to the nearest (ties to even) and summed as float32. What lies beyond the type's
+largest number (fp16: 65504; bf16: 3.39·10^38) is sent as that number, never as infinity; what fp16
+cannot hold below (2^-25 ≈ 3·10^-8 and less) is sent as 0. Both are made up for by error feedback, which
+is sound here: the residual is never larger than what was to be sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fedmpi.errors import MessageError
+from fedmpi.message import Field, Layout, Message
+from fedmpi.method import Compressor, Context, Method, State
+from fedmpi.methods.base import Entry, FeedbackOptions, MeanServer, Setup
+from fedmpi.methods.feedback import Feedback
+from fedmpi.spec import Spec
+
+
+class Half(Compressor):
+    """Sends the D values in ``dtype``. Not additive: a rounded sum is not the sum of rounded terms."""
+
+    def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
+        super().__init__(spec)
+        self.dtype, self.largest = dtype, torch.finfo(dtype).max
+
+    def layout(self) -> Layout:
+        return {"gradient": Field(self.dtype, (self.size,))}
+
+    def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
+        return Message({"gradient": g_CD.clamp(-self.largest, self.largest).to(self.dtype)}), state
+
+    def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
+        v_CD = message.arrays["gradient"].float()
+        if not bool(v_CD.isfinite().all()):
+            raise MessageError("message: expected finite values (senders saturate), got infinity or NaN")
+        return v_CD, peer
+
+
+def _builder(dtype: torch.dtype) -> Callable[[FeedbackOptions, Spec, Setup], Method]:
+    def build(options: FeedbackOptions, spec: Spec, setup: Setup) -> Method:
+        up = Half(spec, dtype)
+        return Method(Feedback(up) if options.feedback else up, MeanServer(spec, setup.optimizer))
+
+    return build
+
+
+FP16 = Entry(
+    FeedbackOptions,
+    _builder(torch.float16),
+    summary="2 bytes a parameter: 11 significant bits, saturates at 65504",
+    keeps="nothing (D residual with feedback)",
+    sums="D",
+    source="IEEE 754 binary16",
+)
+
+BF16 = Entry(
+    FeedbackOptions,
+    _builder(torch.bfloat16),
+    summary="2 bytes a parameter: 8 significant bits, float32's range",
+    keeps="nothing (D residual with feedback)",
+    sums="D",
+    source="bfloat16 (Kalamkar et al. 2019)",
+)

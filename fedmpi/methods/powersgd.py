@@ -1,0 +1,228 @@
+"""PowerSGD: the best of a power iteration that all clients do together; two averages a round.
+
+Source: Vogels, Karimireddy, Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed
+Optimization", NeurIPS 2019, Algorithm 1 (compression) and 2 (error feedback). For each layer's matrix M:
+
+    P = mean of M_c Q;  P̂ = orthonormal columns of P;  Q ← mean of M_cᵀ P̂;  mean of M_c ≈ P̂ Qᵀ
+
+and Q starts the next round (warm start). Readings, where the paper is terse:
+
+- A client's error is against what it sent itself, e_c = p_c − P̂ (p_cᵀ P̂)ᵀ (Algorithm 2, line 9, and the belief
+  of both ends); the authors' code subtracts the decoded mean. When all clients take part in all rounds,
+  the mean of the errors is the same, and nothing else enters the parameters.
+- A column that depends on others is zero in P̂ (the layer's mean has a smaller rank). It would stay zero in Q,
+  so the next round starts with the initial random column in its place.
+- Algorithm 2's momentum steps by Δ' + m; that of the server's optimizers by m.
+
+Shape suffixes: C clients, D parameters, N rows and M columns of a layer's matrix, R the rank, P = Σ N·R numbers
+of all layers' P, Q = Σ M·R, S = Q and the dense parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from pydantic import Field as Option
+from torch import Tensor
+
+from fedmpi import random
+from fedmpi.message import Field, Layout, Message
+from fedmpi.method import Compressor, Context, Method, Round, Server, State, nest, unnest
+from fedmpi.methods.base import Entry, FeedbackOptions, Setup
+from fedmpi.methods.lowrank import Layer, Layers, add_outer, orthonormal
+from fedmpi.optimizers import Optimizer
+from fedmpi.spec import Spec
+
+
+class PowerOptions(FeedbackOptions):
+    rank: int = Option(2, ge=1, description="r, the columns of P and Q of a layer")
+
+
+class Factors:
+    """How the factors of all layers lie in flat vectors, row by row, and what they start from."""
+
+    def __init__(self, spec: Spec, rank: int, seed: int) -> None:
+        self.layers, self.rank = Layers(spec, rank), rank
+        self.p_size = rank * sum(layer.rows for layer in self.layers.factored)
+        self.q_size = rank * sum(layer.columns for layer in self.layers.factored)
+        self.size = self.q_size + self.layers.dense_size
+        self.q0_Q = random.normal(random.key(seed, stream="powersgd Q"), self.q_size)
+        # What stands in for P̂ while no first pass has made one: it is never used in a round.
+        self.p0_P = self.orthonormal(random.normal(random.key(seed, stream="powersgd P"), self.p_size))
+
+    def left(self, p: Tensor) -> Iterator[tuple[Layer, Tensor]]:
+        """Each layer's part ``(..., N, R)`` of P ``(..., P)``, a view."""
+        parts = p.split([layer.rows * self.rank for layer in self.layers.factored], dim=-1)
+        for layer, part in zip(self.layers.factored, parts, strict=True):
+            yield layer, part.unflatten(-1, (layer.rows, self.rank))
+
+    def right(self, q: Tensor) -> Iterator[tuple[Layer, Tensor]]:
+        """Each layer's part ``(..., M, R)`` of Q ``(..., Q)``, or of a vector that starts with it, a view."""
+        parts = q[..., : self.q_size].split(
+            [layer.columns * self.rank for layer in self.layers.factored], dim=-1
+        )
+        for layer, part in zip(self.layers.factored, parts, strict=True):
+            yield layer, part.unflatten(-1, (layer.columns, self.rank))
+
+    def orthonormal(self, p_P: Tensor) -> Tensor:
+        """P̂ of P."""
+        return torch.cat([p_P[:0], *(orthonormal(p_NR).flatten() for _, p_NR in self.left(p_P))])
+
+    def warm(self, mean_S: Tensor) -> Tensor:
+        """The Q ``(Q,)`` that the next round starts from."""
+        pairs = zip(self.right(mean_S), self.right(self.q0_Q), strict=True)
+        columns = (torch.where((q_MR == 0).all(0), q0_MR, q_MR).flatten() for (_, q_MR), (_, q0_MR) in pairs)
+        return torch.cat([mean_S[:0], *columns])
+
+    def product(self, p_P: Tensor, v_CS: Tensor) -> Tensor:
+        """P̂ Qᵀ and the dense parameters: ``(C, D)``."""
+        g_CD = self.layers.with_dense(v_CS[:, self.q_size :])
+        for (layer, p_NR), (_, q_CMR) in zip(self.left(p_P), self.right(v_CS), strict=True):
+            for r in range(self.rank):
+                add_outer(layer.of(g_CD), p_NR[None, :, r], q_CMR[:, :, r])
+        return g_CD
+
+
+class _Pass(Compressor):
+    """One array of numbers, linear in the gradient plus the error that ``up`` keeps.
+
+    Additive also with feedback: for given P̂ the errors are linear in the gradients, too.
+    """
+
+    additive = True
+    array = ""
+
+    def __init__(self, spec: Spec, factors: Factors, size: int, feedback: bool) -> None:
+        super().__init__(spec, size)
+        self.factors, self.feedback = factors, feedback
+
+    def layout(self) -> Layout:
+        return {self.array: Field(torch.float32, (self.size,))}
+
+    def corrected(self, g_CD: Tensor, state: State) -> Tensor:
+        """p = g + e: both passes compress it."""
+        return g_CD + state["residual"] if self.feedback else g_CD
+
+    def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
+        return message.arrays[self.array], peer
+
+
+class Left(_Pass):
+    """The first pass sends M Q. The state is that of :class:`Right`, which is only read here."""
+
+    array = "p"
+
+    def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
+        p_CD = self.corrected(g_CD, state)
+        parts = [(layer.of(p_CD) @ q_MR).flatten(1) for layer, q_MR in self.factors.right(ctx.shared["q"])]
+        return Message({"p": torch.cat(parts, dim=1)}), state
+
+
+class Right(_Pass):
+    """The second pass sends Mᵀ P̂, and the dense parameters as they are."""
+
+    array = "q"
+
+    def init(self) -> State:
+        return {"residual": torch.zeros(self.spec.size)} if self.feedback else {}
+
+    def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
+        p_CD = self.corrected(g_CD, state)
+        parts = [(layer.of(p_CD).mT @ p_NR).flatten(1) for layer, p_NR in self.factors.left(ctx.shared["p"])]
+        v_CS = torch.cat([*parts, self.factors.layers.dense(p_CD)], dim=1)
+        after = {"residual": p_CD - self.lift(v_CS, ctx)} if self.feedback else {}
+        return Message({"q": v_CS}), after
+
+    def lift(self, v_CS: Tensor, ctx: Context) -> Tensor:
+        return self.factors.product(ctx.shared["p"], v_CS)
+
+
+class PowerServer(Server):
+    """θ ← θ − η u, with u the optimizer's direction for P̂ Qᵀ (and the dense parameters' mean).
+
+    A client downloads P̂, the mean of what was sent, and η of each round that it missed, and steps as the
+    server did; or θ and Q where that is smaller (the server keeps as many rounds), and always where the
+    optimizer has a memory, since θ does not follow from the factors alone then.
+    """
+
+    def __init__(self, factors: Factors, optimizer: Optimizer) -> None:
+        self.factors, self.optimizer = factors, optimizer
+        row, theta = factors.p_size + factors.size + 1, factors.layers.spec_size + factors.q_size
+        self.keep = theta // row if optimizer.name == "sgd" else 0
+
+    def init(self, theta_D: Tensor) -> State:
+        history = {
+            "lefts": torch.zeros(0, self.factors.p_size),
+            "rights": torch.zeros(0, self.factors.size),
+            "lr": torch.zeros(0),
+        }
+        memory = self.optimizer.init(self.factors.layers.spec_size)
+        return self.view(theta_D) | history | nest(memory, "optimizer.")
+
+    def view(self, theta_D: Tensor) -> State:
+        p, q = self.factors.p0_P, self.factors.q0_Q
+        return {"theta": theta_D, "q": q, "p": p, "version": torch.tensor(0)}
+
+    def first(self, state: State, mean_S: Tensor, round: Round) -> State:
+        return state | {"p": self.factors.orthonormal(mean_S)}
+
+    def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
+        p_P, lr = state["p"], torch.tensor(round.lr, dtype=torch.float32)
+        g_D = self.factors.product(p_P, mean_S[None])[0]
+        u_D, memory = self.optimizer.direction(unnest(state, "optimizer."), g_D)
+        return {
+            **self._after(state["theta"] - lr * u_D, self.factors.warm(mean_S), state["version"] + 1),
+            "lefts": self._last(state["lefts"], p_P),
+            "rights": self._last(state["rights"], mean_S),
+            "lr": self._last(state["lr"], lr),
+            **nest(memory, "optimizer."),
+        }
+
+    def _after(self, theta_D: Tensor, q_Q: Tensor, version: Tensor) -> State:
+        # P̂ was this round's: what stands between rounds must follow from a download.
+        return {"theta": theta_D, "q": q_Q, "p": self.factors.p0_P, "version": version}
+
+    def _last(self, history: Tensor, new: Tensor) -> Tensor:
+        rows = torch.cat([history, new[None]])
+        return rows[max(0, len(rows) - self.keep) :]
+
+    def download(self, state: State, seen: int) -> Message:
+        missed = int(state["version"]) - seen
+        if missed > len(state["lr"]):
+            return Message({"theta": state["theta"][None], "q": state["q"][None]})
+        last = slice(len(state["lr"]) - missed, None)
+        return Message({name: state[name][last][None] for name in ("lefts", "rights", "lr")})
+
+    def reconcile(self, view: State, message: Message, version: int) -> State:
+        arrays = message.arrays
+        if "theta" in arrays:
+            return self._after(arrays["theta"][0], arrays["q"][0], torch.tensor(version))
+        theta_D, q_Q = view["theta"], view["q"]
+        rounds = zip(arrays["lefts"][0], arrays["rights"][0], arrays["lr"][0], strict=True)
+        for p_P, mean_S, lr in rounds:
+            theta_D = theta_D - lr * self.factors.product(p_P, mean_S[None])[0]
+            q_Q = self.factors.warm(mean_S)
+        return self._after(theta_D, q_Q, torch.tensor(version))
+
+    def shared(self, state: State) -> State:
+        return {"p": state["p"], "q": state["q"]}
+
+
+def build(options: PowerOptions, spec: Spec, setup: Setup) -> Method:
+    factors = Factors(spec, options.rank, setup.seed)
+    up = Right(spec, factors, factors.size, options.feedback)
+    # A model without a layer worth factoring is all dense: it needs no first pass.
+    first = Left(spec, factors, factors.p_size, options.feedback) if factors.p_size else None
+    return Method(up, PowerServer(factors, setup.optimizer), first)
+
+
+ENTRY = Entry(
+    PowerOptions,
+    build,
+    summary="two low-rank factors a layer, by a power iteration in common",
+    keeps="D residual with feedback, else nothing",
+    sums="Σ N·r, then Σ M·r and the dense parameters, over layers of N × M",
+    source="Vogels et al. 2019, Algorithms 1 and 2",
+    example={"rank": 2, "feedback": True},
+)

@@ -1,0 +1,92 @@
+"""Random-k sparsification: k coordinates drawn by the client's key, so that no index travels.
+
+Source: Konečný et al., "Federated Learning: Strategies for Improving Communication Efficiency", 2016
+("subsampling", a pattern from a seed, fresh for each client and round, values scaled to an unbiased mean);
+with feedback and unscaled rand_k of Stich et al., "Sparsified SGD with Memory", NeurIPS 2018. The draw is
+exactly k different coordinates, each as likely as any other.
+
+Shape suffixes: C clients, D parameters, K values sent.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field as Option
+from torch import Tensor
+
+from fedmpi import random
+from fedmpi.errors import ConfigError
+from fedmpi.message import Field, Layout, Message
+from fedmpi.method import Compressor, Context, Method, State
+from fedmpi.methods.base import Entry, MeanServer, Setup, count_of
+from fedmpi.methods.feedback import Feedback
+from fedmpi.methods.topk import TopKOptions
+from fedmpi.spec import Spec
+
+
+class RandomKOptions(TopKOptions):
+    scale: Literal["unbiased", "none"] | None = Option(
+        None,
+        description="unbiased: values are multiplied by D/k; none: they are taken as they are "
+        "(default: none with feedback, else unbiased)",
+    )
+
+
+class RandomK(Compressor):
+    """Sends the k values at coordinates that both ends draw; each stands for ``factor`` times itself.
+
+    With ``factor`` D/k the decoded vector's mean over the draws is the gradient, and its variance
+    (D/k − 1)‖g‖². Linear for a given key, but not additive: another client's key draws other coordinates.
+    """
+
+    replayable = False  # the coordinates are those of the round in which it was sent
+
+    def __init__(self, spec: Spec, k: int, factor: float) -> None:
+        super().__init__(spec)
+        self.k, self.factor = k, factor
+
+    def _coordinates(self, ctx: Context) -> Tensor:
+        """int64 ``(C, k)``, a function of each client's key."""
+        drawn = [random.sample(key, self.size, self.k) for key in ctx.keys("coordinates").tolist()]
+        return torch.stack(drawn)
+
+    def layout(self) -> Layout:
+        return {"values": Field(torch.float32, (self.k,))}
+
+    def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
+        return Message({"values": g_CD.gather(1, self._coordinates(ctx))}), state
+
+    def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
+        values_CK = message.arrays["values"] * self.factor
+        v_CD = values_CK.new_zeros(len(values_CK), self.size)
+        return v_CD.scatter_(1, self._coordinates(ctx), values_CK), peer
+
+
+def build(options: RandomKOptions, spec: Spec, setup: Setup) -> Method:
+    """Random-k for a layout.
+
+    Raises:
+      ConfigError: k does not lie in 1 … D, or feedback is asked for with ``scale: unbiased``.
+    """
+    k = count_of("method.k", options.ratio, options.k, spec.size)
+    if options.feedback and options.scale == "unbiased":
+        raise ConfigError(
+            "method.scale: expected none with feedback, got unbiased; a value that is sent D/k times too "
+            "large leaves a residual of 1 − D/k times itself, which grows from round to round"
+        )
+    unbiased = not options.feedback and options.scale != "none"
+    up = RandomK(spec, k, spec.size / k if unbiased else 1.0)
+    return Method(Feedback(up) if options.feedback else up, MeanServer(spec, setup.optimizer, sparse=True))
+
+
+ENTRY = Entry(
+    RandomKOptions,
+    build,
+    summary="k values at coordinates drawn by the client's key; no indices travel",
+    keeps="nothing (D residual with feedback)",
+    sums="D",
+    source="Konečný et al. 2016; Stich et al. 2018 (with feedback)",
+    example={"ratio": 0.1},
+)

@@ -1,0 +1,73 @@
+"""The long ones (``./launch/test.sh --full``): the demo over seeds, every shipped method under mpirun, memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmpi import config
+
+from .conftest import JOBS, Mpi, run_jobs
+
+pytestmark = [pytest.mark.slow, pytest.mark.mpi]
+ROOT = Path(__file__).parent.parent
+LEAST = {"signsgd": 25, "topk": 5, "intrinsic": 5, "lookback": 2}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_demo_compresses_and_learns(seed: int) -> None:
+    """Each method within 3 points of dense, at the promised ratios; the table shows summary.json's."""
+    demo = subprocess.run(
+        [ROOT / "launch" / "demo.sh", f"seed={seed}"], capture_output=True, text=True, check=False, cwd="/"
+    )
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    runs = ROOT / "runs" / "demo"
+    summaries = {name: json.loads((runs / name / "summary.json").read_text()) for name in ("dense", *LEAST)}
+    for name, least in LEAST.items():
+        summary = summaries[name]
+        assert summary["upload_ratio"] >= least, name
+        assert summary["accuracy"] >= summaries["dense"]["accuracy"] - 0.03, name
+        row = next(line.split() for line in demo.stdout.splitlines() if line.startswith(f"{name} "))
+        ratio = summary["upload_ratio"]
+        assert (f"{ratio:.2f}x" if ratio < 9.995 else f"{ratio:.1f}x") in row
+    for summary in summaries.values():
+        assert summary["seed"] == seed
+        assert summary["ranks"] == len(summary["clients_by_rank"]) == 4
+        assert all(summary["clients_by_rank"])
+
+
+def test_every_shipped_method_trains_under_mpirun(openmpi: Mpi, tmp_path: Path) -> None:
+    """20 rounds of each of configs/methods on two ranks, both topologies: finite, and the loss goes down. That both
+    ranks hold the same parameters is asserted by the job itself."""
+    paths = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
+    assert len(paths) >= 17
+    jobs = [
+        {**config.load(path, ["rounds=20"]).plain(), "topology": topology}
+        for path in paths
+        for topology in ("allreduce", "aggregator")
+    ]
+    for job, answer in zip(jobs, run_jobs(openmpi, 2, jobs, tmp_path), strict=True):
+        losses = answer["losses"]
+        assert all(map(math.isfinite, losses)), job["method"]
+        assert losses[-1] < losses[0], job["method"]
+        assert answer["upload_bytes"] > 0
+
+
+@pytest.mark.timeout(900)
+def test_ten_thousand_clients_with_residuals_of_a_large_model(tmp_path: Path) -> None:
+    """10,000 clients, ResNet-9 (6.6 M parameters), error feedback, cohort 100, store: mmap, two rounds: the residuals
+    would be 263 GB; the process keeps anonymous and shared memory under 3 GB."""
+    done = subprocess.run(
+        [sys.executable, str(JOBS / "memory.py"), str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert measured["clients"] >= 190
+    assert measured["peak_anonymous_and_shared"] < 3e9, measured
