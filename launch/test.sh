@@ -23,5 +23,7 @@ step ruff check
 step ruff format --check
 step mypy
 ((${#failed[@]} == 0)) || say "failed so far: ${failed[*]}"
-step pytest "$@" # last: its closing line is the last one printed
+workers=$(cores)
+# Last: its closing line is the last one printed. Its own arguments come after ours and win.
+step pytest -n "$((workers > 4 ? 4 : workers))" --dist worksteal "$@"
 ((${#failed[@]} == 0))

@@ -19,7 +19,7 @@ from fedmpi.comm import run_ranks, solo
 from fedmpi.engine.store import ClientStore
 from fedmpi.errors import MessageError
 from fedmpi.message import concat, equal, from_bytes, to_bytes
-from fedmpi.method import Context, Method, Round, believed
+from fedmpi.method import Compressor, Context, Method, Round, State, believed
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import FeedbackOptions, Setup
 from fedmpi.spec import Spec
@@ -44,7 +44,7 @@ def cases() -> dict[str, dict[str, Any]]:
                 "feedback": not example.get("feedback", False),
             }
         for wrapper, outer in METHODS.items():
-            if name in outer.wraps or (outer.wraps == "any" and not entry.wraps):
+            if name in outer.wraps or (outer.wraps == "any" and not entry.wraps and not entry.two_passes):
                 found[f"{wrapper} over {name}"] = {"name": wrapper, **outer.example, "inner": example}
     return found
 
@@ -72,12 +72,17 @@ def gradients(round: int, seed: int = 0) -> Tensor:
     return g
 
 
-def at(method: Method, t: int, clients: Tensor | None = None) -> Context:
+def at(method: Method, t: int, clients: Tensor | None = None, state: State | None = None) -> Context:
+    """Round ``t``, with what the server publishes at the start or (given its state) now."""
     clients = torch.arange(CLIENTS) if clients is None else clients
     round = Round(seed=1, t=t, lr=LR, rounds_per_epoch=3)
-    theta = torch.zeros(SPEC.size)
-    shared = method.server.shared(method.server.init(theta))
-    return Context(round, clients, torch.ones_like(clients), shared)
+    state = method.server.init(torch.zeros(SPEC.size)) if state is None else state
+    return Context(round, clients, torch.ones_like(clients), method.server.shared(state))
+
+
+def passes(method: Method) -> list[Compressor]:
+    """``up``, and the ``first`` of two; both get ``up``'s state, and what ``first`` returns is dropped."""
+    return [method.up] if method.first is None else [method.first, method.up]
 
 
 def start(method: Method) -> tuple[ClientStore, ClientStore]:
@@ -88,51 +93,53 @@ def test_bytes_are_measured_and_frames_round_trip(method: Method) -> None:
     senders, _ = start(method)
     ids = torch.arange(CLIENTS)
     for t in range(ROUNDS):
-        message, state = method.up.compress(gradients(t), senders.get(ids), at(method, t))
+        for up in passes(method):
+            message, state = up.compress(gradients(t), senders.get(ids), at(method, t))
+            assert message.clients == CLIENTS
+            assert int(message.nbytes().sum()) == sum(a.nbytes for a in message.arrays.values())
+            assert message.nbytes().min() > 0
+            frame = to_bytes(message)
+            assert equal(from_bytes(frame, up.layout(), CLIENTS), message)
+            alone = [message.select(torch.tensor([c])) for c in range(CLIENTS)]
+            assert [int(m.nbytes()[0]) for m in alone] == message.nbytes().tolist()
+            assert equal(concat(alone), message)
+            for cut in (*range(0, len(frame), 97), len(frame) - 1):
+                with pytest.raises(MessageError):
+                    from_bytes(frame[:cut], up.layout(), CLIENTS)
+            with pytest.raises(MessageError, match="oversized"):
+                from_bytes(frame + b"\0", up.layout(), CLIENTS)
         senders.put(ids, state)
-        assert message.clients == CLIENTS
-        assert int(message.nbytes().sum()) == sum(a.nbytes for a in message.arrays.values())
-        assert message.nbytes().min() > 0
-        frame = to_bytes(message)
-        assert equal(from_bytes(frame, method.up.layout(), CLIENTS), message)
-        alone = [message.select(torch.tensor([c])) for c in range(CLIENTS)]
-        assert [int(m.nbytes()[0]) for m in alone] == message.nbytes().tolist()
-        assert equal(concat(alone), message)
-        for cut in (*range(0, len(frame), 97), len(frame) - 1):
-            with pytest.raises(MessageError):
-                from_bytes(frame[:cut], method.up.layout(), CLIENTS)
-        with pytest.raises(MessageError, match="oversized"):
-            from_bytes(frame + b"\0", method.up.layout(), CLIENTS)
 
 
 def test_additive_is_true_of_what_is_sent(method: Method) -> None:
     """Over rounds, and with other clients sending a, b and a + b: v(a) + v(b) = v(a + b) exactly when ``additive``."""
-    up = method.up
-    senders = [ClientStore(up.init) for _ in range(3)]
-    receivers = [ClientStore(up.init_peer) for _ in range(3)]
-    holds = True
+    senders, receivers = zip(*(start(method) for _ in range(3)), strict=True)
+    holds = dict.fromkeys(passes(method), True)
     for t in range(ROUNDS):
         a, b = gradients(t, seed=0), gradients(t, seed=1)
-        decoded = []
-        for i, (g, sender, receiver) in enumerate(zip((a, b, a + b), senders, receivers, strict=True)):
-            ids = torch.arange(CLIENTS) + i * CLIENTS
-            message, state = up.compress(g, sender.get(ids), at(method, t, ids))
-            v, peer = up.decompress(message, receiver.get(ids), at(method, t, ids))
-            sender.put(ids, state)
-            receiver.put(ids, peer)
-            decoded.append(v.float())
-        scale = float(decoded[2].abs().max())
-        holds &= bool(torch.allclose(decoded[0] + decoded[1], decoded[2], rtol=0, atol=1e-5 * scale))
-    assert holds == up.additive
+        for up in passes(method):
+            decoded = []
+            for i, (g, sender, receiver) in enumerate(zip((a, b, a + b), senders, receivers, strict=True)):
+                ids = torch.arange(CLIENTS) + i * CLIENTS
+                message, state = up.compress(g, sender.get(ids), at(method, t, ids))
+                peer = receiver.get(ids) if up is method.up else {}
+                v, peer = up.decompress(message, peer, at(method, t, ids))
+                if up is method.up:
+                    sender.put(ids, state)
+                    receiver.put(ids, peer)
+                decoded.append(v.float())
+            scale = float(decoded[2].abs().max())
+            holds[up] &= bool(torch.allclose(decoded[0] + decoded[1], decoded[2], rtol=0, atol=1e-5 * scale))
+    assert all(holds[up] == up.additive for up in holds)
 
 
 def test_decoded_size_is_what_sums(method: Method) -> None:
-    up = method.up
-    message, _ = up.compress(gradients(0), start(method)[0].get(torch.arange(CLIENTS)), at(method, 0))
-    v, _ = up.decompress(message, start(method)[1].get(torch.arange(CLIENTS)), at(method, 0))
-    assert v.shape == (CLIENTS, up.size)
-    assert v.is_floating_point() != up.integer
-    assert up.lift(v, at(method, 0)).shape == (CLIENTS, SPEC.size)
+    for up in passes(method):
+        message, _ = up.compress(gradients(0), start(method)[0].get(torch.arange(CLIENTS)), at(method, 0))
+        v, _ = up.decompress(message, start(method)[1].get(torch.arange(CLIENTS)), at(method, 0))
+        assert v.shape == (CLIENTS, up.size)
+        assert v.is_floating_point() != up.integer
+    assert method.up.lift(v, at(method, 0)).shape == (CLIENTS, SPEC.size)
 
 
 def test_sender_believes_what_the_receiver_holds(method: Method) -> None:
@@ -152,44 +159,45 @@ def test_sender_believes_what_the_receiver_holds(method: Method) -> None:
 
 
 def test_one_call_for_all_equals_a_call_each(method: Method) -> None:
-    up, together, alone = method.up, start(method)[0], start(method)[0]
+    together, alone = start(method)[0], start(method)[0]
     ids = torch.arange(CLIENTS)
     for t in range(3):
-        g = gradients(t)
-        v_before = together.get(ids)
-        message, state = up.compress(g, v_before, at(method, t))
-        v, _ = up.decompress(message, believed(up, v_before), at(method, t))
+        g, everybody = gradients(t), together.get(ids)
+        each = [alone.get(ids[c : c + 1]) for c in range(CLIENTS)]
+        for up in passes(method):
+            message, state = up.compress(g, everybody, at(method, t))
+            v, _ = up.decompress(message, believed(up, everybody), at(method, t))
+            for c, before in enumerate(each):
+                one = ids[c : c + 1]
+                single, after = up.compress(g[c : c + 1], before, at(method, t, one))
+                v_one, _ = up.decompress(single, believed(up, before), at(method, t, one))
+                assert torch.allclose(v_one[0].float(), v[c].float(), rtol=1e-5, atol=1e-6)
+                assert int(single.nbytes()[0]) == int(message.nbytes()[c])
+                alone.put(one, after)
         together.put(ids, state)
-        for c in range(CLIENTS):
-            one = ids[c : c + 1]
-            before = alone.get(one)
-            single, state_one = up.compress(g[c : c + 1], before, at(method, t, one))
-            alone.put(one, state_one)
-            v_one, _ = up.decompress(single, believed(up, before), at(method, t, one))
-            assert torch.allclose(v_one[0].float(), v[c].float(), rtol=1e-5, atol=1e-6)
-            assert int(single.nbytes()[0]) == int(message.nbytes()[c])
 
 
 def test_pure_and_random_only_by_key(method: Method) -> None:
     """Inputs stay as they were, a call can be repeated, torch's own generator is neither read nor moved."""
-    up, ids = method.up, torch.arange(CLIENTS)
+    ids = torch.arange(CLIENTS)
     state = start(method)[0].get(ids)
     for t in range(3):
         g, kept = gradients(t), copy.deepcopy(state)
         g_kept = g.clone()
-        torch.manual_seed(t)
-        generator = torch.random.get_rng_state()
-        first, new = up.compress(g, state, at(method, t))
-        v, _ = up.decompress(first, believed(up, state), at(method, t))
-        assert torch.equal(torch.random.get_rng_state(), generator)
-        torch.manual_seed(99)
-        second, _ = up.compress(g, state, at(method, t))
-        v_again, _ = up.decompress(second, believed(up, state), at(method, t))
-        assert equal(first, second)
-        assert torch.equal(v, v_again)
-        assert torch.equal(g, g_kept)
-        assert state.keys() == kept.keys()
-        assert all(torch.equal(state[n], kept[n]) for n in kept)
+        for up in passes(method):
+            torch.manual_seed(t)
+            generator = torch.random.get_rng_state()
+            first, new = up.compress(g, state, at(method, t))
+            v, _ = up.decompress(first, believed(up, state), at(method, t))
+            assert torch.equal(torch.random.get_rng_state(), generator)
+            torch.manual_seed(99)
+            second, _ = up.compress(g, state, at(method, t))
+            v_again, _ = up.decompress(second, believed(up, state), at(method, t))
+            assert equal(first, second)
+            assert torch.equal(v, v_again)
+            assert torch.equal(g, g_kept)
+            assert state.keys() == kept.keys()
+            assert all(torch.equal(state[n], kept[n]) for n in kept)
         state = new
 
 
@@ -200,11 +208,17 @@ def rounds_of(method: Method, rounds: int) -> Any:
     yield state
     for t in range(rounds):
         before = senders.get(ids)
-        message, after = up.compress(gradients(t), before, at(method, t))
+        if method.first is not None:
+            ctx = at(method, t, state=state)
+            message, _ = method.first.compress(gradients(t), before, ctx)
+            v, _ = method.first.decompress(message, {}, ctx)
+            state = server.first(state, v.mean(0), ctx.round)
+        ctx = at(method, t, state=state)
+        message, after = up.compress(gradients(t), before, ctx)
         senders.put(ids, after)
-        v, _ = up.decompress(message, believed(up, before), at(method, t))
+        v, _ = up.decompress(message, believed(up, before), ctx)
         total = v.sum(0, dtype=torch.int32) if up.integer else v.mean(0)
-        state = server.finish(state, total, at(method, t).round)
+        state = server.finish(state, total, ctx.round)
         assert int(state["version"]) == t + 1
         yield state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -69,8 +70,10 @@ def parse_inner(value: Any, wrapper: str) -> Options:
       ConfigError: as :func:`parse`, or the wrapper cannot be laid over it.
     """
     options, allowed = parse(value, "method.inner"), METHODS[wrapper].wraps
-    if METHODS[options.name].wraps if allowed == "any" else options.name not in allowed:
-        valid = [name for name, entry in METHODS.items() if not entry.wraps] if allowed == "any" else allowed
+    valid: Sequence[str] = allowed
+    if allowed == "any":
+        valid = [name for name, entry in METHODS.items() if not entry.wraps and not entry.two_passes]
+    if options.name not in valid:
         raise ConfigError(
             f"method.inner: {wrapper} does not go over {options.name}; valid: {', '.join(valid)}"
         )

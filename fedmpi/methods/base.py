@@ -52,7 +52,9 @@ class Entry:
       keeps: what a client keeps between rounds.
       sums: what is added up over clients and ranks.
       source: where the algorithm comes from.
-      wraps: the methods that it can be laid over (its option ``inner``); "any" for all that wrap none.
+      wraps: the methods that it can be laid over (its option ``inner``); "any" for all that wrap none and have
+        one pass.
+      two_passes: its messages mean something only beside the round's first pass: no wrapper goes over it.
       example: options for a small model (some thousand parameters); the conformance suite runs these,
       variants: and, by name, these options on top of them.
     """
@@ -64,6 +66,7 @@ class Entry:
     sums: str
     source: str
     wraps: Literal["any"] | tuple[str, ...] = ()
+    two_passes: bool = False
     example: dict[str, Any] = field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
 

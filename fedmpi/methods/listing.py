@@ -76,7 +76,7 @@ def _measure(method: Method, spec: Spec) -> tuple[int, int, int]:
     g_CD = random.normal(random.key(0, stream="listing"), spec.size)[None]
     state: State = {name: value[None] for name, value in method.up.init().items()}
     held = server.init(torch.zeros(spec.size))
-    uploads = []
+    uploads, between = [], 0
     for t in range(2):
         now = Round(0, t, 0.1)
         ctx = Context(now, client, torch.tensor([1]), server.shared(held))
@@ -84,13 +84,15 @@ def _measure(method: Method, spec: Spec) -> tuple[int, int, int]:
         if method.first is not None:
             message, _ = method.first.compress(g_CD, state, ctx)
             nbytes += int(message.nbytes()[0])
-            held = server.first(held, _decoded(method.first, message, state, ctx), now)
+            mean_S = _decoded(method.first, message, state, ctx)
+            between = mean_S.nbytes  # every client downloads it
+            held = server.first(held, mean_S, now)
             ctx = Context(now, client, torch.tensor([1]), server.shared(held))
         message, after = method.up.compress(g_CD, state, ctx)
         uploads.append(nbytes + int(message.nbytes()[0]))
         held = server.finish(held, _decoded(method.up, message, state, ctx), now)
         state = after
-    return uploads[0], uploads[1], int(server.download(held, 1).nbytes()[0])
+    return uploads[0], uploads[1], between + int(server.download(held, 1).nbytes()[0])
 
 
 def _decoded(up: Compressor, message: Message, state: State, ctx: Context) -> Tensor:

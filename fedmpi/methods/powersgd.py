@@ -224,5 +224,6 @@ ENTRY = Entry(
     keeps="D residual with feedback, else nothing",
     sums="Σ N·r, then Σ M·r and the dense parameters, over layers of N × M",
     source="Vogels et al. 2019, Algorithms 1 and 2",
+    two_passes=True,
     example={"rank": 2, "feedback": True},
 )
