@@ -135,11 +135,42 @@ def test_how_it_is_kept_and_how_large_that_is(keep: str, inner: dict[str, Any], 
             assert torch.equal(a.arrays["rho"], b.arrays["rho"])
 
 
+def test_clusters_hold_a_number_a_client_and_their_broadcasts_are_counted() -> None:
+    """Four directions, four clients each: with 4 centroids the second round is all scalars, and then one message
+    in full moves one centroid half the way, which every client downloads."""
+    clients, c = 16, 4
+    options = {"name": "lookback", "threshold": 0.1, "keep": "clustered", "clusters": c}
+    up, server, _ = methods.build(options, SPEC, Setup(seed=1))
+    assert up.init_peer() == {"cluster": torch.tensor(-1)}
+    directions = torch.eye(SPEC.size)[:c]
+    g = directions[torch.arange(clients) % c]
+    state, held = server.init(torch.zeros(SPEC.size)), {"cluster": torch.full((clients,), -1)}
+    ids, scalars_of, downloads = torch.arange(clients), [], []
+    for t in range(3):
+        if t == 2:
+            g = g.clone()
+            g[5] = directions[1] + directions[2]  # 45° from centroids 1 and 2
+        ctx = Context(Round(1, t, 0.1), ids, torch.ones_like(ids), server.shared(state))
+        message, after = up.compress(g, held, ctx)
+        v, peer = up.decompress(message, held, ctx)
+        assert torch.equal(peer["cluster"], after["cluster"])
+        held, state = after, server.finish(state, v.mean(0), ctx.round)
+        scalars_of.append(message.arrays["scalar"].tolist())
+        downloads.append(int(server.download(state, t).nbytes()[0]) - 4 * SPEC.size)
+    assert scalars_of == [[0] * 16, [1] * 16, [1] * 5 + [0] + [1] * 10]
+    assert downloads == [c * (4 * SPEC.size + 1), 0, 4 * SPEC.size + 1]
+    moved = state["clusters.centroids"][held["cluster"][5]]
+    assert torch.allclose(moved[[1, 2]].sort().values, torch.tensor([0.5, 1.0]))
+    assert torch.allclose(server.parameters(state)[0], torch.tensor(-0.1 * 3 / 4))
+
+
 OVER = [name for name, entry in METHODS.items() if not entry.wraps and not entry.two_passes]
 
 
 @pytest.mark.parametrize("name", OVER)
-@pytest.mark.parametrize("options", [{}, {"feedback": True}, {"keep": "half"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"feedback": True}, {"keep": "half"}, {"keep": "clustered", "clusters": 2}], ids=str
+)
 def test_both_ends_agree_after_every_round_under_sampling_and_dropouts(name: str, options: Any) -> None:
     inner = {"name": name, **METHODS[name].example}
     method = {"name": "lookback", "threshold": 0.6, "inner": inner, **options}
@@ -179,6 +210,7 @@ def test_a_message_whose_counts_do_not_fit_its_tags_is_refused() -> None:
         ({"inner": {"name": "topk", "q": 1}}, "method.inner.q: unknown key"),
         ({"inner": "lookback"}, "method.inner: lookback does not go over lookback; valid: dense, signsgd"),
         ({"inner": {"name": "powersgd", "rank": 1}}, "method.inner: lookback does not go over powersgd"),
+        ({"keep": "clustered", "feedback": True}, "method.keep: clustered goes with scope: model"),
         ({"threshold": 2}, "method.threshold: expected δ from 0 to 1, got 2"),
         ({"threshold": [0.1, 0.2]}, "method.threshold: expected one δ a client, 6, got 2"),
         ({"threshold": {"delta_sq": -1}}, "method.threshold.*: expected greater than 0, got -1"),

@@ -57,10 +57,15 @@ def report(runs: Sequence[Path], out: Path | None = None) -> str:
     for one in loaded:
         groups.setdefault(one.twin, []).append(one)
     columns = [c for c in _COLUMNS if c.always or any(c.value(one) is not None for one in loaded)]
-    tables = [_table(columns, [[one] for one in loaded])]
+    tables = {"": _table(columns, [[one] for one in loaded])}
     repeated = [group for group in groups.values() if len({one.summary.seed for one in group}) > 1]
     if repeated:
-        tables.append(_table(columns, repeated))
+        tables[_OVER_SEEDS] = _table(columns, repeated)
+    sparse = [
+        [one] for one in loaded if one.summary.values_only.get("total_ratio") != one.summary.total_ratio
+    ]
+    if any(group[0].summary.values_only for group in sparse):
+        tables[_VALUES_ONLY] = _table(list(_VALUE_COLUMNS), sparse)
 
     out = _beside(list(folders)) if out is None else out
     document = _document(tables, loaded, f"fedmpi report {_words(folders.values())} --out {_words([out])}")
@@ -71,7 +76,8 @@ def report(runs: Sequence[Path], out: Path | None = None) -> str:
         write_aside(out / "report.md", document.encode())
     except OSError as error:
         raise ConfigError(f"--out: cannot write to {out}: {error.strerror or error}") from None
-    text = f"\n\n{_TITLE}:\n\n".join(_aligned(table) for table in tables)
+    parts = [(f"{title}:\n\n" if title else "") + _aligned(table) for title, table in tables.items()]
+    text = "\n\n".join(parts)
     return f"{text}\n\nWritten: {out / 'report.md'}, {out / 'report.png'}"
 
 
@@ -228,13 +234,7 @@ def _scalars(run: _Run) -> float | None:
 
 
 def _values_only(name: str) -> Callable[[_Run], float | None]:
-    """A ratio that leaves positions (indices, maps) out, of a run that sends any: the papers' convention."""
-
-    def value(run: _Run) -> float | None:
-        only: float | None = run.summary.values_only.get(name)
-        return None if only == getattr(run.summary, name) else only
-
-    return value
+    return lambda run: run.summary.values_only.get(name)
 
 
 class _Column(NamedTuple):
@@ -251,17 +251,17 @@ _COLUMNS = (
     _Column("download", lambda run: run.summary.download_bytes, human),
     _Column("download ratio", lambda run: run.summary.download_ratio, ratio),
     _Column("total ratio", lambda run: run.summary.total_ratio, ratio),
-    _Column("upload, values", _values_only("upload_ratio"), ratio, always=False),
-    _Column("download, values", _values_only("download_ratio"), ratio, always=False),
-    _Column("total, values", _values_only("total_ratio"), ratio, always=False),
     _Column("scalars", _scalars, _percent, always=False),
     _Column("seconds", lambda run: run.summary.seconds, lambda seconds: f"{seconds:.1f}"),
 )
-_TITLE = "Mean ± standard error over seeds"
-_RATIOS = (
-    "A ratio is uncompressed over sent bytes (total: both directions); “values” leaves positions out; "
-    "1 kB is 1000 bytes."
+_VALUE_COLUMNS = (
+    _Column("upload ratio", _values_only("upload_ratio"), ratio),
+    _Column("download ratio", _values_only("download_ratio"), ratio),
+    _Column("total ratio", _values_only("total_ratio"), ratio),
 )
+_OVER_SEEDS = "Mean ± standard error over seeds"
+_VALUES_ONLY = "Values only, positions of sparse values left out (the papers' convention)"
+_RATIOS = "A ratio is uncompressed over sent bytes (total: of both directions together); 1 kB is 1000 bytes."
 _LEFT = 2  # so many columns of words come first
 _Table = list[list[str]]
 
@@ -311,13 +311,12 @@ def _markdown(rows: _Table) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
 
-def _document(tables: list[_Table], runs: list[_Run], command: str) -> str:
+def _document(tables: dict[str, _Table], runs: list[_Run], command: str) -> str:
     """report.md."""
     return "\n\n".join(
         [
             "# Comparison of runs",
-            _markdown(tables[0]),
-            *(f"## {_TITLE}\n\n{_markdown(table)}" for table in tables[1:]),
+            *((f"## {title}\n\n" if title else "") + _markdown(table) for title, table in tables.items()),
             _RATIOS,
             "![Accuracy by round and by uploaded bytes](report.png)",
             f"## How to get this again\n\nFrom the folder `{Path.cwd()}`:",

@@ -39,11 +39,12 @@ class LookBackOptions(FeedbackOptions):
     scope: Literal["model", "tensor"] = Option(
         "model", description="decide for the whole model (the paper's text), or for each tensor (its code)"
     )
-    keep: Literal["exact", "half", "message"] = Option(
+    keep: Literal["exact", "half", "message", "clustered"] = Option(
         "exact",
-        description="how both ends keep a look-back gradient: float32; bfloat16; or as the inner message, "
-        "which is as small as what was sent",
+        description="how both ends keep a look-back gradient: float32; bfloat16; as the inner message, "
+        "which is as small as what was sent; or as the number of a centroid that the server shares out",
     )
+    clusters: int = Option(8, ge=1, le=256, description="c, centroids, with keep: clustered")
     inner: SerializeAsAny[Options] = Option(
         Options(name="dense"), description="the method whose messages it recycles"
     )
@@ -115,7 +116,7 @@ class LookBack(Compressor):
         else:
             held = torch.ones(len(full), dtype=torch.uint8)
             kept = {"held": held, **nest(inner.arrays, "kept.")}
-        return {name: state[name].index_copy(0, full, rows) for name, rows in kept.items()}
+        return put_rows(state, full, kept)
 
     def _threshold(self, vv_C: Tensor, ctx: Context) -> Tensor | float:
         if isinstance(self.threshold, DeltaSquared):
@@ -153,17 +154,21 @@ class LookBack(Compressor):
         self._check(message)
         scalar_C = message.arrays["scalar"].bool()
         full = (~scalar_C).nonzero()[:, 0]
-        sent = Message(
-            {name: message.arrays[f"inner.{name}"] for name in self.inner.layout()},
-            {name: message.lengths[f"inner.{name}"][full] for name in self._ragged},
-        )
+        sent = self._sent(message, full)
         inner_peer = {name: value[full] for name, value in unnest(peer).items()}
         v_FS, inner_peer = self.inner.decompress(sent, inner_peer, ctx.select(full))
         v_FS = v_FS.float()
         rho_C = torch.ones(len(scalar_C)).masked_scatter(scalar_C, message.arrays["rho"])
         v_CS = self._load(peer, ctx) * rho_C[:, None]
-        new = {name: peer[name].index_copy(0, full, rows) for name, rows in nest(inner_peer).items()}
+        new = put_rows(peer, full, nest(inner_peer))
         return v_CS.index_copy(0, full, v_FS), {**self._store(peer, full, v_FS, sent), **new}
+
+    def _sent(self, message: Message, full: Tensor) -> Message:
+        """The inner message of the clients ``full``, who sent one."""
+        return Message(
+            {name: message.arrays[f"inner.{name}"] for name in self.inner.layout()},
+            {name: message.lengths[f"inner.{name}"][full] for name in self._ragged},
+        )
 
     def _check(self, message: Message) -> None:
         """Raises MessageError when row counts do not fit the tags."""
@@ -181,6 +186,11 @@ class LookBack(Compressor):
 
     def count(self, message: Message) -> dict[str, int]:
         return {"scalars": int(message.arrays["scalar"].sum()), **dict.fromkeys(self.inner.counters, 0)}
+
+
+def put_rows(state: State, full: Tensor, rows: State) -> State:
+    """These entries of a state, with ``rows`` for the clients ``full``."""
+    return {name: state[name].index_copy(0, full, value) for name, value in rows.items()}
 
 
 class PerTensor(Compressor):
@@ -243,6 +253,14 @@ def build(options: LookBackOptions, spec: Spec, setup: Setup) -> Method:
         raise ConfigError(
             f"method.{which}: expected an inner method that sums D numbers, this one sums fewer"
         )
+    if options.keep == "clustered":
+        from fedmpi.methods.lookback_clusters import ClusteredLookBack, ClusterServer  # built on this module
+
+        if options.feedback or options.scope == "tensor":
+            raise ConfigError("method.keep: clustered goes with scope: model and without feedback")
+        return Method(
+            ClusteredLookBack(inner.up, options), ClusterServer(inner.server, inner.up.size, options.clusters)
+        )
     up: Compressor = LookBack(inner.up, options)
     if options.scope == "tensor":
         alone = [Spec((name,), (shape,)) for name, shape in zip(spec.names, spec.shapes, strict=True)]
@@ -262,6 +280,7 @@ ENTRY = Entry(
     variants={
         "per tensor": {"scope": "tensor", "inner": {"name": "topk", "ratio": 0.1, "feedback": True}},
         "kept as sent": {"keep": "message", "inner": {"name": "signsgd"}},
+        "clustered": {"keep": "clustered", "clusters": 3},
         "kept in half": {"keep": "half", "threshold": {"delta_sq": 3000.0}},
     },
 )
