@@ -24,20 +24,32 @@ class SignOptions(FeedbackOptions):
         description="majority: the server moves by the sign of the votes; mean: clients also send ‖g‖₁/D "
         "and scaled signs are averaged (default: mean with feedback, else majority)",
     )
+    momentum: float = Option(
+        0.0, ge=0, lt=1, description="β of Signum: signs of the clients' momenta; 0: none"
+    )
 
 
 class Sign(Compressor):
-    """Bit 1 for a positive entry. The sign of 0 is a fair coin of the client's key."""
+    """Bit 1 for a positive entry. The sign of 0 is a fair coin of the client's key.
 
-    def __init__(self, spec: Spec, scaled: bool) -> None:
+    With ``momentum`` β (Signum, Algorithm 2) it is the sign of m ← β m + (1 − β) g, which the client keeps.
+    """
+
+    def __init__(self, spec: Spec, scaled: bool, momentum: float = 0.0) -> None:
         super().__init__(spec)
-        self.scaled, self.integer = scaled, not scaled
+        self.scaled, self.integer, self.momentum = scaled, not scaled, momentum
+
+    def init(self) -> State:
+        return {"momentum": torch.zeros(self.size)} if self.momentum else {}
 
     def layout(self) -> Layout:
         layout = {"signs": Field(torch.uint8, (bits.nbytes(self.size),))}
         return layout | ({"scale": Field(torch.float32)} if self.scaled else {})
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
+        if self.momentum:
+            g_CD = self.momentum * state["momentum"] + (1 - self.momentum) * g_CD
+            state = {"momentum": g_CD}
         positive_CD, zero_CD = g_CD > 0, g_CD == 0
         if bool(zero_CD.any()):
             positive_CD |= zero_CD & random.coins(ctx.keys("sign of zero"), self.size)
@@ -108,7 +120,7 @@ def _step(theta_D: Tensor, signs_B: Tensor, lr: Tensor) -> Tensor:
 
 def build(options: SignOptions, spec: Spec, setup: Setup) -> Method:
     vote = options.vote or ("mean" if options.feedback else "majority")
-    up = Sign(spec, scaled=vote == "mean")
+    up = Sign(spec, vote == "mean", options.momentum)
     feedback = Feedback(up) if options.feedback else up
     if vote == "mean":
         return Method(feedback, MeanServer(spec, setup.optimizer))
@@ -121,7 +133,8 @@ ENTRY = Entry(
     SignOptions,
     build,
     summary="one bit a parameter, majority vote",
-    keeps="nothing (D residual with feedback)",
+    keeps="nothing (D residual with feedback, D momentum with Signum)",
     sums="D votes (int)",
     source="Bernstein et al. 2018; Karimireddy et al. 2019",
+    variants={"mean": {"vote": "mean"}, "signum": {"momentum": 0.9}},
 )

@@ -17,6 +17,8 @@ import torch
 from fedmpi import config
 from fedmpi.comm import Comm, connect
 from fedmpi.engine.rounds import Simulation, handshake
+from fedmpi.engine.topology import Aggregator
+from fedmpi.method import State, believed
 
 
 def outcome(values: dict[str, Any], comm: Comm) -> dict[str, Any]:
@@ -28,7 +30,30 @@ def outcome(values: dict[str, Any], comm: Comm) -> dict[str, Any]:
     digest = hashlib.sha256(theta_D.numpy().tobytes()).hexdigest()
     digests = comm.allgather(digest.encode())
     assert len(set(digests)) == 1, "ranks hold different parameters"
+    both_ends_agree(simulation)
     return {**simulation.summary(), "losses": losses, "sha256": digest, "theta": theta_D.tolist()}
+
+
+def both_ends_agree(simulation: Simulation) -> None:
+    """Where rank 0 aggregates: what it keeps of each client is what the client believes, by their hashes."""
+    topology, comm = simulation.topology, simulation.comm
+    if not isinstance(topology, Aggregator):
+        return  # one copy serves both ends
+    everybody = torch.arange(simulation.config.clients)
+    belief = believed(simulation.method.up, simulation.clients.get(everybody))
+    offers = [json.loads(part) for part in comm.gather(json.dumps(_hashes(belief, everybody)).encode())]
+    if comm.rank == 0 and simulation.homes:
+        held = _hashes(topology.peers.get(everybody), everybody)
+        for client in everybody.tolist():
+            home = topology.workers[client % len(topology.workers)]
+            assert offers[home][client] == held[client], f"client {client}: the two ends differ"
+
+
+def _hashes(state: State, clients: torch.Tensor) -> list[str]:
+    def row(c: int) -> bytes:
+        return b"".join(value[c].double().numpy().tobytes() for value in state.values())
+
+    return [hashlib.sha256(row(c)).hexdigest() for c in range(len(clients))]
 
 
 if __name__ == "__main__":
