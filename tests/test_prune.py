@@ -298,15 +298,19 @@ PROPERTIES = [name for name in dir(conformance) if name.startswith("test_") and 
 def test_conformance_after_the_first_epoch(
     name: str, mask_from: str, inner: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The suite knows the shared state of a server before its first round only: here its rounds 0 to 2 have none,
-    the later ones have a mask."""
+    """Where the suite takes the shared state of a server before its first round, the later epochs here have a
+    mask; where it plays a server's rounds, the mask is that server's own."""
     options = {"name": "prune", "m": 120, "mask_from": mask_from, "inner": inner}
     method = methods.build(options, conformance.SPEC, Setup(seed=1))
     kept = random.sample(random.key(4), conformance.SPEC.size, 120).sort().values
     plain = conformance.at
 
-    def at(method: Method, t: int, clients: torch.Tensor | None = None) -> Context:
-        ctx = plain(method, t, clients)
+    def at(
+        method: Method, t: int, clients: torch.Tensor | None = None, state: State | None = None
+    ) -> Context:
+        ctx = plain(method, t, clients, state)
+        if state is not None:
+            return ctx
         shared = {"kept": kept if ctx.round.epoch else kept[:0]}
         return Context(ctx.round, ctx.clients_C, ctx.steps_C, shared)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,17 @@ def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
     return leaves
 
 
+class _Call(NamedTuple):
+    """A round's clients."""
+
+    now: Round
+    called: Tensor  # int64, who downloads
+    clients: Tensor  # int64, those of them whose message arrives
+    weights: Tensor  # float64, theirs; the sum is 1
+    placed: dict[int, Tensor]  # each worker's positions in clients
+    chunks: Sequence[Tensor]  # this rank's positions, so many as are held at a time
+
+
 class Simulation:
     """One rank's whole state between rounds."""
 
@@ -155,73 +166,83 @@ class Simulation:
 
     def round(self, t: int) -> dict[str, Any]:
         """One round; returns its line of metrics."""
-        config, topology, started = self.config, self.topology, time.monotonic()
-        now = Round(config.seed, t, config.server_lr, config.rounds_per_epoch)
-        called = cohort(config, self.partition, t)
-        clients = survivors(config, called, t)
-        samples = self.partition.sizes[clients].double()
-        # A client that was drawn by its number of samples counts once; so does a vote.
-        by_samples = self.method.server.weighted and config.sampling != "weighted"
-        weights = samples if by_samples else torch.ones_like(samples)
-        self.weights = weights / weights.sum()
-        placed = place(clients, self.partition.sizes[clients], topology.workers, self.homes)
-        mine = placed.get(self.comm.rank, clients[:0])
-        chunks = list(mine.split(self.chunk)) if len(mine) else []
-
-        status = _Status(self.method.up.counters)
+        started = time.monotonic()
+        call, status = self._call(t), _Status(self.method.up.counters)
         if t == 0 and self.method.server.samples:
             self._prepare()
-        served = called[topology.served(len(called))]
         with status.watch():
-            status.download += self.ledger.downloads(called, served, self.method.server, topology.state)
-        if self.method.first is None:
-            topology.start(self.method.up, clients, self.weights, placed, now)
-            with status.watch():
-                for positions in chunks:
-                    self._send(self.method.up, self._train(clients[positions], now), positions, status)
-            self.exchange(status, t)
-        else:
-            updates: list[tuple[Context, Update]] = []
-            topology.start(self.method.first, clients, self.weights, placed, now)
-            with status.watch():
-                for positions in chunks:
-                    updates.append(self._train(clients[positions], now))
-                    self._send(self.method.first, updates[-1], positions, status)
-            self.exchange(status, t)
-            mean = Message({"mean": topology.between()[None]})
-            status.reset()
-            status.download += self.ledger.download_of(called[topology.served(len(called))], mean)
-            topology.start(self.method.up, clients, self.weights, placed, now)
-            with status.watch():
-                for positions, (ctx, update) in zip(chunks, updates, strict=True):
-                    ctx = Context(now, ctx.clients_C, ctx.steps_C, topology.shared())
-                    self._send(self.method.up, (ctx, update), positions, status)
-            self.exchange(status, t)
-        topology.finish()
-
-        self.trained += len(mine)
-        self.participations += len(clients)
-        self.called += len(called)
-        for name in self.bytes:
-            self.bytes[name] += status.total[name]
-        counts = {name: status.total[name] for name in self.counts}
-        self.counts = {name: self.counts[name] + n for name, n in counts.items()}
-        line = {
-            "round": t,
-            "loss": float(from_fixed(torch.tensor(status.total["loss"]))),
-            "accuracy": None,
-            "test_loss": None,
-            "clients": len(clients),
-            "upload_bytes": status.total["upload"],
-            "download_bytes": status.total["download"],
-            **counts,
-        }
-        if (t + 1) % config.evaluate_every == 0 or t + 1 == config.rounds:
+            status.download += self.ledger.downloads(
+                call.called, self._served(call), self.method.server, self.topology.state
+            )
+        self._passes(call, status)
+        self.topology.finish()
+        line = self._account(call, status)
+        if (t + 1) % self.config.evaluate_every == 0 or t + 1 == self.config.rounds:
             self.accuracy, self.test_loss = self.evaluate()
             line |= {"accuracy": self.accuracy, "test_loss": self.test_loss}
         return line | {"seconds": time.monotonic() - started}
 
-    def exchange(self, status: _Status, t: int) -> None:
+    def _call(self, t: int) -> _Call:
+        """Who takes part in round t, with what weight, and where."""
+        config, comm = self.config, self.comm
+        called = cohort(config, self.partition, t)
+        clients = survivors(config, called, t)
+        samples = self.partition.sizes[clients]
+        # A client that was drawn by its number of samples counts once; so does a vote.
+        by_samples = self.method.server.weighted and config.sampling != "weighted"
+        weights = (samples if by_samples else torch.ones_like(samples)).double()
+        placed = place(clients, samples, self.topology.workers, self.homes)
+        mine = placed.get(comm.rank, clients[:0])
+        chunks = mine.split(self.chunk) if len(mine) else ()
+        now = Round(config.seed, t, config.server_lr, config.rounds_per_epoch)
+        return _Call(now, called, clients, weights / weights.sum(), placed, chunks)
+
+    def _served(self, call: _Call) -> Tensor:
+        """The clients whose downloads this rank makes and counts."""
+        return call.called[self.topology.served(len(call.called))]
+
+    def _passes(self, call: _Call, status: _Status) -> None:
+        """Train this rank's clients and send their messages, in one pass or two over the same gradients."""
+        first, up, topology = self.method.first, self.method.up, self.topology
+        updates: dict[int, Update] = {}  # kept from the first of two passes to the second
+        for codec in (up,) if first is None else (first, up):
+            topology.start(codec, call.clients, call.weights, call.placed, call.now)
+            with status.watch():
+                for i, positions in enumerate(call.chunks):
+                    clients_C = call.clients[positions]
+                    update = updates.pop(i) if i in updates else self._train(clients_C, call.now)
+                    if codec is first:
+                        updates[i] = update
+                    ctx = Context(call.now, clients_C, update.steps_C, topology.shared())
+                    self._send(codec, update, positions, ctx, status)
+                    if codec is up:
+                        status.loss += int(to_fixed(update.loss_C * call.weights[positions]).sum())
+            self._exchange(status, call.now.t)
+            if codec is first:
+                mean = Message({"mean": topology.between()[None]})
+                status.reset()
+                status.download += self.ledger.download_of(self._served(call), mean)
+
+    def _account(self, call: _Call, status: _Status) -> dict[str, Any]:
+        """Add the round to the run's totals, and return its line of metrics."""
+        total = status.total
+        self.trained += sum(map(len, call.chunks))
+        self.participations += len(call.clients)
+        self.called += len(call.called)
+        self.bytes = {name: n + total[name] for name, n in self.bytes.items()}
+        self.counts = {name: n + total[name] for name, n in self.counts.items()}
+        return {
+            "round": call.now.t,
+            "loss": float(from_fixed(torch.tensor(total["loss"]))),
+            "accuracy": None,
+            "test_loss": None,
+            "clients": len(call.clients),
+            "upload_bytes": total["upload"],
+            "download_bytes": total["download"],
+            **{name: total[name] for name in self.counts},
+        }
+
+    def _exchange(self, status: _Status, t: int) -> None:
         """Add up what the ranks counted; when one has failed, all fail with its error.
 
         Raises:
@@ -251,7 +272,7 @@ class Simulation:
         sent = self.comm.broadcast(to_bytes(Message({"gradient": g_1D})))
         self.topology.prepare(from_bytes(sent).arrays["gradient"][0])
 
-    def _train(self, clients_C: Tensor, now: Round) -> tuple[Context, Update]:
+    def _train(self, clients_C: Tensor, now: Round) -> Update:
         topology, server = self.topology, self.method.server
         update = self.trainer.train(
             topology.parameters(),
@@ -268,21 +289,19 @@ class Simulation:
                 f"client {bad}, round {now.t}: the loss or gradient is not finite (loss "
                 f"{float(update.loss_C[~finite_C][0])}); try a smaller local.lr than {self.config.local.lr:g}"
             )
-        return Context(now, clients_C, update.steps_C, self.topology.shared()), update
+        return update
 
     def _send(
-        self, up: Compressor, trained: tuple[Context, Update], positions: Tensor, status: _Status
+        self, codec: Compressor, update: Update, positions: Tensor, ctx: Context, status: _Status
     ) -> None:
         """Compress some of this rank's clients' gradients and hand the messages over."""
-        ctx, update = trained
         before = self.clients.get(ctx.clients_C)
-        message, after = up.compress(update.g_CD, before, ctx)
+        message, after = codec.compress(update.g_CD, before, ctx)
         self.topology.take(positions, message, before, ctx)
         status.upload += self.ledger.uploads(ctx.clients_C, message)
-        if up is self.method.up:
+        if codec is self.method.up:
             self.clients.put(ctx.clients_C, after)
-            status.loss += int(to_fixed(update.loss_C * self.weights[positions]).sum())
-            status.count(up.count(message))
+            status.count(codec.count(message))
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
