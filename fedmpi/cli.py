@@ -151,7 +151,7 @@ def _methods_arguments(commands: argparse._SubParsersAction[argparse.ArgumentPar
 
 
 def _methods(arguments: argparse.Namespace) -> int:
-    from fedmpi.methods.listing import costs, describe
+    from fedmpi.analysis.listing import costs, describe
     from fedmpi.spec import Spec
     from fedmpi.tasks.models import build
 

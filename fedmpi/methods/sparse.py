@@ -5,6 +5,8 @@ Shape suffixes: C clients, D parameters, K values sent.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,9 @@ class Sparse(Compressor):
         super().__init__(spec)
         self.k, self.width = k, bits.index_width(spec.size)
 
+    @abstractmethod
     def choose(self, g_CD: Tensor, ctx: Context) -> Tensor:
         """Indices to send, int64 ``(C, k)``."""
-        raise NotImplementedError
 
     def layout(self) -> Layout:
         packed = bits.nbytes(self.k, self.width)

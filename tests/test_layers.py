@@ -1,0 +1,58 @@
+"""Dependencies point one way: a part imports only from the parts listed for it (and from itself)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "fedmpi"
+BASE = {"errors", "random"}
+LAYERS = {
+    "errors": set(),
+    "random": set(),
+    "spec": {"errors"},
+    "message": {"errors"},
+    "optimizers": set(),
+    "validation": {"errors"},
+    "ops": BASE,
+    "comm": {"errors"},  # and nothing of what it carries
+    "tasks": BASE | {"validation"},
+    "method": BASE | {"message", "spec"},
+    "methods": BASE
+    | {"method", "message", "spec", "ops", "optimizers", "validation"},  # never comm or engine
+    "config": {"errors", "methods", "tasks", "optimizers", "validation"},
+    "engine": BASE | {"comm", "config", "method", "methods", "message", "spec", "tasks"},
+    "analysis": BASE | {"engine", "method", "methods", "message", "spec", "validation"},
+    "doctor": {"comm", "errors"},
+    "cli": {"analysis", "comm", "config", "doctor", "engine", "errors", "spec", "tasks"},
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+
+
+def part(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imported(path: Path) -> set[str]:
+    """The parts of fedmpi that a file imports anywhere in it, functions included."""
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            parts |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("fedmpi.")}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "fedmpi":
+                parts |= {alias.name for alias in node.names}
+            elif node.module.startswith("fedmpi."):
+                parts.add(node.module.split(".")[1])
+    return parts
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    own = part(path)
+    assert own in LAYERS, f"{own}: a new part needs its line in LAYERS"
+    assert imported(path) - {own} <= LAYERS[own]
