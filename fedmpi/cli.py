@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 import traceback
@@ -101,8 +100,6 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _train_rank(arguments: argparse.Namespace, comm: Comm) -> int:
-    import torch
-
     from fedmpi import config as configuration
     from fedmpi.comm import together
     from fedmpi.engine.rounds import run
@@ -113,10 +110,6 @@ def _train_rank(arguments: argparse.Namespace, comm: Comm) -> int:
             config = configuration.load(arguments.config, arguments.overrides)
         name = f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         out = arguments.out or Path("runs") / name
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(
-            1 if config.reproducible else config.threads or max(1, cores // comm.local_size)
-        )
         summary = run(config, comm, out, quiet=arguments.quiet)
     except FedMPIError as error:
         # Errors that all ranks share are said once; what only this rank knows, it says itself.

@@ -129,7 +129,11 @@ class Config(_Section):
     )
     seed: int = Field(0, ge=0, lt=2**63)
     evaluate_every: int = Field(1, ge=1, description="rounds between evaluations on the test set")
-    threads: int | None = Field(None, ge=1, description="torch threads a rank (default: cores / ranks here)")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="torch threads a rank (default: 1 or this rank's share of the cores, whichever is faster)",
+    )
 
     @model_validator(mode="after")
     def _cohort(self) -> Config:
