@@ -20,9 +20,14 @@ ROOT = Path(__file__).parent.parent
 LEAST = {"signsgd": 25, "topk": 5, "intrinsic": 5, "lookback": 2}
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_demo_compresses_and_learns(seed: int) -> None:
+@pytest.mark.timeout(1800)
+def test_the_demo_compresses_and_learns() -> None:
+    """Three seeds, one after the other: they write into the same folder."""
+    for seed in (0, 1, 2):
+        check_demo(seed)
+
+
+def check_demo(seed: int) -> None:
     """Each method within 3 points of dense, at the promised ratios; the table shows summary.json's."""
     demo = subprocess.run(
         [ROOT / "launch" / "demo.sh", f"seed={seed}"], capture_output=True, text=True, check=False, cwd="/"
