@@ -82,7 +82,7 @@ ensure_mpich() {
 
 cores() { # processors that this process may use, a container's quota included
     local n quota period
-    n=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    n=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc obeys both
     if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [[ $quota != max ]]; then
         quota=$(((quota + period - 1) / period))
         n=$((quota < n ? quota : n))
