@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 import numpy as np
@@ -23,7 +24,8 @@ class MPIComm(Comm):
         node = self._mpi.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_size = node.Get_size()
         node.Free()
-        self.name = MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0 ")
+        version = MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0 ")
+        self.name = re.sub(r"\s*Version:\s*", " ", version)  # "MPICH Version:      5.0.2"
 
     def _sum(self, tensor: Tensor) -> None:
         flat = tensor.detach().view(-1).numpy()
