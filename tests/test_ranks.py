@@ -75,14 +75,14 @@ def test_the_command_line_writes_the_same_model_under_mpi_threads_and_alone(
 
 def test_ranks_that_disagree_end_with_the_difference(mpi: Mpi, tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    done = mpi(3, str(JOBS / "disagree.py"), str(config), str(tmp_path / "out"), timeout=60)
+    done = mpi(3, str(JOBS / "disagree.py"), str(config), str(tmp_path / "out"))
     assert done.returncode != 0
     assert "ranks disagree on local.lr: rank 0 has 0.1, rank 2 has 0.5" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_client_whose_loss_is_not_a_number_is_named_on_all_ranks(mpi: Mpi, tmp_path: Path) -> None:
-    done = mpi(3, str(JOBS / "poison.py"), str(write_config(tmp_path)), timeout=60)
+    done = mpi(3, str(JOBS / "poison.py"), str(write_config(tmp_path)))
     assert done.returncode == 0, done.stdout + done.stderr
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
     assert len(lines) == 3
@@ -90,13 +90,13 @@ def test_a_client_whose_loss_is_not_a_number_is_named_on_all_ranks(mpi: Mpi, tmp
 
 
 def test_a_rank_that_fails_alone_ends_all(mpi: Mpi, tmp_path: Path) -> None:
-    done = mpi(3, str(JOBS / "crash.py"), str(tmp_path / "out"), timeout=60)
+    done = mpi(3, str(JOBS / "crash.py"), str(tmp_path / "out"))
     assert done.returncode != 0
     assert "rank 1 failed; ending all ranks" in done.stderr
 
 
 def test_doctor_does_a_real_collective(mpi: Mpi) -> None:
-    done = mpi(2, "-m", "fedmpi", "doctor", timeout=60)
+    done = mpi(2, "-m", "fedmpi", "doctor")
     assert done.returncode == 0, done.stderr
     assert "sums and gathers correctly" in done.stdout
     assert ("MPICH" if mpi.name == "mpich" else "Open MPI") in done.stdout
@@ -106,6 +106,6 @@ def test_a_launcher_of_another_mpi_is_named() -> None:
     """MPICH's mpiexec with Open MPI's library: every process would be rank 0 of 1."""
     mpich = find_mpi("mpich")
     del mpich.env["MPI4PY_LIBMPI"]
-    done = mpich(2, "-m", "fedmpi", "train", "configs/quickstart.yaml", timeout=60)
+    done = mpich(2, "-m", "fedmpi", "train", "configs/quickstart.yaml")
     assert done.returncode != 0
     assert "mpi4py uses another MPI than the launcher" in done.stderr
