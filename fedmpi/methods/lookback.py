@@ -49,6 +49,10 @@ class LookBackOptions(FeedbackOptions):
         Options(name="dense"), description="the method whose messages it recycles"
     )
 
+    @property
+    def separable(self) -> bool:
+        return self.scope == "tensor" and self.inner.separable
+
     @field_validator("threshold")
     @classmethod
     def _range(
