@@ -83,7 +83,7 @@ class State:
         """
         self._worker.submit(self._reducer.load_state_dict, saved).result()
 
-    def hook(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def hook(self, bucket: torch._C._distributed_c10d.GradBucket) -> torch.futures.Future[Tensor]:
         """Called by DDP in each backward pass, in the same order on all ranks."""
         if bucket.index() == 0:
             self._begin()
@@ -116,7 +116,7 @@ class State:
         except Exception as error:
             # The pass cannot be finished: whoever waits gets the error, and backward() raises it.
             for waiting in self._waiting:
-                waiting.future.set_exception(error)
+                waiting.future.set_exception(error)  # type: ignore[arg-type]
             self._waiting.clear()
 
     def _fill(self, bucket: _Bucket) -> None:
@@ -208,7 +208,8 @@ def _comm(group: dist.ProcessGroup | None, comm: Comm | str) -> Comm:
 
             ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
             own = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-            return TorchComm(own)
+            answer: Comm = TorchComm(own)
+            return answer
         if comm != "mpi":
             raise ConfigError(f"comm: expected group, mpi or a Comm, got {comm!r}")
         from fedmpi.comm.mpi import MPIComm
@@ -277,6 +278,3 @@ class Sync:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """As :meth:`State.load_state_dict`."""
         self._reducer.load_state_dict(saved)
-
-
-sync = Sync
