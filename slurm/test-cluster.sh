@@ -3,11 +3,11 @@
 #     slurm/test-cluster.sh up       starts it, then prints the line that makes sbatch and srun find it
 #     slurm/test-cluster.sh status   shows its nodes; exit code 0 when they are there
 #     slurm/test-cluster.sh down     ends its jobs and stops its daemons, and only those
+#     slurm/test-cluster.sh install  installs Debian's and Ubuntu's packages where they are missing; up does so too
 # It has two nodes, each with this machine's CPUs (at least 8, so that small machines take the files as they are) and
 # two GPUs that are none: this machine, and a slurmd with a host name of its own, which MPI takes for another machine.
 # Where such a name cannot be had (not root, or a strict container), it has one node. Ports, keys, state and logs are
 # its own, in $FEDMPI_SLURM (default: fedmpi-slurm-UID in $XDG_RUNTIME_DIR or $TMPDIR); nothing outside is touched.
-# Missing packages are installed by root with apt-get.
 set -euo pipefail
 
 PACKAGES=(slurm-wlm munge libpmix-dev) # libpmix-dev holds the libpmix.so that slurmd loads for --mpi=pmix
@@ -21,18 +21,22 @@ die() {
 }
 
 ready() {
-    command -v slurmctld slurmd srun sbatch munged >/dev/null &&
-        { compgen -G '/usr/lib/*/libpmix.so' || compgen -G '/usr/lib/*/pmix*/lib/libpmix.so' ||
-            compgen -G '/usr/lib*/libpmix.so'; } >/dev/null
+    local program
+    for program in slurmctld slurmd srun sbatch munged; do
+        command -v $program >/dev/null || return 1
+    done
+    compgen -G '/usr/lib*/libpmix.so' >/dev/null || compgen -G '/usr/lib/*/libpmix.so' >/dev/null
 }
 
 install_packages() {
     ready && return
-    [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null ||
-        die "Slurm is missing; only root can install it here, and only with apt-get: ${PACKAGES[*]}"
-    echo "installing ${PACKAGES[*]} (once); messages in $DIR/apt.log"
-    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${PACKAGES[@]}"; } \
-        </dev/null >"$DIR/apt.log" 2>&1 || { tail -n 5 "$DIR/apt.log" >&2 && die "apt-get failed"; }
+    if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
+        die "Slurm is missing; only root can install it, and here only with apt-get: ${PACKAGES[*]}"
+    fi
+    echo "installing ${PACKAGES[*]} (once)" >&2
+    local options=(-q -y -o DPkg::Lock::Timeout=300 --no-install-recommends)
+    { apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get "${options[@]}" install "${PACKAGES[@]}"; } \
+        </dev/null >&2 || die "apt-get could not install ${PACKAGES[*]}; its messages are above"
     ready || die "Slurm is still incomplete with ${PACKAGES[*]} installed"
 }
 
@@ -51,13 +55,14 @@ write_conf() { # write_conf NODE...
     local ports cpus memory node me
     mapfile -t ports < <(free_ports $((1 + $#)))
     cpus=$(nproc --all) me=$(id -un)
-    memory=$(($(getconf _PHYS_PAGES) / 1024 * $(getconf PAGE_SIZE) / 1024))
+    memory=$(($(getconf _PHYS_PAGES) * $(getconf PAGE_SIZE) / 1048576))
     cat <<END
 ClusterName=fedmpi
 SlurmctldHost=$HOST(127.0.0.1)
 SlurmctldPort=${ports[0]}
 SlurmUser=$me
 SlurmdUser=$me
+# A requeued job starts again when its old credential has expired.
 AuthInfo=socket=$DIR/munge.socket,cred_expire=5
 StateSaveLocation=$DIR/state
 SlurmdSpoolDir=$DIR/%n
@@ -119,11 +124,13 @@ up() {
     write_conf "${nodes[@]}" >"$SLURM_CONF"
     echo "Name=gpu File=/dev/null,/dev/zero" >"$DIR/gres.conf"
     (umask 077 && head -c 1024 /dev/urandom >"$DIR/munge.key")
-    munged --socket="$DIR/munge.socket" --key-file="$DIR/munge.key" --pid-file="$DIR/munged.pid" \
+    # --force: others cannot reach a socket in a folder of ours, which munged would rather have.
+    munged --force --socket="$DIR/munge.socket" --key-file="$DIR/munge.key" --pid-file="$DIR/munged.pid" \
         --seed-file="$DIR/munge.seed" --log-file="$DIR/munged.log" || die "munged did not start: see $DIR/munged.log"
     slurmctld -f "$SLURM_CONF" -c || die "slurmctld did not start: see $DIR/slurmctld.log"
     slurmd -f "$SLURM_CONF" -N "$HOST" || die "slurmd did not start: see $DIR/$HOST.log"
     for node in "${nodes[@]:1}"; do
+        # shellcheck disable=SC2016  # the inner shell expands them
         unshare --uts sh -c 'hostname "$0" && exec slurmd -f "$SLURM_CONF" -N "$0"' "$node" ||
             die "slurmd did not start: see $DIR/$node.log"
     done
@@ -163,18 +170,19 @@ locked() { # one at a time; the daemons must not inherit the lock
     ) 9>"$DIR/lock"
 }
 
-# munged wants its socket's folder to be searchable by all; what is secret in it is readable by its owner only.
-mkdir -p -m 711 "$DIR"
+mkdir -p "$DIR"
 [[ -O $DIR ]] || die "$DIR belongs to somebody else: set FEDMPI_SLURM to a folder of your own"
+chmod 700 "$DIR"
 case ${1-} in
+    install) install_packages ;;
     up)
         locked up
         echo "export SLURM_CONF=$SLURM_CONF"
         ;;
     status)
         running || die "no cluster runs in $DIR; $0 up starts one"
-        sinfo -N -o '%N %P %T %c CPUs, %G'
+        sinfo -N -o '%10N %10P %10T %5c %G'
         ;;
     down) locked stop ;;
-    *) die "usage: $0 up|status|down" ;;
+    *) die "usage: $0 up|status|down|install" ;;
 esac
