@@ -42,6 +42,8 @@ class Cluster:
     def __init__(self, conf: str, folder: Path) -> None:
         self.folder = folder
         self.env = {**os.environ, "SLURM_CONF": conf, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+        # More ranks than CPUs, of which srun, unlike mpirun, tells nothing: waiting ranks must not spin.
+        self.env["OMPI_MCA_mpi_yield_when_idle"] = "1"
 
     def __call__(self, *command: str) -> str:
         done = subprocess.run(
@@ -87,6 +89,11 @@ class Cluster:
     @property
     def nodes(self) -> list[str]:
         return self("sinfo", "-h", "-N", "-p", "compute", "-o", "%N").split()
+
+    def need_two_nodes(self) -> list[str]:
+        if len(self.nodes) < 2:
+            lacking("a second host name cannot be had here (unshare --uts)")
+        return self.nodes
 
 
 @pytest.fixture(scope="session")
@@ -142,23 +149,32 @@ def model_of(path: str, folder: Path, *overrides: str) -> str:
         pytest.param("cpu.sbatch", ("--ntasks=2",), "Open MPI", marks=pytest.mark.slow),
         ("cpu-nodes.sbatch", ("--ntasks-per-node=1",), "Open MPI"),
         ("mpich.sbatch", ("--ntasks-per-node=2",), "MPICH"),
+        ("gpu.sbatch", ("--ntasks-per-node=2",), "gloo"),
+        pytest.param("gpu.sbatch", ("--nodes=2", "--ntasks-per-node=1"), "gloo", marks=pytest.mark.slow),
     ],
 )
 def test_a_file_trains_two_ranks(
     file: str, options: tuple[str, ...], comm: str, cluster: Cluster, tmp_path: Path
 ) -> None:
-    if file == "cpu-nodes.sbatch" and len(cluster.nodes) < 2:
-        lacking("a second host name cannot be had here (unshare --uts)")
+    if "--ntasks-per-node=1" in options:
+        cluster.need_two_nodes()
     if comm == "MPICH" and "FEDMPI_MPICH" not in os.environ:
         lacking("FEDMPI_MPICH names no MPICH; ./launch/test.sh installs one and sets it")
     path = write_config(tmp_path)
-    job = cluster.submit(file, path, "rounds=6", options=options)
+    overrides = ["rounds=6"]
+    if comm == "gloo":  # on a machine without NCCL, or with as many GPUs as ranks, alike
+        overrides.append("comm=gloo")
+        cluster.env |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": "lo",
+        }  # the nodes' names are in no DNS
+    job = cluster.submit(file, path, *overrides, options=options)
     cluster.finish(job)
     summary, model = cluster.outcome(f"slurm-{job}")
     assert summary["ranks"] == 2
     assert all(summary["clients_by_rank"])
     assert comm in summary["comm"]
-    assert model == model_of(path, tmp_path, "rounds=6")
+    assert model == model_of(path, tmp_path, *overrides)
 
 
 def test_an_array_sweeps_settings(cluster: Cluster, tmp_path: Path) -> None:
@@ -175,11 +191,33 @@ def test_an_array_sweeps_settings(cluster: Cluster, tmp_path: Path) -> None:
         assert model == model_of(path, tmp_path, *overrides)
 
 
+@pytest.mark.parametrize("cause", ["preemption", pytest.param("time limit", marks=pytest.mark.slow)])
+def test_an_interrupted_job_starts_again_and_ends_with_the_same_model(
+    cause: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    """Preemption is Slurm's own requeue, with SIGTERM; before the time limit the ranks get --signal, and the file
+    requeues the job. The job has a node to itself, so that it is the only one that is preempted."""
+    path = write_config(tmp_path, rounds=200, evaluate_every=200, local={"lr": 0.1, "steps": 30, "batch": 20})
+    node = cluster.nodes[-1]
+    job = cluster.submit("requeue.sbatch", path, options=("--ntasks=2", "--exclusive", f"--nodelist={node}"))
+    metrics = tmp_path / "runs" / f"slurm-{job}" / "metrics.jsonl"
+    cluster.until(job, lambda: metrics.exists() and metrics.read_text().count("\n") >= 3)
+    if cause == "preemption":
+        cluster("srun", "--partition=urgent", f"--nodelist={node}", "--exclusive", "--ntasks=1", "true")
+    else:
+        cluster("scancel", "--signal=USR1", job)
+    cluster.finish(job)
+    assert "Restarts=1 " in cluster("scontrol", "show", "job", job)
+    assert re.search(r"continuing after round \d+ of 200", cluster.output())
+    assert len(metrics.read_text().splitlines()) == 200
+    summary, model = cluster.outcome(f"slurm-{job}")
+    assert summary["ranks"] == 2
+    assert model == model_of(path, tmp_path)
+
+
 @pytest.mark.slow
 def test_doctor_shows_where_the_ranks_of_two_nodes_run(cluster: Cluster) -> None:
-    nodes = cluster.nodes
-    if len(nodes) < 2:
-        lacking("a second host name cannot be had here (unshare --uts)")
+    nodes = cluster.need_two_nodes()
     step = ["--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=1", "--mpi=pmix"]
     said = cluster("srun", *step, sys.executable, "-m", "fedmpi", "doctor")
     assert "srun, 4 ranks" in said
