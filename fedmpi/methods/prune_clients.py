@@ -94,7 +94,7 @@ class ClientMasks(Compressor):
 
     def _new(self, state: State) -> Tensor:
         """Rows of the clients that have no mask, int64 ``(N,)``."""
-        return (~state["mask"].any(1)).nonzero()[:, 0]
+        return (state["mask"] == 0).all(1).nonzero()[:, 0]
 
     def _kept(self, mask_CB: Tensor) -> Tensor:
         """The positions in each client's mask, int64 ``(C, M)``, increasing."""
