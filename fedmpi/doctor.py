@@ -44,7 +44,8 @@ def examine() -> int:
     if rank == 0:
         for name, value in facts.items():
             print(f"{name:<28}{value}")
-        print("", *chart(places), sep="\n")
+        if places:
+            print("", *chart(places), sep="\n")
         if problem:
             print(f"fedmpi: {problem}", file=sys.stderr)
     return 1 if problem or "WRONG" in facts.get("MPI a real collective", "") else 0
@@ -52,14 +53,14 @@ def examine() -> int:
 
 def chart(places: Sequence[Seat]) -> list[str]:
     """The map of the ranks, a line each."""
-    width = max((len(place.host) for place in places), default=0) + 2
-    lines = [f"{'rank':<6}{'machine':<{max(width, 9)}}local rank  threads  GPU"] if places else []
+    width = max(len("machine"), *(len(place.host) for place in places)) + 2
+    lines = [f"{'rank':<6}{'machine':<{width}}local rank  threads  GPU"]
     holders = Counter((place.host, place.gpu) for place in places)
     for place in places:
         sharing = holders[place.host, place.gpu] - 1
         gpu = place.gpu + (f", shared with {sharing} more" if place.gpu and sharing else "")
         lines.append(
-            f"{place.rank:<6}{place.host:<{max(width, 9)}}{place.local_rank:<12}"
+            f"{place.rank:<6}{place.host:<{width}}{place.local_rank:<12}"
             f"{place.cpus if place.cpus == 1 else f'1 or {place.cpus}':<9}{gpu or 'none'}"
         )
     return lines
