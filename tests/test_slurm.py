@@ -197,7 +197,7 @@ def test_an_interrupted_job_starts_again_and_ends_with_the_same_model(
 ) -> None:
     """Preemption is Slurm's own requeue, with SIGTERM; before the time limit the ranks get --signal, and the file
     requeues the job. The job has a node to itself, so that it is the only one that is preempted."""
-    path = write_config(tmp_path, rounds=200, evaluate_every=200, local={"lr": 0.1, "steps": 30, "batch": 20})
+    path = write_config(tmp_path, rounds=200, evaluate_every=200, local={"lr": 0.1, "steps": 8, "batch": 20})
     node = cluster.nodes[-1]
     job = cluster.submit("requeue.sbatch", path, options=("--ntasks=2", "--exclusive", f"--nodelist={node}"))
     metrics = tmp_path / "runs" / f"slurm-{job}" / "metrics.jsonl"
