@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _methods_arguments(commands)
     _report_arguments(commands)
     _data_arguments(commands)
+    _advise_arguments(commands)
     doctor = commands.add_parser(
         "doctor", help="show what MPI, torch, GPUs and launcher are here, and try them"
     )
@@ -199,6 +200,55 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
     to = arguments.to or default_folder()
     print(f"{arguments.name} is in {fetch(arguments.name, to, lambda line: print(line, flush=True))}")
+    return 0
+
+
+def _advise_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    advise = commands.add_parser(
+        "advise",
+        help="measure whether compression pays on this link",
+        description="Measure this launch's link and each method's coding and exchange of gradients, and say which "
+        "method is fastest. Start it as the job is started: mpirun, srun or torchrun.",
+    )
+    size = advise.add_mutually_exclusive_group()
+    size.add_argument("--params", type=_positive, metavar="N", help="parameters (default: 11000000)")
+    size.add_argument(
+        "--model", metavar="MODEL", help="the layers of a model on 3x32x32 images, e.g. resnet9"
+    )
+    advise.add_argument(
+        "--method",
+        action="append",
+        metavar="METHOD",
+        help="only this, as YAML, besides bf16; can be given several times",
+    )
+    advise.add_argument("--comm", default="auto", help="auto, mpi, gloo or nccl")
+    advise.set_defaults(run=_advise)
+
+
+def _advise(arguments: argparse.Namespace) -> int:
+    import yaml
+
+    from fedmpi.comm import connect
+    from fedmpi.integrations import advise
+    from fedmpi.spec import Spec
+    from fedmpi.tasks.models import build
+
+    comm = connect(arguments.comm)
+    shapes = advise.shapes_of(arguments.params or 11_000_000)
+    if arguments.model:
+        spec = Spec.of(build(arguments.model, (3, 32, 32), 10, 0))
+        shapes = dict(zip(spec.names, spec.shapes, strict=True))
+    candidates = advise.CANDIDATES
+    if arguments.method:
+        candidates = tuple(advise.check([yaml.safe_load(method) for method in arguments.method]))
+
+    def say(line: str) -> None:
+        if comm.rank == 0:
+            print(line, file=sys.stderr, flush=True)
+
+    text = advise.advise(comm, shapes, candidates, say)
+    if comm.rank == 0:
+        print(text)
     return 0
 
 
