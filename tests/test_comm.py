@@ -74,9 +74,13 @@ def test_collectives_under_torchrun_in_a_group_of_the_jobs_own() -> None:
 
 def test_collectives_from_slurms_variables_and_a_killed_rank_is_named() -> None:
     command = [sys.executable, COLLECTIVES, "auto", "die"]
+    without_mpi = ALONE | {
+        "PMI_RANK": "0",
+        "MPI4PY_LIBMPI": "/no/such/library",
+    }  # srun --mpi=pmi2 all the same
     ranks = [
         subprocess.Popen(
-            command, env=ALONE | slurm(r, 3), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, env=without_mpi | slurm(r, 3), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         for r in range(3)
     ]

@@ -26,9 +26,9 @@ TIMEOUT = 300.0
 # What Gloo and NCCL add up, and what carries the types that they do not.
 _SUMS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8}
 _SUMS |= {torch.int32, torch.int64}
-# Newer names of torch's for what it had before.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _WIDER = {torch.int16: torch.int32}
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its newer name first
 
 _here: Place | None = None  # this process's place in the group of all ranks, where it was started here
 
