@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedmpi.comm.base import Comm, LostError
 from fedmpi.comm.launcher import launcher
+from fedmpi.comm.placement import gpu_index
 from fedmpi.comm.rendezvous import Place, absent, brief, find, meet
 from fedmpi.errors import CommError
 
@@ -248,7 +249,7 @@ def _gpu_of(group: dist.ProcessGroup | None) -> torch.device:
 def _share(local_rank: int) -> torch.device | None:
     """This rank's GPU: several ranks share one where there are fewer."""
     count = torch.cuda.device_count() if dist.is_nccl_available() else 0
-    return torch.device("cuda", local_rank % count) if count else None
+    return torch.device("cuda", gpu_index(local_rank, count)) if count else None
 
 
 def _identity(device: torch.device | None) -> str:

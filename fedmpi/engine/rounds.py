@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import fedmpi
 from fedmpi import methods, random
 from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, together
+from fedmpi.comm.placement import own_cpus
 from fedmpi.config import Config
 from fedmpi.engine.clients import Trainer, Update, cohort, place, survivors
 from fedmpi.engine.ledger import Bytes, Ledger, ratios
@@ -138,7 +138,7 @@ class Simulation:
     def set_threads(self) -> None:
         """Give torch the threads that the configuration asks for; without a wish, as many of this rank's share of
         the cores as make a step fastest (small models are faster on one)."""
-        config, share = self.config, len(os.sched_getaffinity(0)) // self.comm.local_size
+        config, share = self.config, own_cpus(self.comm)
         if config.reproducible or config.threads or share < 2:
             torch.set_num_threads(1 if config.reproducible else config.threads or 1)
             return
