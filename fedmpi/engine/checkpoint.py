@@ -35,7 +35,7 @@ from fedmpi.method import State, nest
 if TYPE_CHECKING:
     from fedmpi.engine.rounds import Simulation
 
-_PART_BYTES = 1 << 28  # client states of so many bytes go into one file, and are in memory, at a time
+_PART_BYTES = 1 << 27  # client states of so many bytes go into one file, and are in memory, at a time
 _SHARE = 10  # checkpoints by time cost at most this part of it
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _NAME = re.compile(r"round-(\d{8,})")
@@ -63,6 +63,8 @@ class Checkpoints:
         def handle(number: int, frame: object) -> None:
             if number == signal.SIGINT and self._stop:
                 raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                os.write(2, b"fedmpi: saving after this round; once more ends at once\n")
             self._stop = True
 
         main = threading.current_thread() is threading.main_thread()
@@ -136,14 +138,12 @@ class Checkpoints:
 
     def _clean(self, aside: Path) -> None:
         """Make the folder to write in, and remove what killed writers left."""
-        try:
+        with files.writing(aside):
             self.folder.mkdir(exist_ok=True)
             files.plain_folder(self.folder)
             for old in self.folder.glob(".round-*"):
                 shutil.rmtree(old)
             aside.mkdir()
-        except OSError as error:
-            raise CheckpointError(f"checkpoint: cannot write {aside}: {error.strerror or error}") from None
 
     def _write_store(self, aside: Path, name: str, kept: Kept) -> dict[str, File]:
         """This rank's part of a store, a bounded number of clients at a time."""
@@ -152,6 +152,11 @@ class Checkpoints:
         for i, clients_C in enumerate(known.split(max(1, _PART_BYTES // max(1, store.row)))):
             if store.empty or not len(clients_C):
                 continue
+            if not aside.is_dir():
+                raise CheckpointError(
+                    f"checkpoint: rank {self.comm.rank} does not see {aside}, which rank 0 made; expected a run's "
+                    "folder (--out) that all machines share"
+                )
             path = aside / f"{name}-{self.comm.rank:05}-{i:05}.safetensors"
             file = files.write_tensors(path, store.get(clients_C))
             written[path.name] = file.model_copy(update={"store": name, "clients": clients_C.tolist()})
@@ -167,19 +172,9 @@ class Checkpoints:
         written: dict[str, File],
     ) -> None:
         """Rank 0's part, then the rename that makes it a checkpoint."""
-        for name, file in written.items():
-            try:
-                size = (aside / name).stat().st_size
-            except OSError:
-                size = -1
-            if size != file.bytes:
-                raise CheckpointError(
-                    f"checkpoint: rank 0 does not see {aside / name}, which another rank wrote; expected a run's "
-                    "folder (--out) that all machines share"
-                )
-        states = nest(simulation.topology.state, "server.") | nest(
-            ledger | {"seen": simulation.ledger.seen}, "ledger."
-        )
+        ledger = ledger | {"seen": simulation.ledger.seen}
+        states = nest(simulation.topology.state, "server.") | nest(ledger, "ledger.")
+        states = {name: value.clone().contiguous() for name, value in states.items()}  # some share memory
         written["state.safetensors"] = files.write_tensors(aside / "state.safetensors", states)
         written["metrics.jsonl"] = files.write(
             aside / "metrics.jsonl", files.read(self.run / "metrics.jsonl")
@@ -198,14 +193,13 @@ class Checkpoints:
             files=written,
         )
         files.write_manifest(aside, described)
-        try:
+        with files.writing(aside):
             self._rename(aside, self.folder / files.folder_name(done))
-            older = [path for n, path in self.found() if n <= done][: self.plan.keep]
-            for _, path in self.found():
-                if path not in older:  # later ones were passed over when this run resumed before them
+        kept = [path for n, path in self.found() if n <= done][: self.plan.keep]
+        for _, path in self.found():
+            if path not in kept:  # later ones were passed over when this run resumed before them
+                with files.writing(path):
                     shutil.rmtree(path)
-        except OSError as error:
-            raise CheckpointError(f"checkpoint: cannot write {aside}: {error.strerror or error}") from None
 
     def _rename(self, aside: Path, to: Path) -> None:
         _sync(aside)
@@ -247,7 +241,8 @@ class Checkpoints:
                 f"--out: {self.run} holds an interrupted run; continue it with --resume, or remove {self.folder}"
             )
         for _, path in self.found():
-            shutil.rmtree(path)
+            with files.writing(path):
+                shutil.rmtree(path)
 
     def load(self, simulation: Simulation, say: Callable[[str], None]) -> tuple[int, bytes | None]:
         """Bring ``simulation``, which is at its start, to the last checkpoint that can be used; all ranks call this.
@@ -265,7 +260,7 @@ class Checkpoints:
         rounds: list[int] = json.loads(comm.broadcast(json.dumps(there).encode()))
         for n in rounds:
             try:
-                found = restore(simulation, self.folder / files.folder_name(n))
+                described, lines = restore(simulation, self.folder / files.folder_name(n))
             except CheckpointError as error:
                 wrong.append(str(error))
                 say(f"checkpoint: {error}; taking the one before it")
@@ -273,10 +268,15 @@ class Checkpoints:
             say(
                 f"continuing after round {n} of {simulation.config.rounds}, from {self.folder / files.folder_name(n)}"
             )
+            if described.torch != torch.__version__:
+                say(
+                    f"written with torch {described.torch}, this is {torch.__version__}: the last bits may differ"
+                )
             self._last = time.monotonic()
-            return n, found
+            return n, lines
         if wrong:
             raise CheckpointError("\n".join([f"checkpoint: none in {self.folder} can be used", *wrong]))
+        say(f"no checkpoint in {self.run} yet: starting from the beginning")
         return 0, None
 
 

@@ -17,6 +17,8 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -94,24 +96,35 @@ def shapes(spec: Spec) -> dict[str, list[int]]:
     return {name: list(shape) for name, shape in zip(spec.names, spec.shapes, strict=True)}
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError in here is a CheckpointError: ``path`` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"checkpoint: cannot write {path}: {error.strerror or error}") from None
+
+
 def write(path: Path, data: bytes) -> File:
     """Write a new file, down to the disk.
 
     Raises:
       CheckpointError: it cannot be written.
     """
-    try:
-        with path.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise CheckpointError(f"checkpoint: cannot write {path}: {error.strerror or error}") from None
+    with writing(path), path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     return File(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def write_tensors(path: Path, tensors: State) -> File:
-    return write(path, save({name: value.clone().contiguous() for name, value in tensors.items()}))
+    """Write contiguous tensors that share no memory.
+
+    Raises:
+      CheckpointError: they cannot be written.
+    """
+    return write(path, save(tensors))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

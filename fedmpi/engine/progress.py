@@ -63,7 +63,7 @@ class Display:
     def say(self, text: str) -> None:
         """A line above the bar."""
         if text and self._enabled:
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def round(self, line: dict[str, Any]) -> None:
         if not self._enabled:

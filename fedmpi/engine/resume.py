@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 FREE = ("rounds", "threads", "checkpoint", "store", "store_folder", "data.folder", "comm")
 
 
-def restore(simulation: Simulation, folder: Path) -> bytes:
+def restore(simulation: Simulation, folder: Path) -> tuple[Manifest, bytes]:
     """Bring a simulation at its start to the checkpoint in ``folder``; all ranks call this together.
 
     Returns:
-      The lines of metrics so far, on rank 0.
+      What the checkpoint is of, and on rank 0 the lines of metrics so far.
 
     Raises:
       CheckpointError: it cannot be used, the same on every rank; the simulation may be restored to another one.
@@ -62,7 +62,7 @@ def restore(simulation: Simulation, folder: Path) -> bytes:
             if file.store:
                 _load_part(folder / name, file, stores)
     _take_over(simulation, described, server, ledger)
-    return metrics
+    return described, metrics
 
 
 @contextmanager
