@@ -144,6 +144,31 @@ def test_everything_that_a_run_keeps_is_saved(what: str, tmp_path: Path) -> None
     assert outcome(tmp_path) == expected
 
 
+@pytest.mark.parametrize("name", ["topk", "lookback", "signsgd"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_data_parallel_training_resumes_exactly(name: str, exact: bool, tmp_path: Path) -> None:
+    """Every rank keeps what the receivers of all ranks' messages keep."""
+    values = {
+        **{key: SAVED[key] for key in ("data", "model", "rounds", "seed", "checkpoint")},
+        "mode": "data_parallel",
+        "local": {"lr": 0.1, "batch": 100},
+        "server": {"optimizer": "momentum"} if name == "topk" else {"schedule": {"name": "cosine"}},
+        "method": RUNS[name]["method"],
+        "reproducible": exact,
+    }
+    train(values, tmp_path, ranks=3)
+    expected = outcome(tmp_path)
+    train(values, tmp_path, ranks=3, resume=True)
+    assert outcome(tmp_path) == expected
+    with pytest.raises(ConfigError, match=r"--resume: clients is 2, but .* with 3"):
+        train(values, tmp_path, ranks=2, resume=True)
+    if name != "topk":
+        with pytest.raises(
+            ConfigError, match=r"rounds is 6, but .* with 5, on which server.schedule: cosine depends"
+        ):
+            train({**values, "rounds": 6}, tmp_path, ranks=3, resume=True)
+
+
 def test_floats_resume_to_the_same_bits_at_the_same_number_of_ranks(tmp_path: Path) -> None:
     values = {**SAVED, "method": LOOKBACK, "reproducible": False}
     whole = train(values, tmp_path, ranks=3)

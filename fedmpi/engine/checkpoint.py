@@ -186,7 +186,7 @@ class Checkpoints:
             torch=torch.__version__,
             round=done,
             config=simulation.config.plain(),
-            parameters=files.shapes(simulation.spec),
+            parameters=simulation.spec.plain(),
             totals=Totals.model_validate(numbers),
             seconds=time.monotonic() - simulation.started,
             ranks=ranks,

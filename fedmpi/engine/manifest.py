@@ -28,7 +28,6 @@ from safetensors.torch import load, save
 
 from fedmpi.errors import CheckpointError
 from fedmpi.method import State
-from fedmpi.spec import Spec
 
 MANIFEST = "manifest.json"
 _LARGEST_MANIFEST = 1 << 30
@@ -89,11 +88,6 @@ def plain_folder(path: Path) -> None:
     """Raises CheckpointError when ``path`` is a link or no folder."""
     if path.is_symlink() or not path.is_dir():
         raise CheckpointError(f"{path}: expected a folder, not a link or anything else")
-
-
-def shapes(spec: Spec) -> dict[str, list[int]]:
-    """The parameters, as a manifest has them."""
-    return {name: list(shape) for name, shape in zip(spec.names, spec.shapes, strict=True)}
 
 
 @contextmanager

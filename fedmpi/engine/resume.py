@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from fedmpi import config as configuration
+from fedmpi.comm.agree import leaves
 from fedmpi.comm.base import Comm
 from fedmpi.engine import manifest as files
 from fedmpi.engine.manifest import MANIFEST, File, Manifest
@@ -86,36 +87,32 @@ def _file(folder: Path, described: Manifest, name: str) -> bytes:
     return files.read(folder / name, described.files[name])
 
 
-def leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    """What a tree of dictionaries holds, by dotted paths."""
-    if not isinstance(tree, dict):
-        return {path: tree}
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= leaves(value, f"{path}.{name}" if path else name)
-    return found
-
-
 def _check_run(folder: Path, described: Manifest, simulation: Simulation) -> None:
     """Raises ConfigError when the checkpoint is of another run; the same on every rank."""
     config = simulation.config
     try:  # a key that the checkpoint's version did not have stands at its default
-        saved = leaves(configuration.parse(described.config).plain())
+        before = configuration.parse(described.config)
     except ConfigError as error:
         raise ConfigError(f"--resume: {folder} has a configuration of another version: {error}") from None
-    now = leaves(config.plain())
-    for path in sorted(saved.keys() | now.keys()):
+    saved, now = leaves(before.plain()), leaves(config.plain())
+    # What is chosen by name comes before what follows from the choice.
+    for path in sorted(saved.keys() | now.keys(), key=lambda path: (not path.endswith("name"), path)):
         old, new = saved.get(path, "nothing"), now.get(path, "nothing")
         if old != new and not any(f"{path}.".startswith(f"{free}.") for free in FREE):
             raise ConfigError(
                 f"--resume: {path} is {new!r}, but {folder} was written with {old!r}; expected the same "
                 f"configuration (only these may change: {', '.join(FREE)})"
             )
-    if described.parameters != files.shapes(simulation.spec):
+    if described.parameters != simulation.spec.plain():
         raise ConfigError(f"--resume: the model's parameters are not those of {folder}")
     if described.round > config.rounds:
         raise ConfigError(
             f"--resume: rounds is {config.rounds}, but {folder} has {described.round} rounds behind it"
+        )
+    if any(before.server_lr(t) != config.server_lr(t) for t in range(described.round)):
+        raise ConfigError(
+            f"--resume: rounds is {config.rounds}, but {folder} was written with {before.rounds}, on which "
+            f"server.schedule: {config.server.schedule.name} depends"
         )
 
 

@@ -15,19 +15,18 @@ from torch import Tensor, nn
 
 import fedmpi
 from fedmpi import methods, random
+from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, together
 from fedmpi.config import Config
 from fedmpi.engine.checkpoint import Checkpoints
 from fedmpi.engine.clients import Trainer, Update, cohort, place, survivors
 from fedmpi.engine.ledger import Bytes, Ledger, ratios
-from fedmpi.engine.manifest import shapes
 from fedmpi.engine.progress import Display
 from fedmpi.engine.record import Record
-from fedmpi.engine.resume import leaves
 from fedmpi.engine.store import ClientStore, Kept, fits, make_store
 from fedmpi.engine.sums import LARGEST, from_fixed, to_fixed
-from fedmpi.engine.topology import TOPOLOGIES
-from fedmpi.errors import CommError, ConfigError, FedMPIError, NumericalError
+from fedmpi.engine.topology import TOPOLOGIES, Workers
+from fedmpi.errors import ConfigError, FedMPIError, NumericalError
 from fedmpi.message import Message, from_bytes, to_bytes
 from fedmpi.method import Compressor, Context, Round, State
 from fedmpi.methods.base import Setup
@@ -55,6 +54,7 @@ def run(
       FedMPIError: what a user can mend; the same error on every rank.
     """
     with together(comm, "preparing the run"):
+        config = config.for_ranks(comm.size)
         simulation = Simulation(config, comm)
     handshake(comm, config, simulation.spec)
     folder = comm.broadcast(str(out or "").encode()).decode()
@@ -123,21 +123,7 @@ def handshake(comm: Comm, config: Config, spec: Spec) -> None:
     Raises:
       CommError: on every rank, naming the first difference and both values.
     """
-    mine = {
-        "fedmpi": fedmpi.__version__,
-        "torch": torch.__version__,
-        **config.plain(),
-        "parameters": shapes(spec),
-    }
-    offers = [json.loads(offer) for offer in comm.allgather(json.dumps(mine).encode())]
-    for rank, offer in enumerate(offers):
-        for path in sorted(leaves(offers[0]).keys() | leaves(offer).keys()):
-            first, other = leaves(offers[0]).get(path, "nothing"), leaves(offer).get(path, "nothing")
-            if first != other:
-                raise CommError(
-                    f"ranks disagree on {path}: rank 0 has {first!r}, rank {rank} has {other!r}; "
-                    "start all ranks with the same configuration and versions"
-                )
+    agree(comm, {**versions(), **config.plain(), "parameters": spec.plain()})
 
 
 class _Call(NamedTuple):
@@ -178,9 +164,12 @@ class Simulation:
                 f"method.samples: expected at most {len(self.data.train.y)} (the training set), "
                 f"got {self.method.server.samples}"
             )
-        self.topology = TOPOLOGIES[config.topology](comm, self.method, theta_D, config.reproducible, peers)
+        workers = config.mode == "data_parallel"
+        self.rounds_per_epoch = self._passes_of_data() if workers else config.rounds_per_epoch
+        kind = Workers if workers else TOPOLOGIES[config.topology]
+        self.topology = kind(comm, self.method, theta_D, config.reproducible, peers)
         self.objective = objectives.OBJECTIVES[config.loss]
-        self.trainer = Trainer(model, self.spec, self.objective.loss, config.local, config.seed)
+        self.trainer = Trainer(model, self.spec, self.objective.loss, config.local, config.seed, workers)
         self.ledger = Ledger(config.clients)
         # Clients that keep state stay on the rank that keeps it.
         self.homes = not self.clients.empty
@@ -217,6 +206,11 @@ class Simulation:
     def _store(self, init: Callable[[], State]) -> ClientStore:
         config = self.config
         return make_store(init, config.store, config.clients, config.store_folder)
+
+    def _passes_of_data(self) -> int:
+        """Rounds in which a rank sees all its samples once."""
+        largest = int(self.partition.sizes.max())
+        return -(-largest // (self.config.local.batch or largest))
 
     def _memory(self, peers: ClientStore) -> str:
         """What clients' state will need on this machine; "" where they keep nothing.
@@ -255,13 +249,14 @@ class Simulation:
         called = cohort(config, self.partition, t)
         clients = survivors(config, called, t)
         samples = self.partition.sizes[clients]
-        # A client that was drawn by its number of samples counts once; so does a vote.
-        by_samples = self.method.server.weighted and config.sampling != "weighted"
+        # A client that was drawn by its number of samples counts once; so do a vote and a rank.
+        workers = config.mode == "data_parallel"
+        by_samples = self.method.server.weighted and config.sampling != "weighted" and not workers
         weights = (samples if by_samples else torch.ones_like(samples)).double()
-        placed = place(clients, samples, self.topology.workers, self.homes)
+        placed = place(clients, samples, self.topology.workers, self.homes or workers)
         mine = placed.get(comm.rank, clients[:0])
         chunks = mine.split(self.chunk) if len(mine) else ()
-        now = Round(config.seed, t, config.server_lr, config.rounds_per_epoch)
+        now = Round(config.seed, t, config.server_lr(t), self.rounds_per_epoch)
         return _Call(now, called, clients, weights / weights.sum(), placed, chunks)
 
     def _served(self, call: _Call) -> Tensor:
