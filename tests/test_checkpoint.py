@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from fedmpi import config
 from fedmpi.cli import main
-from fedmpi.comm import run_ranks, solo
+from fedmpi.comm import Comm, run_ranks, solo
 from fedmpi.engine import checkpoint, manifest
 from fedmpi.engine.checkpoint import Checkpoints
 from fedmpi.engine.rounds import Simulation, run
@@ -331,7 +331,8 @@ def test_a_finished_run_is_not_mistaken_for_an_interrupted_one(tmp_path: Path) -
 @pytest.fixture(scope="module")
 def two_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, list[dict[str, Any]]]:
     """A run with checkpoints after rounds 3 and 4, and the states that they hold."""
-    values = {**SAVED, "method": LOOKBACK, "topology": "aggregator", "checkpoint": {"rounds": 1, "keep": 3}}
+    plan = {"rounds": 1, "keep": 3}
+    values = {**SAVED, "clients": 20, "method": LOOKBACK, "topology": "aggregator", "checkpoint": plan}
     out = tmp_path_factory.mktemp("saved") / "run"
     train(values, out, ranks=2)
     only(out, 3, 4)
@@ -349,16 +350,36 @@ def loaded(values: dict[str, Any], out: Path) -> tuple[int, dict[str, Any], list
     simulation, said = Simulation(config.parse(values), solo()), []
     checkpoints = Checkpoints(out, simulation.config.checkpoint, simulation.comm)
     done, metrics = checkpoints.load(simulation, said.append)
-    state: dict[str, Any] = {"metrics": metrics, "totals": (simulation.bytes, simulation.counts)}
+    assert metrics is not None
+    assert metrics.count(b"\n") == done
+    return done, everything(simulation), said
+
+
+def everything(simulation: Simulation) -> dict[str, Any]:
+    """Each thing that a simulation of one rank keeps between rounds, or its hash."""
     parts = {"server": simulation.topology.state, "ledger": vars(simulation.ledger)}
     for name, kept in simulation.kept().items():
-        parts[name] = {**kept.store.get(torch.arange(6)), "known": kept.store.known}
+        rows = kept.store.get(torch.arange(simulation.config.clients))
+        parts[name] = {**rows, "known": kept.store.known}
     digests = {
         f"{part}.{name}": hashlib.sha256(value.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
         for part, tensors in parts.items()
         for name, value in tensors.items()
     }
-    return done, state | digests, said
+    return {**digests, **{name: str(getattr(simulation, name)) for name in manifest.Totals.model_fields}}
+
+
+def test_a_checkpoint_holds_what_the_run_held(
+    two_saved: tuple[dict[str, Any], Path, list[dict[str, Any]]],
+) -> None:
+    values, _, states = two_saved
+    simulation = Simulation(config.parse(values), solo())
+    held = []
+    for t in range(4):
+        simulation.round(t)
+        held.append(everything(simulation))
+    assert held[2:] == states
+    assert held[2]["clients.known"] != held[3]["clients.known"]
 
 
 @settings(
@@ -581,8 +602,12 @@ def test_a_really_full_disk_ends_all_ranks_with_its_name(kilobytes: int, says: s
     plan = {"rounds": 1, "keep": 50} if says.startswith("checkpoint") else {}
     values = {**SAVED, "method": TOPK, "rounds": 400, "checkpoint": plan}
     with small_disk(tmp_path / "disk", kilobytes) as disk:
-        with pytest.raises(FedMPIError, match=rf"{says} .*: No space left on device"):
-            train(values, disk / "run", ranks=2)
+
+        def rank(comm: Comm) -> None:
+            with pytest.raises(FedMPIError, match=rf"{says} .*: No space left on device"):
+                run(config.parse(values), comm, disk / "run", quiet=True)
+
+        run_ranks(2, rank, timeout=60)
         *whole, _ = (disk / "run" / "metrics.jsonl").read_bytes().split(b"\n")
         assert [json.loads(line)["round"] for line in whole] == list(range(len(whole)))
         if plan:
@@ -609,6 +634,8 @@ def test_killing_a_writer_never_loses_the_one_before(times: int, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     kills = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(kills) == times
+    assert all(kill["killed"] for kill in kills)
+    assert kills[-1]["start"] > 0
     assert any(kill["left"] for kill in kills), "none was killed while it wrote"
     for kill in kills:
         assert kill["start"] >= kill["saved"]

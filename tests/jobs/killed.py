@@ -1,8 +1,9 @@
 """Kills processes with SIGKILL while they write checkpoints: ``killed.py CONFIG FOLDER KILLS``.
 
-A child trains and saves after every round; as soon as a file of an unfinished checkpoint is there it is killed, and the
-next one continues. Prints, a line a kill: whether an unfinished checkpoint was left, the last round that the
-child said to be saved, the round at which the next one starts, and whether its parameters are those of that round.
+A child trains and saves after every round; as soon as an unfinished checkpoint is there it is killed, and the next one
+continues. Prints, a line a kill: whether it was that which ended the child, whether an unfinished checkpoint was left,
+the last round that the child said to be saved, the round at which the next one starts, and whether its parameters are
+those of that round.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ for kill in range(kills):
         seen += 1
     time.sleep(0.0004 * (kill % 10))
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
     rest = b""
     while more := os.read(out, 10):
         rest = more
@@ -74,4 +75,5 @@ for kill in range(kills):
     left = any((folder / "checkpoints").glob(".round-*"))
     simulation, _, done, said = start()
     same = torch.equal(simulation.topology.parameters(), reference[done])
-    print(json.dumps({"left": left, "saved": int(rest or 0), "start": done, "same": same, "said": said}))
+    kept = {"left": left, "saved": int(rest or 0), "start": done, "same": same, "said": said}
+    print(json.dumps({"killed": killed, **kept}))
