@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import glob
+import os
+import shlex
 import sys
 import time
 import traceback
@@ -27,7 +30,8 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 for a failed run, 2 for a wrong command or configuration."""
+    """Returns the exit code: 0, 1 for a failed run, 2 for a wrong command or configuration, 75 (EX_TEMPFAIL) for a run
+    that a signal stopped and ``--resume`` continues, 130 for one that ended without a checkpoint."""
     parser = argparse.ArgumentParser(
         prog="fedmpi",
         description="Communication-compressed training over MPI: federated simulation and data-parallel.",
@@ -39,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _methods_arguments(commands)
     _report_arguments(commands)
     _data_arguments(commands)
+    _advise_arguments(commands)
     doctor = commands.add_parser(
         "doctor", help="show what MPI, torch, GPUs and launcher are here, and try them"
     )
@@ -78,6 +83,14 @@ def _train_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParse
     train.add_argument("config", metavar="CONFIG", help="a YAML file")
     train.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides; values are YAML")
     train.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/<config>-<time>)")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="continue the run in DIR (default: --out, else the last of this CONFIG in runs/) from its last "
+        "checkpoint; with --out a run that has none yet starts",
+    )
     train.add_argument("--local-ranks", type=_positive, default=1, metavar="N", help="run N ranks as threads")
     train.add_argument("--quiet", action="store_true", help="no progress, only errors")
     train.set_defaults(run=_train)
@@ -116,14 +129,19 @@ def _train_rank(arguments: argparse.Namespace, config: Config | FedMPIError, com
     from fedmpi.comm import together
     from fedmpi.comm.base import LostError
     from fedmpi.engine.rounds import run
+    from fedmpi.errors import Stopped
 
     try:
         with together(comm, "reading the configuration"):
             if isinstance(config, FedMPIError):
                 raise config
-        name = f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        out = arguments.out or Path("runs") / name
-        summary = run(config, comm, out, quiet=arguments.quiet)
+            out = _run_folder(arguments) if comm.rank == 0 else None
+        summary = run(config, comm, out, quiet=arguments.quiet, resume=arguments.resume is not None)
+    except Stopped as stopped:
+        if comm.rank == 0:
+            again = shlex.join(_again(arguments, out))
+            print(f"fedmpi: {stopped}; continue with:\n  {again}", file=sys.stderr, flush=True)
+        return os.EX_TEMPFAIL
     except FedMPIError as error:
         # Errors that all ranks share are said once; what only this rank knows, it says itself.
         if comm.rank == 0 or isinstance(error, LostError):
@@ -141,6 +159,43 @@ def _train_rank(arguments: argparse.Namespace, config: Config | FedMPIError, com
             f"{'nothing' if ratio is None else f'{ratio:.1f}x smaller'}, {summary['seconds']:.1f} s; see {out}"
         )
     return 0
+
+
+def _again(arguments: argparse.Namespace, out: Path | None) -> list[str]:
+    """The command that continues the run in ``out`` (under the same launcher, if there was one)."""
+    ranks = ["--local-ranks", str(arguments.local_ranks)] if arguments.local_ranks > 1 else []
+    return ["fedmpi", "train", arguments.config, *arguments.overrides, *ranks, "--resume", str(out)]
+
+
+def _run_folder(arguments: argparse.Namespace) -> Path:
+    """Where the run's files go, or are. Rank 0's is everybody's.
+
+    Raises:
+      ConfigError: there is no run to resume.
+    """
+    from fedmpi.errors import ConfigError
+
+    runs, stem = Path("runs"), Path(arguments.config).stem
+    if arguments.resume:
+        if arguments.out not in (None, Path(arguments.resume)):
+            raise ConfigError(
+                f"--resume: expected the folder of --out, {arguments.out}, got {arguments.resume}"
+            )
+        if not Path(arguments.resume).is_dir():
+            raise ConfigError(
+                f"--resume: expected a run's folder (overrides stand before --resume), got {arguments.resume!r}"
+            )
+        return Path(arguments.resume)
+    if arguments.out:
+        return Path(arguments.out)
+    if arguments.resume is None:
+        return runs / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    earlier = sorted(runs.glob(f"{glob.escape(stem)}-{'[0-9]' * 8}-{'[0-9]' * 6}"))
+    if not earlier:
+        raise ConfigError(
+            f"--resume: expected a run of {stem} in {runs.absolute()}, found none; name its folder"
+        )
+    return earlier[-1]
 
 
 def _methods_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -199,6 +254,55 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
     to = arguments.to or default_folder()
     print(f"{arguments.name} is in {fetch(arguments.name, to, lambda line: print(line, flush=True))}")
+    return 0
+
+
+def _advise_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    advise = commands.add_parser(
+        "advise",
+        help="measure whether compression pays on this link",
+        description="Measure this launch's link and each method's coding and exchange of gradients, and say which "
+        "method is fastest. Start it as the job is started: mpirun, srun or torchrun.",
+    )
+    size = advise.add_mutually_exclusive_group()
+    size.add_argument("--params", type=_positive, metavar="N", help="parameters (default: 11000000)")
+    size.add_argument(
+        "--model", metavar="MODEL", help="the layers of a model on 3x32x32 images, e.g. resnet9"
+    )
+    advise.add_argument(
+        "--method",
+        action="append",
+        metavar="METHOD",
+        help="only this, as YAML, besides bf16; can be given several times",
+    )
+    advise.add_argument("--comm", default="auto", help="auto, mpi, gloo or nccl")
+    advise.set_defaults(run=_advise)
+
+
+def _advise(arguments: argparse.Namespace) -> int:
+    import yaml
+
+    from fedmpi.comm import connect
+    from fedmpi.integrations import advise
+    from fedmpi.spec import Spec
+    from fedmpi.tasks.models import build
+
+    comm = connect(arguments.comm)
+    shapes = advise.shapes_of(arguments.params or 11_000_000)
+    if arguments.model:
+        spec = Spec.of(build(arguments.model, (3, 32, 32), 10, 0))
+        shapes = dict(zip(spec.names, spec.shapes, strict=True))
+    candidates = advise.CANDIDATES
+    if arguments.method:
+        candidates = tuple(advise.check([yaml.safe_load(method) for method in arguments.method]))
+
+    def say(line: str) -> None:
+        if comm.rank == 0:
+            print(line, file=sys.stderr, flush=True)
+
+    text = advise.advise(comm, shapes, candidates, say)
+    if comm.rank == 0:
+        print(text)
     return 0
 
 

@@ -122,6 +122,19 @@ class ServerConfig(_Section):
         return Optimizer(self.optimizer, self.beta1, self.beta2, self.epsilon)
 
 
+class CheckpointConfig(_Section):
+    """When a run saves all that it needs to continue (and always when a signal ends it)."""
+
+    rounds: int | None = Field(None, ge=1, description="after every so many rounds")
+    minutes: float | None = Field(
+        10.0,
+        gt=0,
+        description="when the last one is so many minutes old (null: never by time), and has not cost a tenth of "
+        "the time since",
+    )
+    keep: int = Field(2, ge=1, description="the last so many are kept")
+
+
 class Config(_Section):
     """A run. The command line's ``key.path=value`` overrides any of these."""
 
@@ -161,6 +174,7 @@ class Config(_Section):
     store_folder: str | None = Field(
         None, description="for store: mmap (default: the system's temporary folder)"
     )
+    checkpoint: CheckpointConfig = CheckpointConfig.model_validate({})
     reproducible: bool = Field(
         False, description="the same bits at any number of ranks: one thread a rank, fixed-point sums"
     )

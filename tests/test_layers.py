@@ -28,7 +28,7 @@ LAYERS = {
     "integrations": BASE
     | {"comm", "engine", "message", "method", "methods", "spec", "validation"},  # never what runs a job
     "doctor": {"comm", "errors"},
-    "cli": {"analysis", "comm", "config", "doctor", "engine", "errors", "spec", "tasks"},
+    "cli": {"integrations", "analysis", "comm", "config", "doctor", "engine", "errors", "spec", "tasks"},
     "__main__": {"cli"},
     "__init__": {"integrations"},  # on demand
 }

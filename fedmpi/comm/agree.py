@@ -24,7 +24,7 @@ def agree(comm: Comm, mine: Mapping[str, Any]) -> None:
     Raises:
       CommError: on every rank, naming the first difference and both values.
     """
-    offers = [_leaves(json.loads(offer)) for offer in comm.allgather(json.dumps(mine).encode())]
+    offers = [leaves(json.loads(offer)) for offer in comm.allgather(json.dumps(mine).encode())]
     for rank, offer in enumerate(offers):
         # What is chosen by name comes before what follows from the choice.
         for path in sorted(
@@ -38,10 +38,11 @@ def agree(comm: Comm, mine: Mapping[str, Any]) -> None:
                 )
 
 
-def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """What a tree of dictionaries holds, by dotted paths."""
     if not isinstance(tree, dict):
         return {path: tree}
-    leaves: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in tree.items():
-        leaves |= _leaves(value, f"{path}.{name}" if path else name)
-    return leaves
+        found |= leaves(value, f"{path}.{name}" if path else name)
+    return found

@@ -29,12 +29,18 @@ _SUMS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8
 _SUMS |= {torch.int32, torch.int64}
 _WIDER = {torch.int16: torch.int32}
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its newer name first
+
+_here: Place | None = None  # this process's place in the group of all ranks, where it was started here
+
 
 class TorchComm(Comm):
     """One rank of a torch.distributed group.
 
-    Its collectives run on a group of their own over the same ranks, so that a thread may use it while the
-    job goes on with its group. The job's group is never destroyed. Construction is collective.
+    Its collectives run on a group of their own, so that a thread may use it while the job goes on with its
+    group; over a part of the ranks they run on the given group itself, because torch names a group that only
+    its members start by how many each has started before. The job's group is never destroyed. All ranks of
+    the group construct their ends together.
 
     Args:
       group: the job's group (default: all ranks).
@@ -55,7 +61,6 @@ class TorchComm(Comm):
         backend: str | None = None,
         device: torch.device | None = None,
         timeout: float = TIMEOUT,
-        place: Place | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise CommError(
@@ -69,15 +74,11 @@ class TorchComm(Comm):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise CommError("group: expected one that this rank belongs to")
-        self.name, self._timeout, self._place, self._lost = backend, timeout, place, ""
+        self.name, self._timeout, self._lost = backend, timeout, ""
+        whole = group is None or self.size == dist.get_world_size()
+        self._place = _here if whole else None
         with self._doing("starting a group of its own"):
-            self._group = dist.new_group(
-                dist.get_process_group_ranks(group),
-                timedelta(seconds=timeout),
-                backend,
-                use_local_synchronization=True,
-            )
-            self.rank = dist.get_rank(self._group)
+            self._group: Any = dist.new_group(None, timedelta(seconds=timeout), backend) if whole else group
             hosts = self._allgather(socket.gethostname().encode())
         self.local_size = hosts.count(hosts[self.rank])
         self.local_rank = hosts[: self.rank].count(hosts[self.rank])
@@ -110,7 +111,7 @@ class TorchComm(Comm):
         if device is not None:
             torch.cuda.set_device(device)
         _initialize(here, backend, device, timeout)
-        return cls(device=device, timeout=timeout, place=here)
+        return cls(device=device, timeout=timeout)
 
     @contextmanager
     def _doing(self, what: str) -> Iterator[None]:
@@ -146,7 +147,7 @@ class TorchComm(Comm):
 
     def _allgather_rows(self, row: Tensor, rows: Tensor) -> None:
         with self._doing(f"gathering {len(row)} bytes a rank"):
-            dist.all_gather_into_tensor(rows.view(-1), row, group=self._group)
+            _all_gather(rows.view(-1), row, group=self._group)
 
     def _alltoall_rows(self, sent: Tensor, received: Tensor) -> None:
         with self._doing(f"exchanging {sent.shape[1]} bytes a rank"):
@@ -208,6 +209,7 @@ def require_gpu() -> None:
 
 
 def _initialize(here: Place, backend: str, device: torch.device | None, timeout: float) -> None:
+    global _here
     try:
         dist.init_process_group(
             backend,
@@ -222,6 +224,7 @@ def _initialize(here: Place, backend: str, device: torch.device | None, timeout:
             f"{backend}: rank {here.rank} of {here.size}: cannot connect to the other ranks ({brief(error)}); "
             f"{backend.upper()}_SOCKET_IFNAME names the network interface to take"
         ) from None
+    _here = here
     atexit.register(_destroy)
 
 

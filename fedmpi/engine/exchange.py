@@ -68,18 +68,12 @@ class Exchange(ABC):
           peers: from :meth:`init` or the step before.
         """
 
-    def _sum(self) -> Sum:
-        """Of one more number than the method sums: how many messages are not usable."""
-        return Sum(self.up.size + 1, integer=self.up.integer, exact=self.exact, terms=self.comm.size)
-
-    def _value(self, total: Sum) -> Tensor | None:
-        value_S1 = total.value()
-        return value_S1[:-1] if float(value_S1[-1]) == 0 else None
-
-    def _add(self, total: Sum, v_WS: Tensor, usable: bool) -> None:
-        bad_W1 = torch.full((len(v_WS), 1), 0 if usable else 1, dtype=v_WS.dtype)
-        weights_W = torch.full((len(v_WS),), 1 / self.comm.size, dtype=torch.float64)
-        total.add(torch.cat([v_WS, bad_W1], 1), weights_W)
+    def _added(self, v_CS: Tensor) -> Sum:
+        """The sum of some ranks' vectors, and a flag that counts ranks whose message is not usable."""
+        up, ranks = self.up, self.comm.size
+        total = Sum(up.size, integer=up.integer, exact=self.exact, terms=ranks, flag=True)
+        total.add(v_CS, torch.full((len(v_CS),), 1 / ranks, dtype=torch.float64))
+        return total
 
     def _everybody(self, ctx: Context) -> Context:
         """The context of all ranks' messages; rank r is client r."""
@@ -99,12 +93,12 @@ class SumExchange(Exchange):
         self, message: Message, before: State, peers: State, ctx: Context, usable: bool = True
     ) -> tuple[Tensor | None, State]:
         v_1S, _ = self.up.decompress(message, believed(self.up, before), ctx)
-        total = self._sum()
-        self._add(total, v_1S if usable else torch.zeros_like(v_1S), usable)
+        total = self._added(v_1S if usable else torch.zeros_like(v_1S))
+        total.flag_1.fill_(not usable)
         started = perf_counter()
         total.over(self.comm)
         self._timed(started)
-        return self._value(total), peers
+        return (total.value() if float(total.flag_1) == 0 else None), peers
 
 
 class GatherExchange(Exchange):
@@ -126,11 +120,9 @@ class GatherExchange(Exchange):
         self._timed(started)
         return (None, peers) if everybody is None else self._decode(everybody, peers, ctx)
 
-    def _decode(self, everybody: Message, peers: State, ctx: Context) -> tuple[Tensor | None, State]:
+    def _decode(self, everybody: Message, peers: State, ctx: Context) -> tuple[Tensor, State]:
         v_WS, peers = self.up.decompress(everybody, peers, self._everybody(ctx))
-        total = self._sum()
-        self._add(total, v_WS, usable=True)
-        return self._value(total), peers
+        return self._added(v_WS).value(), peers
 
     def _messages(self, message: Message, usable: bool) -> Message | None:
         """All ranks' messages, or None."""
@@ -200,7 +192,6 @@ class OwnerExchange(GatherExchange):
         if self.comm.rank == self.owner and all(frames):
             everybody = concat([from_bytes(f, self.up.layout(), 1) for f in frames])
             mean_S, peers = self._decode(everybody, peers, ctx)
-            assert mean_S is not None
             answer = to_bytes(Message({"mean": mean_S[None]}))
         started = perf_counter()
         answer = self.comm.broadcast(answer, self.owner)

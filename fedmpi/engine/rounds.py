@@ -18,11 +18,12 @@ from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, together
 from fedmpi.comm.placement import own_cpus
 from fedmpi.config import Config
+from fedmpi.engine.checkpoint import Checkpoints
 from fedmpi.engine.clients import Trainer, Update, cohort, place, survivors
 from fedmpi.engine.ledger import Bytes, Ledger, ratios
 from fedmpi.engine.progress import Display
 from fedmpi.engine.record import Record
-from fedmpi.engine.store import ClientStore, fits, make_store
+from fedmpi.engine.store import ClientStore, Kept, fits, make_store
 from fedmpi.engine.sums import LARGEST, from_fixed, to_fixed
 from fedmpi.engine.topology import TOPOLOGIES, Workers
 from fedmpi.errors import ConfigError, FedMPIError, NumericalError
@@ -36,40 +37,84 @@ _CHUNK_VALUES = 1 << 22  # gradients of so many numbers are held at a time
 _TEST_BATCH = 512
 
 
-def run(config: Config, comm: Comm, out: Path | None = None, quiet: bool = False) -> dict[str, Any]:
+def run(
+    config: Config, comm: Comm, out: Path | None = None, quiet: bool = False, resume: bool = False
+) -> dict[str, Any]:
     """Train, and return the summary (the same on every rank).
 
     Args:
       config: the run.
       comm: this rank's end; every rank calls ``run`` with the same configuration.
-      out: the run's folder, written by rank 0.
+      out: the run's folder (rank 0's counts); without one nothing is written, and signals are not listened to.
       quiet: show nothing.
+      resume: continue from the last checkpoint in ``out``, where there is one.
 
     Raises:
+      Stopped: a signal asked for it; a checkpoint is written.
       FedMPIError: what a user can mend; the same error on every rank.
     """
     with together(comm, "preparing the run"):
         config = config.for_ranks(comm.size)
         simulation = Simulation(config, comm)
-        record = Record(out, config.plain()) if out is not None and comm.rank == 0 else None
     handshake(comm, config, simulation.spec)
-    simulation.set_threads()
+    folder = comm.broadcast(str(out or "").encode()).decode()
     display = Display(config.method.name, config.rounds, enabled=comm.rank == 0 and not quiet)
-    display.say(simulation.memory)
     try:
-        for t in range(config.rounds):
-            line = simulation.round(t)
-            display.round(line)
-            if record:
-                record.round(line)
-        summary = simulation.summary()
-        if record:
-            record.finish(summary, simulation.spec.views(simulation.topology.parameters()))
+        display.say(simulation.memory)
+        if not folder:
+            _rounds(simulation, range(config.rounds), display)
+            return simulation.summary()
+        return _recorded(simulation, display, Path(folder), resume)
     finally:
         display.close()
+
+
+def _recorded(simulation: Simulation, display: Display, folder: Path, resume: bool) -> dict[str, Any]:
+    """Train with a folder for what comes of it."""
+    config, comm = simulation.config, simulation.comm
+    checkpoints = Checkpoints(folder, config.checkpoint, comm)
+    start, lines = checkpoints.load(simulation, display.say) if resume else (0, None)
+    display.start(start, simulation.bytes)
+    with together(comm, "preparing the run"):
+        record = None
+        if comm.rank == 0:
+            if start == 0:
+                checkpoints.forget(resume)
+            record = Record(folder, config.plain(), start, lines)
+    simulation.asks = checkpoints.asks
+    try:
+        with checkpoints.listening():
+            _rounds(simulation, range(start, config.rounds), display, record, checkpoints)
+        summary = simulation.summary()
+        with together(comm, "writing the results"):
+            if simulation.error is not None:
+                raise simulation.error
+            if record:
+                record.finish(summary, simulation.spec.views(simulation.topology.parameters()))
+    finally:
         if record:
             record.close()
     return summary
+
+
+def _rounds(
+    simulation: Simulation,
+    rounds: range,
+    display: Display,
+    record: Record | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> None:
+    simulation.set_threads()
+    for t in rounds:
+        line = simulation.round(t)
+        display.round(line)
+        if record:
+            try:
+                record.round(line)
+            except FedMPIError as error:  # the others are in the next round already: it ends all in there
+                simulation.error = error
+        if checkpoints:
+            checkpoints.after(simulation, t + 1)
 
 
 def handshake(comm: Comm, config: Config, spec: Spec) -> None:
@@ -134,6 +179,18 @@ class Simulation:
         self.counts: dict[str, int] = dict.fromkeys(self.method.up.counters, 0)
         self.accuracy = self.test_loss = float("nan")
         self.started = time.monotonic()
+        self.asks: Callable[[], tuple[bool, bool]] = lambda: (False, False)  # to stop, to save, by this rank
+        self.asked = (False, False)  # by any rank, as of the last round
+        self.error: FedMPIError | None = None  # of this rank, not known to the others yet
+
+    def kept(self) -> dict[str, Kept]:
+        """What this rank keeps of clients, for a checkpoint."""
+        workers, rank = self.topology.workers, self.comm.rank
+
+        def here(clients: Tensor) -> Tensor:
+            return place(clients, clients, workers, homes=True).get(rank, clients[:0])
+
+        return {"clients": Kept(self.clients, here, here), **self.topology.kept()}
 
     def set_threads(self) -> None:
         """Give torch the threads that the configuration asks for; without a wish, as many of this rank's share of
@@ -171,7 +228,7 @@ class Simulation:
     def round(self, t: int) -> dict[str, Any]:
         """One round; returns its line of metrics."""
         started = time.monotonic()
-        call, status = self._call(t), _Status(self.method.up.counters)
+        call, status = self._call(t), _Status(self.method.up.counters, self.error)
         if t == 0 and self.method.server.samples:
             self._prepare()
         with status.watch():
@@ -253,7 +310,9 @@ class Simulation:
         Raises:
           FedMPIError: the same on every rank.
         """
-        if status.collect(self.comm):
+        failed = status.collect(self.comm, self.asks())
+        self.asked = status.asked
+        if failed:
             with together(self.comm, f"round {t}"):
                 if status.error is not None:
                     raise status.error
@@ -376,10 +435,9 @@ _SUMMED = ("loss", "upload", "upload_values", "download", "download_values")
 class _Status:
     """What a rank counts in a pass, and whether it failed: added up over ranks in one small collective."""
 
-    def __init__(self, counters: tuple[str, ...]) -> None:
+    def __init__(self, counters: tuple[str, ...], error: FedMPIError | None) -> None:
         self.total = dict.fromkeys((*_SUMMED, *counters), 0)
-        self._counters = counters
-        self.error: FedMPIError | None = None
+        self._counters, self.error = counters, error
         self.reset()
 
     def reset(self) -> None:
@@ -398,12 +456,14 @@ class _Status:
         except FedMPIError as error:
             self.error = self.error or error
 
-    def collect(self, comm: Comm) -> bool:
-        """Add this pass's counts of all ranks to :attr:`total`; returns whether any rank failed."""
+    def collect(self, comm: Comm, asks: tuple[bool, bool]) -> bool:
+        """Add this pass's counts of all ranks to :attr:`total`, and ``asks`` up in :attr:`asked`; returns whether any
+        rank failed."""
         sent = (self.upload.all, self.upload.values, self.download.all, self.download.values)
-        sums = torch.tensor([self.loss, *sent, *self._counts.values(), self.error is not None])
+        sums = torch.tensor([self.loss, *sent, *self._counts.values(), *asks, self.error is not None])
         comm.sum([sums])
-        *counts, failed = sums.tolist()
+        *counts, stop, save, failed = sums.tolist()
+        self.asked = (bool(stop), bool(save))
         for name, n in zip(self.total, counts, strict=True):
             self.total[name] += n
         return bool(failed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedmpi.comm.base import Comm, together
 from fedmpi.engine.exchange import build as build_exchange
-from fedmpi.engine.store import ClientStore
+from fedmpi.engine.store import ClientStore, Kept, everybody, nobody
 from fedmpi.engine.sums import Sum
 from fedmpi.message import Message, concat, from_bytes, to_bytes
 from fedmpi.method import Compressor, Context, Method, Round, State, believed
@@ -31,6 +31,16 @@ class Topology(ABC):
 
     def __init__(self, comm: Comm, method: Method, exact: bool) -> None:
         self.comm, self.method, self.exact = comm, method, exact
+
+    def kept(self) -> dict[str, Kept]:
+        """What this rank keeps of each client as a receiver, by a name of lower-case letters. With ``state``, which
+        rank 0 always aggregates, it is all that a checkpoint saves of a topology."""
+        return {}
+
+    def load(self, state: State) -> None:
+        """Continue from what rank 0's ``state`` was; this rank's own is still that of θ₀, and what the stores of the
+        last :meth:`kept` hold has been loaded."""
+        self.state = state
 
     def parameters(self) -> Tensor:
         return self.method.server.parameters(self.state)
@@ -117,6 +127,17 @@ class Workers(AllReduce):
         }
         self._peers = {codec: way.init() for codec, way in self._ways.items()}
 
+    def kept(self) -> dict[str, Kept]:
+        """Every rank keeps the same of all ranks; rank 0 writes it."""
+        peers, up = self._peers[self.method.up], self.method.up
+        self._copy = ClientStore(up.init_peer if peers else dict)
+        self._copy.put(torch.arange(self.comm.size), peers)
+        return {"peers": Kept(self._copy, everybody if self.comm.rank == 0 else nobody, everybody)}
+
+    def load(self, state: State) -> None:
+        super().load(state)
+        self._peers[self.method.up] = self._copy.get(torch.arange(self.comm.size))
+
     def take(self, positions: Tensor, message: Message, before: State, ctx: Context) -> None:
         self._sent = message, before, ctx
 
@@ -138,6 +159,17 @@ class Aggregator(Topology):
         self.workers = list(range(1, comm.size)) or [0]
         self.state = server.init(theta_D) if comm.rank == 0 else server.view(theta_D)
         self.peers = peers
+
+    def kept(self) -> dict[str, Kept]:
+        held = everybody if self.comm.rank == 0 else nobody
+        return {"peers": Kept(self.peers, held, held)}
+
+    def load(self, state: State) -> None:
+        server = self.method.server
+        if self.comm.rank == 0:
+            self.state = state
+        else:  # as a client that has missed all rounds
+            self.state = server.reconcile(self.state, server.download(state, 0), int(state["version"]))
 
     def start(
         self, up: Compressor, clients: Tensor, weights: Tensor, placed: dict[int, Tensor], round: Round

@@ -1,15 +1,24 @@
-"""Every collective of a Comm against what it must give, on the ranks of one launch: ``collectives.py``.
+"""Every collective of a Comm against what it must give, on the ranks of one launch: ``collectives.py CASE ...``.
 
-Also the suite itself, for ranks that are threads: :func:`check`.
+A CASE is what ``connect`` takes; ``wrap``: a group that the job itself has started; ``cuda``: tensors on a GPU
+over MPI; ``die``: the last rank is killed in the midst of it. Also the suite itself, for threads: :func:`check`.
 """
 
 from __future__ import annotations
 
-import pytest
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fedmpi.comm import Comm, connect
+from fedmpi.comm.base import LostError
 from fedmpi.errors import CommError
 
 DTYPES = (
@@ -19,16 +28,20 @@ DTYPES = (
     torch.bfloat16,
     torch.int8,
     torch.uint8,
+    torch.int16,
     torch.int32,
     torch.int64,
 )
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (0,), (7,), (3, 0), (5, 3), (1000,))
 
 
+device = torch.device("cpu")  # where the tensors lie
+
+
 def values(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Small whole numbers, exact in every type, other ones on each rank and at each place."""
     n = int(torch.Size(shape).numel())
-    return ((torch.arange(n) * 7 + 3 * rank + 1) % 11).to(dtype).view(shape)
+    return ((torch.arange(n, device=device) * 7 + 3 * rank + 1) % 11).to(dtype).view(shape)
 
 
 def part(source: int, target: int) -> bytes:
@@ -79,9 +92,9 @@ def tensors(comm: Comm) -> None:
                 back = comm.alltoall_tensor(rows)
             expected = [values(r, (comm.size, *shape), dtype)[comm.rank] for r in ranks]
             same(back, torch.stack(expected))
-            half = dtype in (torch.float16, torch.bfloat16)
+            short = dtype in (torch.float16, torch.bfloat16, torch.int16)  # some travel in twice the bytes
             assert sums.sent == sums.received
-            assert sums.sent in ((x.nbytes, 2 * x.nbytes) if half and others else (bool(others) * x.nbytes,))
+            assert sums.sent in ((x.nbytes, 2 * x.nbytes) if short and others else (bool(others) * x.nbytes,))
             assert gathered.sent == gathered.received == others * x.nbytes
             assert swapped.sent == swapped.received == others * x.nbytes
             same(x, values(comm.rank, shape, dtype))  # what was given is left alone
@@ -129,22 +142,100 @@ def frames(comm: Comm) -> None:
 
 
 def mistakes(comm: Comm) -> None:
-    with pytest.raises(CommError, match=rf"alltoall: expected {comm.size} parts, got {comm.size + 1}"):
-        comm.alltoall([b"x"] * (comm.size + 1))
+    refused(
+        lambda: comm.alltoall([b"x"] * (comm.size + 1)), f"expected {comm.size} parts, got {comm.size + 1}"
+    )
     rows = comm.size + 1
-    with pytest.raises(CommError, match=rf"expected x of {comm.size} rows, got shape \({rows}, 2\)"):
-        comm.alltoall_tensor(torch.zeros(rows, 2))
-    with pytest.raises(CommError, match=r"got shape \(\)"):
-        comm.alltoall_tensor(torch.zeros(()))
+    refused(
+        lambda: comm.alltoall_tensor(torch.zeros(rows, 2)), rf"of {comm.size} rows, got shape \({rows}, 2\)"
+    )
+    refused(lambda: comm.alltoall_tensor(torch.zeros(())), r"got shape \(\)")
+    if comm.name in ("gloo", "nccl"):
+        refused(lambda: comm.sum([torch.zeros(2, dtype=torch.complex64)]), "can add, got torch.complex64")
 
 
-if __name__ == "__main__":
-    comm = connect()
+def refused(call: Callable[[], object], message: str) -> None:
+    said = "nothing"
+    try:
+        call()
+    except CommError as error:
+        said = str(error)
+    assert re.search(message, said), said
+
+
+def beside(comm: Comm, other: Comm) -> None:
+    """A thread of its own may use one end while this one uses the other."""
+    totals = []
+
+    def work(end: Comm, step: int) -> None:
+        for i in range(50):
+            total = torch.full((1000,), float(i * step), device=device)
+            end.sum([total])
+            assert end.alltoall([bytes([i])] * end.size) == [bytes([i])] * end.size
+            totals.append((step, i, total[-1].item()))
+
+    thread = threading.Thread(target=work, args=(other, 2))
+    thread.start()
+    work(comm, 1)
+    thread.join()
+    assert sorted(totals) == [(step, i, float(i * step * comm.size)) for step in (1, 2) for i in range(50)]
+
+
+def wrapped() -> Comm:
+    """A job's own group and a part of it, which go on after what is done with them here."""
+    from fedmpi.comm.torch import TorchComm
+
+    dist.init_process_group("gloo")
+    half = dist.new_group(list(range(dist.get_world_size() // 2)))
+    if dist.get_rank() < dist.get_world_size() // 2:
+        check(TorchComm(half))
+    comm = connect("gloo")  # takes the group that is there
+    total = torch.ones(3)
+    dist.all_reduce(total)
+    assert total.tolist() == [comm.size] * 3
+    return comm
+
+
+def die(comm: Comm) -> None:
+    try:
+        for i in range(10**6):
+            if i == 20 and comm.rank == comm.size - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            comm.sum([torch.ones(1000)])
+    except LostError as error:
+        refused(lambda: comm.allgather(b"x"), re.escape(str(error)))  # and stays lost, at once
+        print(f"lost: {error}", flush=True)
+        sys.exit(3)
+
+
+def main(case: str) -> None:
+    global device
+    comm = (
+        wrapped()
+        if case == "wrap"
+        else connect("mpi" if case == "cuda" else "gloo" if case == "die" else case)
+    )
+    if case in ("cuda", "nccl"):
+        device = torch.device("cuda", comm.local_rank % torch.cuda.device_count())
     check(comm)
     if "MPI" in comm.name:
         from fedmpi.comm import mpi
 
-        mpi._CHUNK = 64  # every message in several pieces, as above 2^30 elements
+        chunk, mpi._CHUNK = mpi._CHUNK, 64  # every message in several pieces, as above 2^30 elements
         check(comm)
-    for line in sorted(comm.gather(f"rank {comm.rank} of {comm.size}: {comm.name}".encode())):
-        print(line.decode())
+        mpi._CHUNK = chunk
+        beside(comm, mpi.MPIComm())
+    elif case != "nccl":  # whose groups must not be used side by side on one GPU
+        from fedmpi.comm.torch import TorchComm
+
+        beside(comm, TorchComm())
+    ends = f"{comm.rank} of {comm.size}, {comm.local_rank} of {comm.local_size} here"
+    for line in comm.gather(f"{comm.name}: {ends}".encode()):
+        print(line.decode(), flush=True)
+    if case == "die":
+        die(comm)
+
+
+if __name__ == "__main__":
+    for case in sys.argv[1:]:
+        main(case)
