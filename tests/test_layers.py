@@ -25,10 +25,12 @@ LAYERS = {
     "config": {"errors", "methods", "tasks", "optimizers", "validation"},
     "engine": BASE | {"comm", "config", "method", "methods", "message", "spec", "tasks"},
     "analysis": BASE | {"engine", "method", "methods", "message", "spec", "validation"},
+    "integrations": BASE
+    | {"comm", "engine", "message", "method", "methods", "spec", "validation"},  # never what runs a job
     "doctor": {"comm", "errors"},
     "cli": {"analysis", "comm", "config", "doctor", "engine", "errors", "spec", "tasks"},
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": {"integrations"},  # on demand
 }
 
 

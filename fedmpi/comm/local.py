@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -60,6 +60,23 @@ class LocalComm(Comm):
 
     def _allgather(self, data: bytes) -> list[bytes]:
         return self._exchange(data, list)
+
+    def _allgather_rows(self, row: Tensor, rows: Tensor) -> None:
+        def copy(slots: list[Any]) -> None:
+            for mine, other in zip(rows, slots, strict=True):
+                mine.copy_(other)
+
+        self._exchange(row, copy)
+
+    def _alltoall_rows(self, sent: Tensor, received: Tensor) -> None:
+        def copy(slots: list[Any]) -> None:
+            for mine, others in zip(received, slots, strict=True):
+                mine.copy_(others[self.rank])
+
+        self._exchange(sent, copy)
+
+    def _alltoall(self, parts: Sequence[bytes]) -> list[bytes]:
+        return self._exchange(parts, lambda slots: [others[self.rank] for others in slots])
 
     def abort(self) -> None:
         self._meeting.barrier.abort()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from fedmpi.comm.base import Comm
 
 # Counts of most MPI calls are 32-bit.
 _CHUNK = 1 << 30
+
+_Buffer: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class MPIComm(Comm):
@@ -28,9 +32,8 @@ class MPIComm(Comm):
         self.name = re.sub(r"\s*Version:\s*", " ", version)  # "MPICH Version:      5.0.2"
 
     def _sum(self, tensor: Tensor) -> None:
-        flat = tensor.detach().view(-1).numpy()
-        for start in range(0, len(flat), _CHUNK):
-            self._mpi.Allreduce(MPI.IN_PLACE, flat[start : start + _CHUNK], op=MPI.SUM)
+        for piece in _pieces(tensor.view(-1).numpy()):
+            self._mpi.Allreduce(MPI.IN_PLACE, piece, op=MPI.SUM)
 
     def _sizes(self, n: int) -> list[int]:
         sizes = np.empty(self.size, dtype=np.int64)
@@ -41,22 +44,22 @@ class MPIComm(Comm):
         size = np.array([len(data)], dtype=np.int64)
         self._mpi.Bcast(size, root)
         buffer = _mutable(data) if self.rank == root else np.empty(int(size[0]), dtype=np.uint8)
-        for start in range(0, len(buffer), _CHUNK):
-            self._mpi.Bcast(buffer[start : start + _CHUNK], root)
+        for piece in _pieces(buffer):
+            self._mpi.Bcast(piece, root)
         return data if self.rank == root else buffer.tobytes()
 
     def _gather(self, data: bytes, root: int) -> list[bytes]:
         sizes = self._sizes(len(data))
         if self.rank != root:
-            for start in range(0, len(data), _CHUNK):
-                self._mpi.Send(_mutable(data)[start : start + _CHUNK], root)
+            for piece in _pieces(np.frombuffer(data, dtype=np.uint8)):
+                self._mpi.Send(piece, root)
             return []
         parts = []
         for rank, size in enumerate(sizes):
             buffer = np.empty(size, dtype=np.uint8) if rank != root else _mutable(data)
             if rank != root:
-                for start in range(0, size, _CHUNK):
-                    self._mpi.Recv(buffer[start : start + _CHUNK], rank)
+                for piece in _pieces(buffer):
+                    self._mpi.Recv(piece, rank)
             parts.append(buffer.tobytes())
         return parts
 
@@ -70,6 +73,34 @@ class MPIComm(Comm):
         self._mpi.Allgatherv(_mutable(data), (buffer, (sizes, starts)))
         return [buffer[s:e].tobytes() for s, e in zip(starts, ends, strict=True)]
 
+    def _allgather_rows(self, row: Tensor, rows: Tensor) -> None:
+        if rows.numel() <= _CHUNK:
+            self._mpi.Allgather(row.numpy(), rows.numpy())
+            return
+        rows[self.rank] = row
+        for rank in range(self.size):
+            for piece in _pieces(rows[rank].numpy()):
+                self._mpi.Bcast(piece, rank)
+
+    def _alltoall_rows(self, sent: Tensor, received: Tensor) -> None:
+        self._exchange(list(sent.numpy()), list(received.numpy()))
+
+    def _alltoall(self, parts: Sequence[bytes]) -> list[bytes]:
+        sizes = np.empty(self.size, dtype=np.int64)
+        self._mpi.Alltoall(np.array([len(part) for part in parts], dtype=np.int64), sizes)
+        received = [np.empty(int(size), dtype=np.uint8) for size in sizes]
+        self._exchange([np.frombuffer(part, dtype=np.uint8) for part in parts], received)
+        return [buffer.tobytes() for buffer in received]
+
+    def _exchange(self, sent: Sequence[_Buffer], received: Sequence[_Buffer]) -> None:
+        """``sent[r]`` goes to rank r, ``received[r]`` is filled by it. Point to point: Alltoallv counts and
+        displaces in 32 bits."""
+        received[self.rank][:] = sent[self.rank]
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        pending = [self._mpi.Irecv(piece, rank) for rank in others for piece in _pieces(received[rank])]
+        pending += [self._mpi.Isend(piece, rank) for rank in others for piece in _pieces(sent[rank])]
+        MPI.Request.Waitall(pending)
+
     def abort(self) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -77,7 +108,12 @@ class MPIComm(Comm):
         os._exit(1)  # an MPI whose Abort returns would leave us half alive
 
 
-def _mutable(data: bytes) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+def _pieces(buffer: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+    for start in range(0, len(buffer), _CHUNK):
+        yield buffer[start : start + _CHUNK]
+
+
+def _mutable(data: bytes) -> _Buffer:
     # mpi4py takes read-only send buffers, but Bcast's is also a receive buffer.
     return np.frombuffer(bytearray(data), dtype=np.uint8)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fedmpi
 from fedmpi import methods, random
+from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, together
 from fedmpi.config import Config
 from fedmpi.engine.clients import Trainer, Update, cohort, place, survivors
@@ -23,8 +24,8 @@ from fedmpi.engine.progress import Display
 from fedmpi.engine.record import Record
 from fedmpi.engine.store import ClientStore, fits, make_store
 from fedmpi.engine.sums import LARGEST, from_fixed, to_fixed
-from fedmpi.engine.topology import TOPOLOGIES
-from fedmpi.errors import CommError, ConfigError, FedMPIError, NumericalError
+from fedmpi.engine.topology import TOPOLOGIES, Workers
+from fedmpi.errors import ConfigError, FedMPIError, NumericalError
 from fedmpi.message import Message, from_bytes, to_bytes
 from fedmpi.method import Compressor, Context, Round, State
 from fedmpi.methods.base import Setup
@@ -48,6 +49,7 @@ def run(config: Config, comm: Comm, out: Path | None = None, quiet: bool = False
       FedMPIError: what a user can mend; the same error on every rank.
     """
     with together(comm, "preparing the run"):
+        config = config.for_ranks(comm.size)
         simulation = Simulation(config, comm)
         record = Record(out, config.plain()) if out is not None and comm.rank == 0 else None
     handshake(comm, config, simulation.spec)
@@ -76,26 +78,7 @@ def handshake(comm: Comm, config: Config, spec: Spec) -> None:
     Raises:
       CommError: on every rank, naming the first difference and both values.
     """
-    shapes = {name: list(shape) for name, shape in zip(spec.names, spec.shapes, strict=True)}
-    mine = {"fedmpi": fedmpi.__version__, "torch": torch.__version__, **config.plain(), "parameters": shapes}
-    offers = [json.loads(offer) for offer in comm.allgather(json.dumps(mine).encode())]
-    for rank, offer in enumerate(offers):
-        for path in sorted(_leaves(offers[0]).keys() | _leaves(offer).keys()):
-            first, other = _leaves(offers[0]).get(path, "nothing"), _leaves(offer).get(path, "nothing")
-            if first != other:
-                raise CommError(
-                    f"ranks disagree on {path}: rank 0 has {first!r}, rank {rank} has {other!r}; "
-                    "start all ranks with the same configuration and versions"
-                )
-
-
-def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {path: tree}
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves |= _leaves(value, f"{path}.{name}" if path else name)
-    return leaves
+    agree(comm, {**versions(), **config.plain(), "parameters": spec.plain()})
 
 
 class _Call(NamedTuple):
@@ -136,9 +119,12 @@ class Simulation:
                 f"method.samples: expected at most {len(self.data.train.y)} (the training set), "
                 f"got {self.method.server.samples}"
             )
-        self.topology = TOPOLOGIES[config.topology](comm, self.method, theta_D, config.reproducible, peers)
+        workers = config.mode == "data_parallel"
+        self.rounds_per_epoch = self._passes_of_data() if workers else config.rounds_per_epoch
+        kind = Workers if workers else TOPOLOGIES[config.topology]
+        self.topology = kind(comm, self.method, theta_D, config.reproducible, peers)
         self.objective = objectives.OBJECTIVES[config.loss]
-        self.trainer = Trainer(model, self.spec, self.objective.loss, config.local, config.seed)
+        self.trainer = Trainer(model, self.spec, self.objective.loss, config.local, config.seed, workers)
         self.ledger = Ledger(config.clients)
         # Clients that keep state stay on the rank that keeps it.
         self.homes = not self.clients.empty
@@ -163,6 +149,11 @@ class Simulation:
     def _store(self, init: Callable[[], State]) -> ClientStore:
         config = self.config
         return make_store(init, config.store, config.clients, config.store_folder)
+
+    def _passes_of_data(self) -> int:
+        """Rounds in which a rank sees all its samples once."""
+        largest = int(self.partition.sizes.max())
+        return -(-largest // (self.config.local.batch or largest))
 
     def _memory(self, peers: ClientStore) -> str:
         """What clients' state will need on this machine; "" where they keep nothing.
@@ -201,13 +192,14 @@ class Simulation:
         called = cohort(config, self.partition, t)
         clients = survivors(config, called, t)
         samples = self.partition.sizes[clients]
-        # A client that was drawn by its number of samples counts once; so does a vote.
-        by_samples = self.method.server.weighted and config.sampling != "weighted"
+        # A client that was drawn by its number of samples counts once; so do a vote and a rank.
+        workers = config.mode == "data_parallel"
+        by_samples = self.method.server.weighted and config.sampling != "weighted" and not workers
         weights = (samples if by_samples else torch.ones_like(samples)).double()
-        placed = place(clients, samples, self.topology.workers, self.homes)
+        placed = place(clients, samples, self.topology.workers, self.homes or workers)
         mine = placed.get(comm.rank, clients[:0])
         chunks = mine.split(self.chunk) if len(mine) else ()
-        now = Round(config.seed, t, config.server_lr, config.rounds_per_epoch)
+        now = Round(config.seed, t, config.server_lr(t), self.rounds_per_epoch)
         return _Call(now, called, clients, weights / weights.sum(), placed, chunks)
 
     def _served(self, call: _Call) -> Tensor:

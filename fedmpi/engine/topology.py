@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedmpi.comm.base import Comm, together
+from fedmpi.engine.exchange import build as build_exchange
 from fedmpi.engine.store import ClientStore
 from fedmpi.engine.sums import Sum
 from fedmpi.message import Message, concat, from_bytes, to_bytes
@@ -80,27 +81,51 @@ class AllReduce(Topology):
         self, up: Compressor, clients: Tensor, weights: Tensor, placed: dict[int, Tensor], round: Round
     ) -> None:
         super().start(up, clients, weights, placed, round)
-        self._sum = self.sum()
+        self._total = self.sum()
 
     def prepare(self, g_D: Tensor) -> None:
         self.state = self.method.server.prepare(self.state, g_D)
 
     def take(self, positions: Tensor, message: Message, before: State, ctx: Context) -> None:
         v_CS, _ = self.up.decompress(message, believed(self.up, before), ctx)
-        self._sum.add(v_CS, self.weights[positions])
+        self._total.add(v_CS, self.weights[positions])
+
+    def _mean(self) -> Tensor:
+        self._total.over(self.comm)
+        return self._total.value()
 
     def between(self) -> Tensor:
-        self._sum.over(self.comm)
-        mean_S = self._sum.value()
+        mean_S = self._mean()
         self.state = self.method.server.first(self.state, mean_S, self.now)
         return mean_S
 
     def finish(self) -> None:
-        self._sum.over(self.comm)
-        self.state = self.method.server.finish(self.state, self._sum.value(), self.now)
+        self.state = self.method.server.finish(self.state, self._mean(), self.now)
 
     def served(self, clients: int) -> Tensor:
         return torch.arange(self.comm.rank, clients, self.comm.size)
+
+
+class Workers(AllReduce):
+    """Data-parallel training: in every round each rank trains the client of its own number, and their messages meet
+    in the way that sends least (:mod:`fedmpi.engine.exchange`)."""
+
+    def __init__(self, comm: Comm, method: Method, theta_D: Tensor, exact: bool, peers: ClientStore) -> None:
+        super().__init__(comm, method, theta_D, exact, peers)
+        self._ways = {
+            codec: build_exchange(comm, codec, exact=exact) for codec in (method.first, method.up) if codec
+        }
+        self._peers = {codec: way.init() for codec, way in self._ways.items()}
+
+    def take(self, positions: Tensor, message: Message, before: State, ctx: Context) -> None:
+        self._sent = message, before, ctx
+
+    def _mean(self) -> Tensor:
+        message, before, ctx = self._sent
+        way = self._ways[self.up]
+        mean_S, self._peers[self.up] = way.mean(message, before, self._peers[self.up], ctx)
+        assert mean_S is not None  # every message was usable
+        return mean_S
 
 
 class Aggregator(Topology):

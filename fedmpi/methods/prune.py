@@ -36,7 +36,7 @@ from torch import Tensor
 from fedmpi import random
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Layout, Message
-from fedmpi.method import Compressor, Context, Method, Round, State, nest, unnest
+from fedmpi.method import Compressor, Context, Method, Round, Server, State, nest, unnest
 from fedmpi.methods.base import (
     Entry,
     MeanServer,
@@ -163,6 +163,8 @@ class PruneServer(MeanServer):
 
     def init(self, theta_D: Tensor) -> State:
         return super().init(theta_D) | {"sum": torch.zeros(self.size), "pruned": torch.tensor(0)}
+
+    memory, gradient = Server.memory, Server.gradient  # it sets parameters to zero
 
     def shared(self, state: State) -> State:
         return {"kept": state["kept"]}
