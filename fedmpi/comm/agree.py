@@ -26,7 +26,10 @@ def agree(comm: Comm, mine: Mapping[str, Any]) -> None:
     """
     offers = [_leaves(json.loads(offer)) for offer in comm.allgather(json.dumps(mine).encode())]
     for rank, offer in enumerate(offers):
-        for path in sorted(offers[0].keys() | offer.keys()):
+        # What is chosen by name comes before what follows from the choice.
+        for path in sorted(
+            offers[0].keys() | offer.keys(), key=lambda path: (not path.endswith("name"), path)
+        ):
             first, other = offers[0].get(path, "nothing"), offer.get(path, "nothing")
             if first != other:
                 raise CommError(

@@ -21,7 +21,7 @@ from torch import Tensor
 from fedmpi import methods, random
 from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm
-from fedmpi.engine import exchange
+from fedmpi.engine import exchange as exchanges
 from fedmpi.errors import ConfigError
 from fedmpi.message import Message, concat, from_bytes, to_bytes
 from fedmpi.method import Compressor, Context, Round, State, believed
@@ -51,7 +51,7 @@ class Settings(BaseModel):
         description="parameters that are compressed and sent together, in MB of float32; methods whose numbers "
         "count over the whole model (k, dim, a sketch) take all in one",
     )
-    exchange: exchange.Way = Field(
+    exchange: exchanges.Way = Field(
         "auto", description="how messages meet: sum, gather, merge, owner (fedmpi/engine/exchange.py)"
     )
 
@@ -72,7 +72,7 @@ class Group:
         comm: Comm,
         settings: Settings,
         owner: int | None = None,
-        room: float = exchange.GATHER_BYTES,
+        room: float = exchanges.GATHER_BYTES,
     ) -> None:
         self.comm, self.settings = comm, settings
         self.spec = Spec(tuple(shapes), tuple(shapes.values()))
@@ -85,10 +85,10 @@ class Group:
         self.method = methods.build(options, self.spec, setup)
         self.plain = methods.build("dense", self.spec, setup)
         up, first = self.method.up, self.method.first
-        self.ways = {up: exchange.build(comm, up, settings.exchange, owner=owner, room=room)}
+        self.ways = {up: exchanges.build(comm, up, settings.exchange, owner=owner, room=room)}
         if first is not None:
-            self.ways[first] = exchange.build(comm, first)
-        self.ways[self.plain.up] = exchange.build(comm, self.plain.up, "sum")
+            self.ways[first] = exchanges.build(comm, first)
+        self.ways[self.plain.up] = exchanges.build(comm, self.plain.up, "sum")
         self.reset()
         self.seconds = dict.fromkeys(("encode", "wire", "decode"), 0.0)
         self.payload = 0
@@ -176,7 +176,7 @@ class Group:
     def believe(self) -> None:
         """Make the peers' state from what the ranks' own states say of it. Called by all ranks."""
         way, up = self.ways[self.method.up], self.method.up
-        if not up.init_peer() or not isinstance(way, exchange.GatherExchange):
+        if not up.init_peer() or not isinstance(way, exchanges.GatherExchange):
             return
         frames = self.comm.allgather(to_bytes(Message(believed(up, self.state))))
         if way.init():
@@ -225,7 +225,7 @@ class Reducer:
                 )
             parts = self._parts(compressed) if separable else [compressed]
             for i, part in enumerate(parts):
-                owner, room = i % comm.size if separable else None, exchange.GATHER_BYTES / len(parts)
+                owner, room = i % comm.size if separable else None, exchanges.GATHER_BYTES / len(parts)
                 self.groups.append(Group(part, self.options, comm, self.settings, owner, room))
         if exact:
             plain = self.settings.model_copy(update={"exchange": "auto"})
