@@ -15,13 +15,13 @@ pip_install() { "$VENV/bin/pip" install --disable-pip-version-check --quiet -c "
 wheel_key() {
     "$VENV/bin/python" - "$1" <<'PYTHON'
 import platform, re, sys
-import torch
+from importlib.metadata import version
 from mpi4py import MPI
 
 mpi = MPI.Get_library_version().splitlines()[0].split(",")[0]
 python = f"py{sys.version_info.major}.{sys.version_info.minor}"
 print(*(re.sub(r"[^\w.+-]+", "-", part.strip()) for part in
-        (sys.argv[1], f"torch-{torch.__version__}", python, mpi, platform.machine())), sep="_")
+        (sys.argv[1], f"torch-{version('torch')}", python, mpi, platform.machine())), sep="_")
 PYTHON
 }
 
@@ -82,7 +82,7 @@ build() { # build REQUIREMENT FOLDER: the wheel of Horovod, in FOLDER
 }
 
 cd "$ROOT"
-ensure_venv mpi
+[[ ${VIRTUAL_ENV-} == "$VENV" ]] || ensure_venv mpi # launch/test.sh has made it, with more in it
 requirement=$(grep '^horovod==' launch/constraints.txt)
 key=$(wheel_key "${requirement/==/-}")
 stamp=$VENV/.fedmpi-horovod

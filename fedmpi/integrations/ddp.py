@@ -251,21 +251,9 @@ class Sync:
             comm = _comm(None, comm)
         self._reducer = Reducer(_shapes(self._parameters), method, comm, **settings)
 
-    @torch.no_grad()
     def __call__(self) -> None:
         """Replace each parameter's gradient by the mean over all ranks (a missing one counts as zero)."""
-        scale = self._scaler.get_scale() if self._scaler else 1.0
-        for index, group in enumerate(self._reducer.groups):
-            for name, view in group.views.items():
-                p = self._parameters[name]
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-                view.copy_(p.grad).div_(scale)
-            self._reducer.reduce(index)
-            for name, view in group.views.items():
-                gradient = self._parameters[name].grad
-                assert gradient is not None
-                gradient.copy_(view * scale)
+        self._reducer.average(self._parameters, self._scaler.get_scale() if self._scaler else 1.0)
 
     def stats(self) -> dict[str, float]:
         """Steps, bytes and seconds so far on this rank."""
