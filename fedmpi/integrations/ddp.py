@@ -15,7 +15,6 @@ They use a process group of their own, so that the job's own collectives may go 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -26,10 +25,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fedmpi import methods
 from fedmpi.comm.base import Comm
 from fedmpi.errors import CommError, ConfigError
+from fedmpi.integrations import auto
 from fedmpi.integrations.reducer import Reducer, Shapes
 from fedmpi.methods.base import Options
+
+AnyMethod = Options | auto.AutoOptions | dict[str, Any] | str
 
 
 class Scaler(Protocol):
@@ -52,28 +55,58 @@ class _Bucket:
             self.ready.record()
 
 
+class Job:
+    """One method's reducer, or the ones that ``auto`` tries."""
+
+    def __init__(self, shapes: Shapes, method: AnyMethod, comm: Comm, settings: dict[str, Any]) -> None:
+        options = auto.parse(method)
+        self._auto: auto.Auto | None = None
+        if isinstance(options, auto.AutoOptions):
+            self._auto = auto.Auto(shapes, options, comm, settings)
+        else:
+            self._reducer = Reducer(shapes, options, comm, **settings)
+
+    @property
+    def reducer(self) -> Reducer:
+        return self._auto.reducer if self._auto else self._reducer
+
+    def between_steps(self) -> Reducer:
+        return self._auto.between_steps() if self._auto else self._reducer
+
+    def stats(self) -> dict[str, Any]:
+        return self.reducer.stats() | (self._auto.facts() if self._auto else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.reducer.state_dict() | {"measuring": self._auto is not None and self._auto.chosen is None}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        if self._auto and not saved.get("measuring"):
+            self._auto.resume(methods.parse(saved["method"]))
+        if not (self._auto and saved.get("measuring")):
+            self.reducer.load_state_dict(saved)
+
+
 class State:
     """What :func:`attach` returns: the job's view of its compression."""
 
-    def __init__(self, reducer: Reducer, names: Mapping[Tensor, str], scaler: Scaler | None) -> None:
-        self._reducer, self._names, self._scaler = reducer, names, scaler
+    def __init__(self, job: Job, names: Mapping[Tensor, str], scaler: Scaler | None) -> None:
+        self._job, self._names, self._scaler = job, names, scaler
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="fedmpi")
         self._left: list[set[str]] = []
         self._waiting: list[_Bucket] = []
-        self._lock = threading.Lock()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._begin()
 
     def _begin(self) -> None:
+        self._reducer = self._worker.submit(self._job.between_steps).result()
         self._left = [set(group.names) for group in self._reducer.groups]
 
-    def stats(self) -> dict[str, float]:
-        """Steps, bytes and seconds so far on this rank (docs: :meth:`Reducer.stats`)."""
-        return self._worker.submit(self._reducer.stats).result()
+    def stats(self) -> dict[str, Any]:
+        """Steps, bytes and seconds so far on this rank (:meth:`Reducer.stats`)."""
+        return self._worker.submit(self._job.stats).result()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state between two steps: tensors and plain values; every rank saves its own."""
-        return self._worker.submit(self._reducer.state_dict).result()
+        return self._worker.submit(self._job.state_dict).result()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` stood. Called by all ranks, each with its own.
@@ -81,7 +114,7 @@ class State:
         Raises:
           ConfigError: it belongs to another method or other parameters.
         """
-        self._worker.submit(self._reducer.load_state_dict, saved).result()
+        self._worker.submit(self._job.load_state_dict, saved).result()
 
     def hook(self, bucket: torch._C._distributed_c10d.GradBucket) -> torch.futures.Future[Tensor]:
         """Called by DDP in each backward pass, in the same order on all ranks."""
@@ -150,7 +183,7 @@ class State:
 
 def attach(
     ddp: DistributedDataParallel,
-    method: Options | dict[str, Any] | str,
+    method: AnyMethod,
     *,
     comm: Comm | str = "group",
     scaler: Scaler | None = None,
@@ -161,7 +194,8 @@ def attach(
     Args:
       ddp: the job's module. Its optimizer, ``no_sync``, gradient accumulation and mixed precision stay as they
         are; a step whose gradient is not finite on any rank leaves what is kept between steps alone.
-      method: as in a configuration: ``"signsgd"`` or ``{"name": "topk", "ratio": 0.01, "feedback": True}``.
+      method: as in a configuration: ``"signsgd"`` or ``{"name": "topk", "ratio": 0.01, "feedback": True}``; or
+        ``"auto"``, which tries some in the first steps and keeps the fastest (:mod:`fedmpi.integrations.auto`).
       comm: ``"group"``: messages go through a Gloo group of the same ranks; ``"mpi"``: through MPI, if the job was
         started by an MPI launcher; or a :class:`fedmpi.comm.Comm`.
       scaler: the job's GradScaler, if it has one: what is kept from step to step must not change with its scale.
@@ -182,8 +216,8 @@ def attach(
     parameters = {
         name: p for name, p in ddp.module.named_parameters() if p.requires_grad and name not in ignored
     }
-    reducer = Reducer(_shapes(parameters), method, _comm(ddp.process_group, comm), **settings)
-    state = State(reducer, {p: name for name, p in parameters.items()}, scaler)
+    job = Job(_shapes(parameters), method, _comm(ddp.process_group, comm), settings)
+    state = State(job, {p: name for name, p in parameters.items()}, scaler)
     try:
         ddp.register_comm_hook(state, State.hook)
     except RuntimeError as error:
@@ -232,7 +266,7 @@ class Sync:
     def __init__(
         self,
         model: nn.Module,
-        method: Options | dict[str, Any] | str,
+        method: AnyMethod,
         *,
         comm: Comm | str = "group",
         scaler: Scaler | None = None,
@@ -249,20 +283,21 @@ class Sync:
         self._scaler = scaler
         if isinstance(comm, str):
             comm = _comm(None, comm)
-        self._reducer = Reducer(_shapes(self._parameters), method, comm, **settings)
+        self._job = Job(_shapes(self._parameters), method, comm, settings)
 
     def __call__(self) -> None:
         """Replace each parameter's gradient by the mean over all ranks (a missing one counts as zero)."""
-        self._reducer.average(self._parameters, self._scaler.get_scale() if self._scaler else 1.0)
+        scale = self._scaler.get_scale() if self._scaler else 1.0
+        self._job.between_steps().average(self._parameters, scale)
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> dict[str, Any]:
         """Steps, bytes and seconds so far on this rank."""
-        return self._reducer.stats()
+        return self._job.stats()
 
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`State.state_dict`."""
-        return self._reducer.state_dict()
+        return self._job.state_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """As :meth:`State.load_state_dict`."""
-        self._reducer.load_state_dict(saved)
+        self._job.load_state_dict(saved)

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from fedmpi import methods
 from fedmpi.errors import CommError, ConfigError
-from fedmpi.integrations.reducer import Reducer, Settings
+from fedmpi.integrations.ddp import AnyMethod, Job
+from fedmpi.integrations.reducer import Settings
 from fedmpi.message import Message
 from fedmpi.method import Context, Method, Round
 from fedmpi.methods.base import Options, Setup
@@ -161,7 +162,7 @@ def _fitting(options: Options) -> Options:
 def DistributedOptimizer(
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, Tensor]] | None,
-    method: Options | dict[str, Any] | str,
+    method: AnyMethod,
     *,
     backward_passes_per_step: int = 1,
     scaler: Any = None,
@@ -179,15 +180,15 @@ def DistributedOptimizer(
     Args:
       optimizer: any of torch's.
       named_parameters: ``model.named_parameters()``; None names the optimizer's by their place in it.
-      method: as in a configuration: ``{"name": "topk", "ratio": 0.01, "feedback": True}``.
+      method: as in a configuration: ``{"name": "topk", "ratio": 0.01, "feedback": True}``; or ``"auto"``, which
+        tries some in the first steps and keeps the fastest.
       backward_passes_per_step: backward passes of a parameter before a ``step()``, at most.
       scaler: the job's GradScaler, if it has one: what is kept from step to step must not change with its scale.
       settings: fields of :class:`fedmpi.integrations.reducer.Settings`.
 
     Returns:
-      The wrapped optimizer, with the attribute ``compression``: a
-      :class:`fedmpi.integrations.reducer.Reducer`, whose ``stats()`` are the bytes and seconds so far, and
-      ``state_dict()`` / ``load_state_dict()`` what the method keeps: every rank saves and loads its own.
+      The wrapped optimizer, with the attribute ``compression``, whose ``stats()`` are the bytes and seconds so
+      far, and ``state_dict()`` / ``load_state_dict()`` what the method keeps: every rank saves and loads its own.
 
     Raises:
       ConfigError: wrong arguments, or a method that changes parameters itself.
@@ -200,12 +201,12 @@ def DistributedOptimizer(
     _at_least_one(backward_passes_per_step)
     parameters = _parameters(optimizer, named_parameters)
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    reducer = Reducer(shapes, method, HorovodComm(), **settings)
+    job = Job(shapes, method, HorovodComm(), settings)
     cls = _distributed(type(optimizer))
     wrapped = cls.__new__(cls)
     # A scheduler made before has put its count of steps over the given optimizer's step().
     wrapped.__dict__.update({k: v for k, v in vars(optimizer).items() if k != "step"})
-    wrapped._wrap(reducer, parameters, backward_passes_per_step, scaler)
+    wrapped._wrap(job, parameters, backward_passes_per_step, scaler)
     return wrapped
 
 
@@ -249,10 +250,10 @@ def _distributed(base: type[torch.optim.Optimizer]) -> Any:
     """A subclass of ``base`` whose steps begin with the ranks' mean gradient."""
 
     class Distributed(base):  # type: ignore[valid-type,misc]
-        compression: Reducer
+        compression: Job
 
-        def _wrap(self, reducer: Reducer, parameters: dict[str, Tensor], passes: int, scaler: Any) -> None:
-            self.compression, self._named, self._scaler = reducer, parameters, scaler
+        def _wrap(self, job: Job, parameters: dict[str, Tensor], passes: int, scaler: Any) -> None:
+            self.compression, self._named, self._scaler = job, parameters, scaler
             self._passes, self._done = passes, dict.fromkeys(parameters, 0)
             self._synchronized, self._should_synchronize = False, True
             for name, p in parameters.items():
@@ -274,7 +275,8 @@ def _distributed(base: type[torch.optim.Optimizer]) -> Any:
             """Average the gradients now. Called by all ranks."""
             if not self._synchronized:
                 self._check()
-                self.compression.average(self._named, self._scaler.get_scale() if self._scaler else 1.0)
+                scale = self._scaler.get_scale() if self._scaler else 1.0
+                self.compression.between_steps().average(self._named, scale)
                 self._synchronized = True
 
         def _check(self) -> None:

@@ -246,6 +246,7 @@ class Reducer:
         self.size = sum(group.spec.size for group in self.groups)
         self.step = self.skipped = 0
         self._results: dict[int, bool] = {}
+        self._reduced = 0
         self._sent0, self._received0 = comm.sent, comm.received
 
     def _agree(self, shapes: Shapes) -> None:
@@ -286,6 +287,7 @@ class Reducer:
 
     def _finish(self) -> None:
         usable = all(self._results.values())
+        self._reduced += 1
         for group in self.groups:
             if usable:
                 group.commit()
@@ -315,12 +317,12 @@ class Reducer:
                 assert gradient is not None
                 gradient.copy_(view * scale)
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> dict[str, Any]:
         """What all steps so far came to on this rank: bytes and seconds."""
-        done = self.step + self.skipped
         payload = sum(group.payload for group in self.groups)
-        full = 4 * self.size * done
+        full = 4 * self.size * self._reduced
         return {
+            "method": self.options.name,
             "steps": self.step,
             "skipped": self.skipped,
             "payload_bytes": payload,
