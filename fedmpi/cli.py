@@ -14,6 +14,7 @@ from fedmpi.errors import FedMPIError
 
 if TYPE_CHECKING:
     from fedmpi.comm import Comm
+    from fedmpi.config import Config
 
 _EPILOG = """\
 examples:
@@ -21,6 +22,7 @@ examples:
   fedmpi train configs/quickstart.yaml --local-ranks 4          four ranks as threads
   mpirun -n 4 fedmpi train configs/quickstart.yaml method=signsgd server.lr=0.003
   mpirun -n 4 fedmpi train configs/quickstart.yaml 'method={name: topk, ratio: 0.05, feedback: true}'
+  torchrun --nproc-per-node 4 -m fedmpi train configs/quickstart.yaml    over Gloo, without MPI
 """
 
 
@@ -68,8 +70,8 @@ def _train_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParse
     train = commands.add_parser(
         "train",
         help="train as a configuration says",
-        description="Train as a configuration says. Alone it is one rank; under mpirun, mpiexec or srun it is "
-        "one rank of many.",
+        description="Train as a configuration says. Alone it is one rank; under mpirun, mpiexec, srun or "
+        "torchrun it is one rank of many.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -91,29 +93,40 @@ def _train(arguments: argparse.Namespace) -> int:
     from fedmpi.comm import connect, run_ranks
     from fedmpi.errors import ConfigError
 
-    comm = connect()
+    config = _config(arguments)
+    comm = connect("auto" if isinstance(config, FedMPIError) else config.comm)
     if arguments.local_ranks == 1:
-        return _train_rank(arguments, comm)
+        return _train_rank(arguments, config, comm)
     if comm.size > 1:
         raise ConfigError(f"--local-ranks: expected 1 under a launcher that starts {comm.size} ranks")
-    return max(run_ranks(arguments.local_ranks, lambda c: _train_rank(arguments, c)))
+    return max(run_ranks(arguments.local_ranks, lambda c: _train_rank(arguments, config, c)))
 
 
-def _train_rank(arguments: argparse.Namespace, comm: Comm) -> int:
-    from fedmpi import config as configuration
+def _config(arguments: argparse.Namespace) -> Config | FedMPIError:
+    """Which says what connects the ranks; what is wrong with it, they tell each other once connected."""
+    from fedmpi import config
+
+    try:
+        return config.load(arguments.config, arguments.overrides)
+    except FedMPIError as error:
+        return error
+
+
+def _train_rank(arguments: argparse.Namespace, config: Config | FedMPIError, comm: Comm) -> int:
     from fedmpi.comm import together
+    from fedmpi.comm.base import LostError
     from fedmpi.engine.rounds import run
-    from fedmpi.errors import CommError
 
     try:
         with together(comm, "reading the configuration"):
-            config = configuration.load(arguments.config, arguments.overrides)
+            if isinstance(config, FedMPIError):
+                raise config
         name = f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         out = arguments.out or Path("runs") / name
         summary = run(config, comm, out, quiet=arguments.quiet)
     except FedMPIError as error:
         # Errors that all ranks share are said once; what only this rank knows, it says itself.
-        if comm.rank == 0 or (isinstance(error, CommError) and comm.name == "threads"):
+        if comm.rank == 0 or isinstance(error, LostError):
             _complain(error)
         return 2
     except Exception:

@@ -149,6 +149,11 @@ class Config(_Section):
     server: ServerConfig = ServerConfig.model_validate({})
     loss: Literal[tuple(OBJECTIVES)] = "cross_entropy"  # type: ignore[valid-type]
     method: _Method
+    comm: Literal["auto", "mpi", "gloo", "nccl"] = Field(
+        "auto",
+        description="what connects the ranks: MPI, or torch.distributed's Gloo (CPU) or NCCL (GPU); auto: MPI "
+        "under mpirun, mpiexec and srun with PMI, else NCCL if each rank has its own GPU, else Gloo",
+    )
     topology: Literal["allreduce", "aggregator"] = Field(
         "allreduce", description="allreduce: ranks are peers; aggregator: rank 0 aggregates, the others train"
     )

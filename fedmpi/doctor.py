@@ -7,7 +7,8 @@ import platform
 import sys
 
 import fedmpi
-from fedmpi.comm.connect import connect, launcher
+from fedmpi.comm.connect import connect, reason
+from fedmpi.comm.launcher import launcher
 from fedmpi.errors import CommError
 
 
@@ -15,7 +16,7 @@ def examine() -> int:
     """Print what rank 0 finds; returns 0 when everything that was started works."""
     import torch
 
-    found = launcher()
+    launch = launcher()
     facts = {
         "fedmpi": fedmpi.__version__,
         "python": f"{platform.python_version()} ({sys.executable})",
@@ -23,15 +24,18 @@ def examine() -> int:
         "GPUs": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
         "cores": f"{len(os.sched_getaffinity(0))} for this process",
         "launcher": "none: this process was started alone"
-        if found is None
-        else f"{found[0]}, {found[1]} ranks",
+        if launch is None
+        else f"{launch.name}, {launch.size} ranks",
         "Slurm job": os.environ.get("SLURM_JOB_ID", "none"),
     }
     problem = ""
     rank = 0
     try:
-        rank = connect().rank
-        facts |= {f"MPI {name}": value for name, value in _mpi().items()}
+        comm = connect()
+        rank = comm.rank
+        facts["comm"] = f"{comm.name}, {comm.size} ranks on {comm.device.type}: {reason()}"
+        if launch is None or launch.mpi:
+            facts |= {f"MPI {name}": value for name, value in _mpi().items()}
     except CommError as error:
         problem = str(error)
     if rank == 0:

@@ -23,7 +23,7 @@ class Comm(ABC):
 
     Attributes:
       rank, size: this rank and how many there are.
-      local_size: how many share this machine.
+      local_rank, local_size: this rank among those on its machine, and how many they are.
       name: how the ranks are connected, for people.
       device: where tensors travel from without a copy; those of other devices are staged there and back.
       sent, received: wire bytes so far.
@@ -32,6 +32,7 @@ class Comm(ABC):
     name: str
     rank: int
     size: int
+    local_rank: int
     local_size: int
     device: torch.device = torch.device("cpu")
     sent: int = 0
@@ -173,6 +174,10 @@ def _as_bytes(x: Tensor) -> Tensor:
 
 class RankError(CommError):
     """An error that another rank reported; every rank raises the same one."""
+
+
+class LostError(CommError):
+    """This rank lost the others (one ended, or did not come in time): each that notices says so itself."""
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from fedmpi.comm.base import Comm
+from fedmpi.comm.base import Comm, LostError
 from fedmpi.errors import CommError
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ class _Meeting:
 
 class LocalComm(Comm):
     def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
-        self.rank, self.size, self.local_size = rank, size, size
+        self.rank, self.size, self.local_rank, self.local_size = rank, size, rank, size
         self.name = "threads" if size > 1 else "one process"
         self._meeting = meeting
 
@@ -40,7 +40,7 @@ class LocalComm(Comm):
         try:
             self._meeting.barrier.wait()
         except threading.BrokenBarrierError:
-            raise CommError(f"rank {self.rank}: another rank ended or did not come in time") from None
+            raise LostError(f"rank {self.rank}: another rank ended or did not come in time") from None
 
     def _sum(self, tensor: Tensor) -> None:
         def add(slots: list[Any]) -> Tensor:

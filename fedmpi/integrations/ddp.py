@@ -116,7 +116,7 @@ class State:
         """
         self._worker.submit(self._job.load_state_dict, saved).result()
 
-    def hook(self, bucket: torch._C._distributed_c10d.GradBucket) -> torch.futures.Future[Tensor]:
+    def hook(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Called by DDP in each backward pass, in the same order on all ranks."""
         if bucket.index() == 0:
             self._begin()
@@ -181,6 +181,27 @@ class State:
         return context
 
 
+def _hook(state: State, bucket: Any) -> torch.futures.Future[Tensor]:
+    return state.hook(bucket)
+
+
+_hook.__annotations__.clear()  # DDP compares them with classes, and they are strings here
+
+
+def init_process_group(backend: str = "auto") -> None:
+    """``torch.distributed.init_process_group`` for a process that torchrun, mpirun, mpiexec or srun started.
+
+    Args:
+      backend: ``"gloo"``, ``"nccl"``, or ``"auto"``: NCCL where every rank has a GPU of its own.
+
+    Raises:
+      CommError: no launcher, a rank that did not come in time, or NCCL where it cannot work.
+    """
+    from fedmpi.comm.torch import TorchComm
+
+    TorchComm.start(backend)
+
+
 def attach(
     ddp: DistributedDataParallel,
     method: AnyMethod,
@@ -219,7 +240,7 @@ def attach(
     job = Job(_shapes(parameters), method, _comm(ddp.process_group, comm), settings)
     state = State(job, {p: name for name, p in parameters.items()}, scaler)
     try:
-        ddp.register_comm_hook(state, State.hook)
+        ddp.register_comm_hook(state, _hook)
     except RuntimeError as error:
         raise ConfigError(f"ddp: it has another communication hook already ({error})") from None
     ddp._fedmpi = state  # type: ignore[assignment]
@@ -240,10 +261,7 @@ def _comm(group: dist.ProcessGroup | None, comm: Comm | str) -> Comm:
         if comm == "group":
             from fedmpi.comm.torch import TorchComm
 
-            ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-            own = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-            answer: Comm = TorchComm(own)
-            return answer
+            return TorchComm(group, backend="gloo")
         if comm != "mpi":
             raise ConfigError(f"comm: expected group, mpi or a Comm, got {comm!r}")
         from fedmpi.comm.mpi import MPIComm
