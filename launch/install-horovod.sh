@@ -59,10 +59,11 @@ SHIM
 
 build() { # build REQUIREMENT FOLDER: the wheel of Horovod, in FOLDER
     local compiler tmp jobs
-    compiler=$(command -v "${CXX:-c++}" || command -v g++ || command -v clang++) ||
-        die "no C++ compiler (${CXX:-c++, g++, clang++}): Horovod has to be built (Debian, Ubuntu: apt-get install build-essential)"
-    command -v make >/dev/null || die "no make: Horovod has to be built (Debian, Ubuntu: apt-get install build-essential)"
-    command -v mpicxx >/dev/null || die "no mpicxx: Horovod has to be built with the MPI that it will run under"
+    # shellcheck disable=SC2086 # several names
+    compiler=$(command -v ${CXX:-c++ g++ clang++} | head -n 1)
+    [[ -n $compiler ]] || die "no C++ compiler (${CXX:-c++, g++, clang++}), and Horovod has to be built (Debian, Ubuntu: apt-get install build-essential)"
+    command -v make >/dev/null || die "no make, and Horovod has to be built (Debian, Ubuntu: apt-get install build-essential)"
+    command -v mpicxx >/dev/null || die "no mpicxx, and Horovod has to be built with the MPI that it will run under"
     jobs=$(cores)
     say "building $1 (once; about five minutes on two cores)"
     pip_install cmake setuptools packaging psutil cloudpickle cffi PyYAML # what its setup.py and CMakeLists.txt use
