@@ -58,11 +58,11 @@ SHIM
 }
 
 build() { # build REQUIREMENT FOLDER: the wheel of Horovod, in FOLDER
-    local compiler tmp jobs
+    local compiler tmp jobs hint="Horovod has to be built (Debian, Ubuntu: apt-get install build-essential)"
     # shellcheck disable=SC2086 # several names
     compiler=$(command -v ${CXX:-c++ g++ clang++} | head -n 1) || true
-    [[ -n $compiler ]] || die "no C++ compiler (${CXX:-c++, g++, clang++}), and Horovod has to be built (Debian, Ubuntu: apt-get install build-essential)"
-    command -v make >/dev/null || die "no make, and Horovod has to be built (Debian, Ubuntu: apt-get install build-essential)"
+    [[ -n $compiler ]] || die "no C++ compiler (${CXX:-c++, g++, clang++}), and $hint"
+    command -v make >/dev/null || die "no make, and $hint"
     command -v mpicxx >/dev/null || die "no mpicxx, and Horovod has to be built with the MPI that it will run under"
     jobs=$(cores)
     say "building $1 (once; about five minutes on two cores)"
