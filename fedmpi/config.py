@@ -190,7 +190,7 @@ class Config(_Section):
     def _mode(self) -> Config:
         if self.mode == "federated":
             if not self.clients:
-                raise ValueError("clients: expected at least 1, got none")
+                raise ValueError("clients: required, not given")
             return self
         wrong = {
             "cohort": (self.cohort is None, "none (every rank trains in every round)"),
