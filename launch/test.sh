@@ -2,9 +2,8 @@
 # Lint, format, types and tests, from a fresh machine with Python 3.10+:
 #     ./launch/test.sh [--full] [pytest arguments]
 # --full runs the tests marked "slow" too (and sets FEDMPI_FULL=1). Everything is installed into .venv, a second MPI
-# (MPICH) into .mpich, named to the tests by FEDMPI_MPICH; root gets Slurm from the system's packages. All steps run;
-# (MPICH) into .mpich, named to the tests by FEDMPI_MPICH; Horovod is built once, which takes minutes. All steps run;
-# the exit code is 0 only if all passed.
+# (MPICH) into .mpich, named to the tests by FEDMPI_MPICH; root gets Slurm from the system's packages; Horovod is built
+# once, which takes minutes. All steps run; the exit code is 0 only if all passed.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
