@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedmpi.analysis import commands as analysis
 from fedmpi.errors import FedMPIError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _methods_arguments(commands)
     _report_arguments(commands)
     _data_arguments(commands)
+    analysis.add(commands)
     doctor = commands.add_parser(
         "doctor", help="show what MPI, torch, GPUs and launcher are here, and try them"
     )

@@ -24,7 +24,8 @@ LAYERS = {
     | {"method", "message", "spec", "ops", "optimizers", "validation"},  # never comm or engine
     "config": {"errors", "methods", "tasks", "optimizers", "validation"},
     "engine": BASE | {"comm", "config", "method", "methods", "message", "spec", "tasks"},
-    "analysis": BASE | {"engine", "method", "methods", "message", "spec", "validation"},
+    "analysis": BASE
+    | {"comm", "config", "engine", "method", "methods", "message", "spec", "tasks", "validation"},
     "doctor": {"comm", "errors"},
     "cli": {"analysis", "comm", "config", "doctor", "engine", "errors", "spec", "tasks"},
     "__main__": {"cli"},
