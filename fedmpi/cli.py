@@ -78,15 +78,11 @@ def _train_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParse
     train.add_argument("config", metavar="CONFIG", help="a YAML file")
     train.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides; values are YAML")
     train.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/<config>-<time>)")
-    train.add_argument("--local-ranks", type=_positive, default=1, metavar="N", help="run N ranks as threads")
+    train.add_argument(
+        "--local-ranks", type=analysis.positive, default=1, metavar="N", help="run N ranks as threads"
+    )
     train.add_argument("--quiet", action="store_true", help="no progress, only errors")
     train.set_defaults(run=_train)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -134,7 +130,9 @@ def _train_rank(arguments: argparse.Namespace, comm: Comm) -> int:
 
 def _methods_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     listing = commands.add_parser("methods", help="list the methods, their options and what they cost")
-    listing.add_argument("--params", type=_positive, metavar="D", help="measure bytes for D parameters")
+    listing.add_argument(
+        "--params", type=analysis.positive, metavar="D", help="measure bytes for D parameters"
+    )
     listing.add_argument("--model", metavar="MODEL", help="measure bytes for a model on 3x32x32 images")
     listing.add_argument(
         "names",

@@ -17,6 +17,14 @@ def add(commands: _Commands) -> None:
     analyze = commands.add_parser("analyze", help="figures and numbers on a model, data and a method")
     actions = analyze.add_subparsers(dest="action", required=True, metavar="ANALYSIS")
     _subspace_arguments(actions)
+    _sweep_arguments(commands)
+
+
+def positive(text: str) -> int:
+    """An argument's value; argparse says what is wrong with it."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -75,3 +83,45 @@ def _subspace(arguments: argparse.Namespace) -> int:
         name: getattr(arguments, name) for name in ("measure", "center", "schedule", "memmap", "quiet")
     }
     return _finish(arguments, out, analyze(_load(arguments), out, **options))
+
+
+def _sweep_arguments(commands: _Commands) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="run a grid of values and seeds, and report",
+        description="Run a grid of values and seeds and report. Finished runs are not run again. Under mpirun all "
+        "ranks work on one run at a time, or on N with --side-by-side N; in a Slurm job array each task "
+        "takes its share.",
+    )
+    sweep.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
+    sweep.add_argument("over", type=Path, metavar="OVER", help="a YAML file: seeds, cases, over")
+    sweep.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of CONFIG")
+    sweep.add_argument("--out", type=Path, metavar="DIR", help="the folder (runs/sweep-<over>)")
+    sweep.add_argument("--results", type=Path, metavar="FILE", help="write the points' figures here, too")
+    sweep.add_argument(
+        "--side-by-side", type=positive, default=1, metavar="N", help="runs at a time, under mpirun"
+    )
+    sweep.add_argument("--quiet", action="store_true", help="no progress, only errors")
+    sweep.set_defaults(run=_sweep)
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from fedmpi.analysis.page import dump, write
+    from fedmpi.analysis.sweep import sweep
+    from fedmpi.comm import connect
+    from fedmpi.errors import FedMPIError
+
+    comm = connect()
+    out = arguments.out or Path("runs") / f"sweep-{arguments.over.stem}"
+    options = (arguments.side_by_side, arguments.quiet)
+    try:
+        text, results = sweep(arguments.config, arguments.over, arguments.overrides, out, comm, *options)
+    except FedMPIError:
+        if comm.rank == 0:  # all ranks share it: it is said once
+            raise
+        return 2
+    if comm.rank == 0:
+        print(text)
+        if results is not None and arguments.results is not None:
+            write(arguments.results, dump(results), "--results")
+    return 1 if results is not None and results["failed"] else 0

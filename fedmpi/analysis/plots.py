@@ -86,6 +86,8 @@ def accuracy_picture(
             style = {**look(i), "linewidth": 1.8 if len(group) == 1 else 1.2}
             (_draw_mean if band and _aligned(group) else _draw_each)(axes, group, against, style)
         _dress(axes, against)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("accuracy on the test set (%)")
     handles = [Line2D([], [], **look(i)) for i in range(len(labels))]
     legend = picture.legend(handles, labels, loc="outside lower center", ncols=across, frameon=False)
     for text in legend.get_texts():
@@ -140,7 +142,6 @@ def _dress(axes: Axes, against: Against) -> None:
         axes.xaxis.set_minor_locator(NullLocator() if near else LogLocator(subs=range(2, 10)))
         axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
     else:
-        axes.set_ylabel("accuracy on the test set (%)")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     tidy(axes)
     axes.tick_params(labelleft=True)
