@@ -14,11 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmpi import config as configuration
-from fedmpi.analysis import subspace
+from fedmpi import methods
+from fedmpi.analysis import inversion, leak, positions, subspace
 from fedmpi.analysis.watch import Watched
 from fedmpi.cli import main
+from fedmpi.engine.rounds import Sent
+from fedmpi.methods import METHODS
+from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec
+from fedmpi.tasks import data
 
+DIGITS = data.load("digits")
 CENTRAL: dict[str, Any] = {
     "data": {"name": "digits"},
     "model": {"name": "fcn", "hidden": 8},
@@ -168,3 +174,164 @@ def test_subspace_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     in_memory = tmp_path / "again"
     assert main([*command[:3], "--out", str(in_memory), "--quiet", "rounds=6"]) == 0
     assert (in_memory / "subspace.json").read_bytes() == (out / "subspace.json").read_bytes()
+
+
+def test_overlap_scores_by_hand() -> None:
+    g_WD = torch.tensor([[9.0, -8, 1, 0], [0, 1, -8, 9], [0, 0, 0, 0], [5, 1, 1, 9]])
+    kept = torch.tensor([[True, True, False, False]])
+    assert positions.score(g_WD, kept, 2).tolist()[:2] == [100, 0]
+    assert positions.score(g_WD, kept, 2)[2].isnan()
+    assert positions.score(g_WD, kept, 2)[3] == 50
+    own = torch.tensor([[True, False, False, False], [False, False, True, True]])
+    assert positions.score(g_WD[:2], own, 2).tolist() == [50, 100]
+
+
+def test_positions_of_a_run_are_those_of_its_gradients() -> None:
+    """Against the same run watched by hand: sent positions counted, the first epoch's aggregate, each score."""
+    values = {**CENTRAL, "clients": 4, "cohort": 2, "sampling": "epoch_shuffle", "rounds": 6}
+    config = configuration.parse({**values, "method": {"name": "topk", "k": 9, "feedback": True}})
+    seen = positions.watch(config, 9, 60, "aggregate", (1, 3), per_epoch=2, quiet=True)
+    sums = torch.zeros(3, 4, seen.frequency_D.numel())
+    chosen = torch.zeros_like(seen.frequency_D)
+
+    def see(sent: Sent) -> None:
+        sums[sent.ctx.round.t // 2].index_add_(0, sent.ctx.clients_C, sent.update.g_CD)
+        p_CD = sent.update.g_CD + sent.before["residual"]
+        for p_D in p_CD:
+            chosen[p_D.abs().topk(9).indices] += 1
+
+    run = Watched(config, see)
+    run.train("", True)
+    assert torch.equal(seen.frequency_D, chosen)
+    weights = run.simulation.partition.sizes / 1437
+    first = (sums[0] * weights[:, None]).sum(0).abs().topk(60).indices.tolist()
+    assert set(seen.kept_D.nonzero()[:, 0].tolist()) == set(first)
+    for epoch in range(3):
+        for w in range(4):
+            top = sums[epoch, w].abs().topk(9).indices.tolist()
+            expected = 100 * len(set(top) & set(first)) / 9
+            assert float(seen.scores_WE[w, epoch]) == pytest.approx(expected)
+    torch.testing.assert_close(seen.mean_ED[3], (sums[2] * weights[:, None]).sum(0))
+    assert seen.mean_ED.keys() == {1, 3}
+
+
+def test_positions_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    method = {"name": "topk", "k": 9}
+    path = write_config(tmp_path, **{**CENTRAL, "clients": 3, "method": method})
+    out, results = tmp_path / "out", tmp_path / "s.json"
+    command = ["analyze", "positions", path, "--out", str(out), "--quiet"]
+    assert main([*command, "--results", str(results), "--m", "60", "--r", "20", "--epochs", "1,4,9"]) == 0
+    assert {f.name for f in out.iterdir()} == {
+        "positions.md", "positions.html", "positions.json", "overlap.png", "drift.png", "frequency.png"
+    }  # fmt: skip
+    numbers, summary = json.loads((out / "positions.json").read_text()), json.loads(results.read_text())
+    for name in ("top-k", "rTop-k"):
+        times = {int(n): count for n, count in numbers["times chosen"][name].items()}
+        assert sum(times.values()) == summary["parameters"]
+        assert sum(n * count for n, count in times.items()) == 4 * 3 * 9  # rounds, clients, k
+        assert summary[f"{name}: never chosen"] == pytest.approx(times[0] / summary["parameters"], rel=1e-5)
+    scores = torch.tensor(numbers["scores"]["top-k"])
+    assert scores.shape == (3, 4)
+    assert summary["score, epoch 4"] == pytest.approx(float(scores[:, 3].mean()), rel=1e-4)
+    assert "score, epoch 9" not in summary  # the run has no ninth
+    capsys.readouterr()
+    for wrong, message in {
+        "method=dense": "method: expected topk, whose k this looks at, got dense",
+        "--m=8": "--m: expected at least k = 9, got 8",
+        "--rounds-per-epoch=5": "rounds: expected at least an epoch, 5 rounds, got 4",
+    }.items():
+        assert main([*command, wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_image_measures() -> None:
+    a, b = torch.zeros(1, 20, 16), torch.full((1, 20, 16), 0.5)
+    assert inversion.mse(a, b) == pytest.approx(0.25)
+    assert inversion.psnr(a, b) == pytest.approx(6.0206, abs=1e-4)  # 10 log10 4
+    assert inversion.psnr(a, a) == float("inf")
+    # Of constant images only the means differ: (2 μν + c₁) / (μ² + ν² + c₁).
+    assert inversion.ssim(a + 0.3, b) == pytest.approx((0.3 + 1e-4) / (0.09 + 0.25 + 1e-4))
+    image = torch.rand(3, 9, 8, generator=torch.Generator().manual_seed(0))
+    assert inversion.ssim(image, image) == pytest.approx(1)
+    assert inversion.ssim(image, 1 - image) < -0.5
+    # On a window's own size there is one place: the definition, with weighted moments.
+    x, y = image[0, :7, :7].double(), image[1, :7, :7].double()
+    line = torch.exp(-(torch.arange(-3.0, 4.0, dtype=torch.float64) ** 2) / 4.5)
+    w = torch.outer(line, line) / line.sum() ** 2
+    mx, my = (w * x).sum(), (w * y).sum()
+    vx, vy, cov = (w * (x - mx) ** 2).sum(), (w * (y - my) ** 2).sum(), (w * (x - mx) * (y - my)).sum()
+    expected = (2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
+    assert inversion.ssim(image[:1, :7, :7], image[1:2, :7, :7]) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_is_observed(name: str) -> None:
+    """The truth matches what the attacker saw better than another image; linear codecs match in their space."""
+    victim = leak.Victim(configuration.parse({**CENTRAL, "model": {"name": "fcn", "hidden": 20}}), DIGITS)
+    alike = (DIGITS.train.y == 3).nonzero()[:2, 0]  # so that the second points the first one's way, ρ > 0
+    x, y = DIGITS.train.x[alike], DIGITS.train.y[alike]
+
+    def gradient(theta_D: Tensor, t: int) -> Tensor:
+        return victim.gradient(theta_D, x[t], int(y[t])).float()
+
+    for options in inversion.options_for(name, victim.spec.size, 64).values():
+        method = methods.build({"name": name, **options}, victim.spec, Setup(0))
+        theta_D, seen = leak.observe(method, victim.spec, victim.theta_D, gradient, seed=0)
+        assert seen.nbytes <= 4 * victim.spec.size + 1
+        payload = name in ("dense", "intrinsic", "fetchsgd", "powersgd")
+        assert seen.how == ("payload" if payload else "decoded")
+        scalar = options.get("threshold") == 1.0
+        truth, other = (0, 1) if scalar else (1, 0)  # a scalar says which way the image before pointed
+        misses = [float(seen.mismatch(victim.gradient(theta_D, x[i], int(y[i])))) for i in (truth, other)]
+        assert misses[0] < 0.8 * misses[1]
+        if payload or scalar or name in ("fp16", "topk", "rtopk", "randomk", "prune"):
+            assert misses[0] < 1e-6  # values arrive as they are
+        guess = x[other].double().requires_grad_()
+        (slope,) = torch.autograd.grad(
+            seen.mismatch(victim.gradient(theta_D, guess, int(y[truth]), graph=True)), guess
+        )
+        assert slope.isfinite().all()
+        assert slope.any()
+
+
+def test_gradients_of_linear_payloads_are_right() -> None:
+    """The adjoint that stands in for autograd, against a difference quotient."""
+    victim = leak.Victim(configuration.parse({**CENTRAL, "model": {"name": "linear"}}), DIGITS)
+    x = DIGITS.train.x
+    for options in ({"name": "intrinsic", "dim": 40}, {"name": "fetchsgd", "columns": 30, "k": 9}):
+        method = methods.build(options, victim.spec, Setup(0))
+        _, seen = leak.observe(
+            method, victim.spec, victim.theta_D, lambda th, t: victim.gradient(th, x[t], 3).float(), 0
+        )
+        g_D = victim.gradient(victim.theta_D, x[5], 3).requires_grad_()
+        (slope_D,) = torch.autograd.grad(seen.mismatch(g_D), g_D)
+        step_D = gradients(1, len(g_D))[0]
+        step_D *= 0.1 * g_D.detach().norm() / step_D.norm()
+        ends = [float(seen.mismatch(g_D.detach() + sign * step_D)) for sign in (1, -1)]
+        assert (ends[0] - ends[1]) / 2 == pytest.approx(float(slope_D @ step_D), rel=1e-2)
+
+
+def test_the_defence_clips_and_adds_noise() -> None:
+    g_D = gradients(1, 5000)[0].float()
+    long = float(g_D.norm())
+    assert torch.equal(leak.Defence(2 * long, 0.0)(g_D, 1), g_D)
+    torch.testing.assert_close(leak.Defence(0.5, 0.0)(g_D, 1), g_D * 0.5 / long)
+    noise_D = leak.Defence(0.5, 0.1)(g_D, 1) - g_D * 0.5 / long
+    assert float(noise_D.std()) == pytest.approx(0.05, rel=0.05)
+
+
+def test_inversion_command(tmp_path: Path) -> None:
+    """A full gradient gives the image away, its signs do not, nor does one that is clipped and noised."""
+    path = write_config(tmp_path, **{**CENTRAL, "model": {"name": "fcn", "hidden": 20}})
+    out = tmp_path / "out"
+    command = ["analyze", "inversion", path, "--out", str(out), "--quiet", "--images", "1"]
+    chosen = ["--methods", "dense; {name: signsgd}", "--clip", "1", "--noise", "0.1"]
+    assert main([*command, *chosen, "--iterations", "60"]) == 0
+    summary = json.loads((out / "inversion.json").read_text())["summary"]
+    assert summary["dense: ssim"] > 0.95
+    assert summary["dense: psnr"] > 25
+    assert summary["dense, clipped + noise: ssim"] < 0.8
+    assert {f.name for f in out.iterdir()} == {
+        "inversion.md", "inversion.html", "inversion.json", "images.png"
+    }  # fmt: skip
+    assert (out / "inversion.md").read_text().count("| payload |") == 2

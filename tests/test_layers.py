@@ -25,7 +25,7 @@ LAYERS = {
     "config": {"errors", "methods", "tasks", "optimizers", "validation"},
     "engine": BASE | {"comm", "config", "method", "methods", "message", "spec", "tasks"},
     "analysis": BASE
-    | {"comm", "config", "engine", "method", "methods", "message", "spec", "tasks", "validation"},
+    | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks", "validation"},
     "doctor": {"comm", "errors"},
     "cli": {"analysis", "comm", "config", "doctor", "engine", "errors", "spec", "tasks"},
     "__main__": {"cli"},

@@ -17,7 +17,10 @@ def add(commands: _Commands) -> None:
     analyze = commands.add_parser("analyze", help="figures and numbers on a model, data and a method")
     actions = analyze.add_subparsers(dest="action", required=True, metavar="ANALYSIS")
     _subspace_arguments(actions)
+    _positions_arguments(actions)
+    _inversion_arguments(actions)
     _sweep_arguments(commands)
+    _claims_arguments(commands)
 
 
 def positive(text: str) -> int:
@@ -85,6 +88,77 @@ def _subspace(arguments: argparse.Namespace) -> int:
     return _finish(arguments, out, analyze(_load(arguments), out, **options))
 
 
+def _positions_arguments(actions: _Commands) -> None:
+    positions = actions.add_parser(
+        "positions", help="where the largest gradients lie: how often each is chosen, overlap scores"
+    )
+    _common(positions)
+    positions.add_argument("--m", type=positive, metavar="M", help="positions of the first epoch (D / 10)")
+    positions.add_argument("--r", type=positive, metavar="R", help="rTop-k's candidates (10 k)")
+    positions.add_argument(
+        "--epochs", type=_numbers, default=(1, 10, 20, 30), metavar="E,E,…", help="shown (1,10,20,30)"
+    )
+    positions.add_argument(
+        "--reference",
+        choices=("aggregate", "worker"),
+        default="aggregate",
+        help="whose first epoch gives the top m",
+    )
+    positions.add_argument("--rounds-per-epoch", type=positive, metavar="N", help="(clients / cohort)")
+    positions.set_defaults(run=_positions)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(positive(part) for part in text.split(","))
+
+
+def _positions(arguments: argparse.Namespace) -> int:
+    from fedmpi.analysis.positions import analyze
+
+    out = _out(arguments)
+    names = ("m", "r", "epochs", "reference", "rounds_per_epoch", "quiet")
+    options = {name: getattr(arguments, name) for name in names}
+    return _finish(arguments, out, analyze(_load(arguments), out, **options))
+
+
+def _inversion_arguments(actions: _Commands) -> None:
+    inversion = actions.add_parser("inversion", help="reconstruct images from clients' messages")
+    _common(inversion)
+    inversion.add_argument(
+        "--methods",
+        metavar="METHOD;…",
+        help="names or YAML options with semicolons between: 'dense; {name: topk, ratio: 0.1}' (all)",
+    )
+    inversion.add_argument("--images", type=positive, default=2, metavar="N", help="images attacked (2)")
+    inversion.add_argument("--iterations", type=positive, default=100, metavar="N", help="(100)")
+    inversion.add_argument("--optimizer", choices=("lbfgs", "adam"), default="lbfgs")
+    inversion.add_argument(
+        "--clip", type=float, metavar="C", help="also attack gradients clipped to length C"
+    )
+    inversion.add_argument(
+        "--noise", type=float, default=0.0, metavar="σ", help="with --clip: and noise of deviation σ·C"
+    )
+    inversion.set_defaults(run=_inversion)
+
+
+def _inversion(arguments: argparse.Namespace) -> int:
+    import yaml
+
+    from fedmpi.analysis.inversion import analyze
+    from fedmpi.errors import ConfigError
+
+    out = _out(arguments)
+    try:
+        chosen = [yaml.safe_load(part) for part in (arguments.methods or "").split(";") if part.strip()]
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"--methods: expected names or {{name: …}} with semicolons between: {error}"
+        ) from None
+    names = ("images", "iterations", "optimizer", "clip", "noise", "quiet")
+    options = {name: getattr(arguments, name) for name in names}
+    return _finish(arguments, out, analyze(_load(arguments), out, chosen, **options))
+
+
 def _sweep_arguments(commands: _Commands) -> None:
     sweep = commands.add_parser(
         "sweep",
@@ -125,3 +199,28 @@ def _sweep(arguments: argparse.Namespace) -> int:
         if results is not None and arguments.results is not None:
             write(arguments.results, dump(results), "--results")
     return 1 if results is not None and results["failed"] else 0
+
+
+def _claims_arguments(commands: _Commands) -> None:
+    claims = commands.add_parser("claims", help="the papers' claims beside the figures of result files")
+    claims.add_argument("claims", type=Path, metavar="CLAIMS", help="e.g. configs/claims/claims.yaml")
+    claims.add_argument(
+        "--results", type=Path, default=Path("configs/results"), metavar="DIR", help="(%(default)s)"
+    )
+    claims.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the Markdown here, not to the terminal"
+    )
+    claims.set_defaults(run=_claims)
+
+
+def _claims(arguments: argparse.Namespace) -> int:
+    from fedmpi.analysis.claims import table
+    from fedmpi.analysis.page import write
+
+    text = table(arguments.claims, arguments.results)
+    if arguments.out is None:
+        print(text, end="")
+    else:
+        write(arguments.out, text.encode(), "--out")
+        print(f"Written: {arguments.out}")
+    return 0
