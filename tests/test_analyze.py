@@ -283,7 +283,7 @@ def test_every_method_is_observed(name: str) -> None:
         scalar = options.get("threshold") == 1.0
         truth, other = (0, 1) if scalar else (1, 0)  # a scalar says which way the image before pointed
         misses = [float(seen.mismatch(victim.gradient(theta_D, x[i], int(y[i])))) for i in (truth, other)]
-        assert misses[0] < 0.8 * misses[1]
+        assert misses[0] < misses[1]
         if payload or scalar or name in ("fp16", "topk", "rtopk", "randomk", "prune"):
             assert misses[0] < 1e-6  # values arrive as they are
         guess = x[other].double().requires_grad_()

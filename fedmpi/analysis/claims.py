@@ -198,9 +198,21 @@ def lower(r: Results, of: list[str], than: str) -> Verdict:
     return Verdict(shown, all(mean < base for mean in means.values()))
 
 
+def differs(r: Results, number: str, by: str) -> Verdict:
+    """An analysis's number differs by more than twice its error between the two values of ``by``."""
+    groups: dict[str, list[float]] = {}
+    for one, value in zip(r.loaded, r.numbers(number), strict=True):
+        groups.setdefault(str(one.get(by)), []).append(value)
+    shown = "; ".join(f"{name}: {mean_error(values)[0]:.4g}" for name, values in groups.items())
+    if len(groups) != 2:
+        return Verdict(f"{number}: {shown}", False)
+    (a, ea), (b, eb) = map(mean_error, groups.values())
+    return Verdict(f"{number}: {shown}", abs(a - b) > 2 * (ea**2 + eb**2) ** 0.5)
+
+
 RULES: dict[str, Callable[..., Verdict]] = {
     rule.__name__: rule
-    for rule in (saves, most_saved, trade, ahead, tie, grows, peak, slower, smallest, between, lower)
+    for rule in (saves, most_saved, trade, ahead, tie, grows, peak, slower, smallest, between, lower, differs)
 }
 
 
@@ -222,9 +234,12 @@ def table(path: Path, results: Path) -> str:
         for name in claim.of:
             if name not in claims.experiments:
                 raise ConfigError(f"{path}: unknown experiment {name!r}; {suggest(name, claims.experiments)}")
-        verdict = judge(claim, results)
-        said = NOT_RUN if verdict is None else "held" if verdict.held else "not held"
-        figures = "" if verdict is None else verdict.figures
+        there = [name for name in claim.of if (results / f"{name}.json").is_file()]
+        figures, said = "", NOT_RUN
+        if there:
+            figures, held = judge(claim, [results / f"{name}.json" for name in there])
+            said = "held" if held else "not held"
+            said += f" ({len(there)} of {len(claim.of)} seeds)" if len(there) < len(claim.of) else ""
         rows.append([claim.claim, claim.paper, figures, said, ", ".join(claim.of)])
     experiments: Table = [["experiment", "setting", "command", "minutes of a core"]]
     for name, one in claims.experiments.items():
@@ -248,11 +263,8 @@ def table(path: Path, results: Path) -> str:
     )
 
 
-def judge(claim: Claim, results: Path) -> Verdict | None:
-    """The rule's verdict; None where a result file is not there."""
-    files = [results / f"{name}.json" for name in claim.of]
-    if not all(file.is_file() for file in files):
-        return None
+def judge(claim: Claim, files: Sequence[Path]) -> Verdict:
+    """The rule's verdict on the result files."""
     loaded = []
     for file in files:
         try:

@@ -130,7 +130,7 @@ def _inversion_arguments(actions: _Commands) -> None:
         help="names or YAML options with semicolons between: 'dense; {name: topk, ratio: 0.1}' (all)",
     )
     inversion.add_argument("--images", type=positive, default=2, metavar="N", help="images attacked (2)")
-    inversion.add_argument("--iterations", type=positive, default=100, metavar="N", help="(100)")
+    inversion.add_argument("--iterations", type=positive, default=200, metavar="N", help="(200)")
     inversion.add_argument("--optimizer", choices=("lbfgs", "adam"), default="lbfgs")
     inversion.add_argument(
         "--clip", type=float, metavar="C", help="also attack gradients clipped to length C"

@@ -103,7 +103,7 @@ def analyze(
     out: Path,
     chosen: Sequence[Any] = (),
     images: int = 2,
-    iterations: int = 100,
+    iterations: int = 200,
     optimizer: str = "lbfgs",
     clip: float | None = None,
     noise: float = 0.0,
