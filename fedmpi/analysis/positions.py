@@ -290,7 +290,8 @@ def _frequency_picture(seen: dict[str, Seen]) -> bytes:
         left.set(title=name, ylabel="times chosen", xlim=(0, len(one.frequency_D)))
         falling = one.frequency_D.sort(descending=True).values
         right.plot(range(1, len(falling) + 1), falling, color=COLOURS[i])
-        right.set(xscale="log", yscale="symlog", title=f"{len(chosen):,} of {len(falling):,} ever chosen")
+        share = f"{len(chosen):,} of {len(falling):,} ever chosen"
+        right.set(xscale="log", yscale="symlog", ylim=(0, None), title=share)
         tidy(left)
         tidy(right)
     grid[-1][0].set_xlabel("position")
