@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import glob
+import os
+import shlex
 import sys
 import time
 import traceback
@@ -15,6 +18,7 @@ from fedmpi.errors import FedMPIError
 
 if TYPE_CHECKING:
     from fedmpi.comm import Comm
+    from fedmpi.config import Config
 
 _EPILOG = """\
 examples:
@@ -22,11 +26,13 @@ examples:
   fedmpi train configs/quickstart.yaml --local-ranks 4          four ranks as threads
   mpirun -n 4 fedmpi train configs/quickstart.yaml method=signsgd server.lr=0.003
   mpirun -n 4 fedmpi train configs/quickstart.yaml 'method={name: topk, ratio: 0.05, feedback: true}'
+  torchrun --nproc-per-node 4 -m fedmpi train configs/quickstart.yaml    over Gloo, without MPI
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 for a failed run, 2 for a wrong command or configuration."""
+    """Returns the exit code: 0, 1 for a failed run, 2 for a wrong command or configuration, 75 (EX_TEMPFAIL) for a run
+    that a signal stopped and ``--resume`` continues, 130 for one that ended without a checkpoint."""
     parser = argparse.ArgumentParser(
         prog="fedmpi",
         description="Communication-compressed training over MPI: federated simulation and data-parallel.",
@@ -38,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _methods_arguments(commands)
     _report_arguments(commands)
     _data_arguments(commands)
+    _advise_arguments(commands)
     analysis.add(commands)
     doctor = commands.add_parser(
         "doctor", help="show what MPI, torch, GPUs and launcher are here, and try them"
@@ -70,14 +77,22 @@ def _train_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParse
     train = commands.add_parser(
         "train",
         help="train as a configuration says",
-        description="Train as a configuration says. Alone it is one rank; under mpirun, mpiexec or srun it is "
-        "one rank of many.",
+        description="Train as a configuration says. Alone it is one rank; under mpirun, mpiexec, srun or "
+        "torchrun it is one rank of many.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("config", metavar="CONFIG", help="a YAML file")
     train.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides; values are YAML")
     train.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/<config>-<time>)")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="continue the run in DIR (default: --out, else the last of this CONFIG in runs/) from its last "
+        "checkpoint; with --out a run that has none yet starts",
+    )
     train.add_argument(
         "--local-ranks", type=analysis.positive, default=1, metavar="N", help="run N ranks as threads"
     )
@@ -89,29 +104,45 @@ def _train(arguments: argparse.Namespace) -> int:
     from fedmpi.comm import connect, run_ranks
     from fedmpi.errors import ConfigError
 
-    comm = connect()
+    config = _config(arguments)
+    comm = connect("auto" if isinstance(config, FedMPIError) else config.comm)
     if arguments.local_ranks == 1:
-        return _train_rank(arguments, comm)
+        return _train_rank(arguments, config, comm)
     if comm.size > 1:
         raise ConfigError(f"--local-ranks: expected 1 under a launcher that starts {comm.size} ranks")
-    return max(run_ranks(arguments.local_ranks, lambda c: _train_rank(arguments, c)))
+    return max(run_ranks(arguments.local_ranks, lambda c: _train_rank(arguments, config, c)))
 
 
-def _train_rank(arguments: argparse.Namespace, comm: Comm) -> int:
-    from fedmpi import config as configuration
+def _config(arguments: argparse.Namespace) -> Config | FedMPIError:
+    """Which says what connects the ranks; what is wrong with it, they tell each other once connected."""
+    from fedmpi import config
+
+    try:
+        return config.load(arguments.config, arguments.overrides)
+    except FedMPIError as error:
+        return error
+
+
+def _train_rank(arguments: argparse.Namespace, config: Config | FedMPIError, comm: Comm) -> int:
     from fedmpi.comm import together
+    from fedmpi.comm.base import LostError
     from fedmpi.engine.rounds import run
-    from fedmpi.errors import CommError
+    from fedmpi.errors import Stopped
 
     try:
         with together(comm, "reading the configuration"):
-            config = configuration.load(arguments.config, arguments.overrides)
-        name = f"{Path(arguments.config).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        out = arguments.out or Path("runs") / name
-        summary = run(config, comm, out, quiet=arguments.quiet)
+            if isinstance(config, FedMPIError):
+                raise config
+            out = _run_folder(arguments) if comm.rank == 0 else None
+        summary = run(config, comm, out, quiet=arguments.quiet, resume=arguments.resume is not None)
+    except Stopped as stopped:
+        if comm.rank == 0:
+            again = shlex.join(_again(arguments, out))
+            print(f"fedmpi: {stopped}; continue with:\n  {again}", file=sys.stderr, flush=True)
+        return os.EX_TEMPFAIL
     except FedMPIError as error:
         # Errors that all ranks share are said once; what only this rank knows, it says itself.
-        if comm.rank == 0 or (isinstance(error, CommError) and comm.name == "threads"):
+        if comm.rank == 0 or isinstance(error, LostError):
             _complain(error)
         return 2
     except Exception:
@@ -126,6 +157,43 @@ def _train_rank(arguments: argparse.Namespace, comm: Comm) -> int:
             f"{'nothing' if ratio is None else f'{ratio:.1f}x smaller'}, {summary['seconds']:.1f} s; see {out}"
         )
     return 0
+
+
+def _again(arguments: argparse.Namespace, out: Path | None) -> list[str]:
+    """The command that continues the run in ``out`` (under the same launcher, if there was one)."""
+    ranks = ["--local-ranks", str(arguments.local_ranks)] if arguments.local_ranks > 1 else []
+    return ["fedmpi", "train", arguments.config, *arguments.overrides, *ranks, "--resume", str(out)]
+
+
+def _run_folder(arguments: argparse.Namespace) -> Path:
+    """Where the run's files go, or are. Rank 0's is everybody's.
+
+    Raises:
+      ConfigError: there is no run to resume.
+    """
+    from fedmpi.errors import ConfigError
+
+    runs, stem = Path("runs"), Path(arguments.config).stem
+    if arguments.resume:
+        if arguments.out not in (None, Path(arguments.resume)):
+            raise ConfigError(
+                f"--resume: expected the folder of --out, {arguments.out}, got {arguments.resume}"
+            )
+        if not Path(arguments.resume).is_dir():
+            raise ConfigError(
+                f"--resume: expected a run's folder (overrides stand before --resume), got {arguments.resume!r}"
+            )
+        return Path(arguments.resume)
+    if arguments.out:
+        return Path(arguments.out)
+    if arguments.resume is None:
+        return runs / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    earlier = sorted(runs.glob(f"{glob.escape(stem)}-{'[0-9]' * 8}-{'[0-9]' * 6}"))
+    if not earlier:
+        raise ConfigError(
+            f"--resume: expected a run of {stem} in {runs.absolute()}, found none; name its folder"
+        )
+    return earlier[-1]
 
 
 def _methods_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -186,6 +254,55 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
     to = arguments.to or default_folder()
     print(f"{arguments.name} is in {fetch(arguments.name, to, lambda line: print(line, flush=True))}")
+    return 0
+
+
+def _advise_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    advise = commands.add_parser(
+        "advise",
+        help="measure whether compression pays on this link",
+        description="Measure this launch's link and each method's coding and exchange of gradients, and say which "
+        "method is fastest. Start it as the job is started: mpirun, srun or torchrun.",
+    )
+    size = advise.add_mutually_exclusive_group()
+    size.add_argument("--params", type=analysis.positive, metavar="N", help="parameters (default: 11000000)")
+    size.add_argument(
+        "--model", metavar="MODEL", help="the layers of a model on 3x32x32 images, e.g. resnet9"
+    )
+    advise.add_argument(
+        "--method",
+        action="append",
+        metavar="METHOD",
+        help="only this, as YAML, besides bf16; can be given several times",
+    )
+    advise.add_argument("--comm", default="auto", help="auto, mpi, gloo or nccl")
+    advise.set_defaults(run=_advise)
+
+
+def _advise(arguments: argparse.Namespace) -> int:
+    import yaml
+
+    from fedmpi.comm import connect
+    from fedmpi.integrations import advise
+    from fedmpi.spec import Spec
+    from fedmpi.tasks.models import build
+
+    comm = connect(arguments.comm)
+    shapes = advise.shapes_of(arguments.params or 11_000_000)
+    if arguments.model:
+        spec = Spec.of(build(arguments.model, (3, 32, 32), 10, 0))
+        shapes = dict(zip(spec.names, spec.shapes, strict=True))
+    candidates = advise.CANDIDATES
+    if arguments.method:
+        candidates = tuple(advise.check([yaml.safe_load(method) for method in arguments.method]))
+
+    def say(line: str) -> None:
+        if comm.rank == 0:
+            print(line, file=sys.stderr, flush=True)
+
+    text = advise.advise(comm, shapes, candidates, say)
+    if comm.rank == 0:
+        print(text)
     return 0
 
 

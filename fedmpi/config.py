@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -76,6 +77,10 @@ class Local(_Section):
     batch: int | None = Field(None, ge=1, description="samples a step (default: all of the client's)")
     momentum: float = Field(0.0, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
+    accumulate: int = Field(1, ge=1, description="parts that a batch is computed in, to save memory")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16: mixed precision (torch.autocast); parameters stay float32"
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> Local:
@@ -84,16 +89,50 @@ class Local(_Section):
         return self
 
 
+class Schedule(_Section):
+    """How the server's learning rate changes over the run."""
+
+    name: Literal["constant", "linear", "cosine", "step"] = "constant"
+    warmup: int = Field(0, ge=0, description="rounds in which it rises linearly from 0")
+    final: float = Field(0.0, ge=0, le=1, description="linear's and cosine's last value, as a share of lr")
+    milestones: tuple[int, ...] = Field((), description="step's rounds")
+    gamma: float = Field(0.1, gt=0, le=1, description="what step multiplies it by at each of them")
+
+    def factor(self, t: int, rounds: int) -> float:
+        """What the learning rate is multiplied by in round ``t`` of ``rounds``."""
+        if t < self.warmup:
+            return (t + 1) / self.warmup
+        if self.name == "step":
+            return self.gamma ** sum(t >= m for m in self.milestones)
+        done = (t - self.warmup) / max(1, rounds - self.warmup)
+        left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.name]
+        return self.final + (1 - self.final) * left
+
+
 class ServerConfig(_Section):
     lr: float | None = Field(None, gt=0, description="the server's learning rate (default: local.lr)")
     optimizer: Name = Field("sgd", description="the rule on what the method sums")
     beta1: float = Field(0.9, ge=0, lt=1, description="momentum's, adam's and yogi's β₁")
     beta2: float = Field(0.99, ge=0, lt=1, description="adam's and yogi's β₂")
     epsilon: float = Field(1e-3, gt=0, description="adam's and yogi's τ")
+    schedule: Schedule = Schedule.model_validate({})
 
     @property
     def rule(self) -> Optimizer:
         return Optimizer(self.optimizer, self.beta1, self.beta2, self.epsilon)
+
+
+class CheckpointConfig(_Section):
+    """When a run saves all that it needs to continue (and always when a signal ends it)."""
+
+    rounds: int | None = Field(None, ge=1, description="after every so many rounds")
+    minutes: float | None = Field(
+        10.0,
+        gt=0,
+        description="when the last one is so many minutes old (null: never by time), and has not cost a tenth of "
+        "the time since",
+    )
+    keep: int = Field(2, ge=1, description="the last so many are kept")
 
 
 class Config(_Section):
@@ -101,7 +140,13 @@ class Config(_Section):
 
     data: DataConfig
     model: _Model
-    clients: int = Field(ge=1)
+    mode: Literal["federated", "data_parallel"] = Field(
+        "federated",
+        description="data_parallel: every rank trains one client with its share of the data, one step a round",
+    )
+    clients: int = Field(
+        0, ge=0, description="how many (data_parallel: the number of ranks, which is the default there)"
+    )
     partition: _Partition = Choice(name="iid")
     cohort: StrictInt | StrictFloat | None = Field(
         None, description="clients a round: a number, or a fraction as a float (default: all)"
@@ -117,6 +162,11 @@ class Config(_Section):
     server: ServerConfig = ServerConfig.model_validate({})
     loss: Literal[tuple(OBJECTIVES)] = "cross_entropy"  # type: ignore[valid-type]
     method: _Method
+    comm: Literal["auto", "mpi", "gloo", "nccl"] = Field(
+        "auto",
+        description="what connects the ranks: MPI, or torch.distributed's Gloo (CPU) or NCCL (GPU); auto: MPI "
+        "under mpirun, mpiexec and srun with PMI, else NCCL if each rank has its own GPU, else Gloo",
+    )
     topology: Literal["allreduce", "aggregator"] = Field(
         "allreduce", description="allreduce: ranks are peers; aggregator: rank 0 aggregates, the others train"
     )
@@ -124,6 +174,7 @@ class Config(_Section):
     store_folder: str | None = Field(
         None, description="for store: mmap (default: the system's temporary folder)"
     )
+    checkpoint: CheckpointConfig = CheckpointConfig.model_validate({})
     reproducible: bool = Field(
         False, description="the same bits at any number of ranks: one thread a rank, fixed-point sums"
     )
@@ -134,6 +185,27 @@ class Config(_Section):
         ge=1,
         description="torch threads a rank (default: 1 or this rank's share of the cores, whichever is faster)",
     )
+
+    @model_validator(mode="after")
+    def _mode(self) -> Config:
+        if self.mode == "federated":
+            if not self.clients:
+                raise ValueError("clients: required, not given")
+            return self
+        wrong = {
+            "cohort": (self.cohort is None, "none (every rank trains in every round)"),
+            "dropout": (self.dropout == 0, "0"),
+            "topology": (self.topology == "allreduce", "allreduce"),
+            "local.steps": (
+                self.local.steps in (None, 1) and self.local.epochs is None,
+                "1, and no local.epochs",
+            ),
+            "local.momentum": (self.local.momentum == 0, "0 (use server.optimizer: momentum)"),
+        }
+        for key, (fits, expected) in wrong.items():
+            if not fits:
+                raise ValueError(f"{key}: expected {expected} with mode: data_parallel")
+        return self
 
     @model_validator(mode="after")
     def _cohort(self) -> Config:
@@ -155,9 +227,24 @@ class Config(_Section):
     def rounds_per_epoch(self) -> int:
         return -(-self.clients // self.cohort_size)
 
-    @property
-    def server_lr(self) -> float:
-        return self.local.lr if self.server.lr is None else self.server.lr
+    def server_lr(self, t: int) -> float:
+        """η in round ``t``."""
+        lr = self.local.lr if self.server.lr is None else self.server.lr
+        return lr * self.server.schedule.factor(t, self.rounds)
+
+    def for_ranks(self, ranks: int) -> Config:
+        """The configuration of a run of so many ranks, which in data-parallel mode are its clients.
+
+        Raises:
+          ConfigError: another number of clients was asked for.
+        """
+        if self.mode == "federated":
+            return self
+        if self.clients not in (0, ranks):
+            raise ConfigError(
+                f"clients: expected {ranks}, the ranks, with mode: data_parallel, got {self.clients}"
+            )
+        return self.model_copy(update={"clients": ranks})
 
     def plain(self) -> dict[str, Any]:
         """The resolved configuration as YAML types."""

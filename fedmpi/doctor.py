@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections import Counter
+from collections.abc import Sequence
 
 import fedmpi
-from fedmpi.comm.connect import connect, launcher
+from fedmpi.comm.connect import connect, reason
+from fedmpi.comm.launcher import launcher
+from fedmpi.comm.placement import Seat, seats
 from fedmpi.errors import CommError
 
 
@@ -15,7 +19,7 @@ def examine() -> int:
     """Print what rank 0 finds; returns 0 when everything that was started works."""
     import torch
 
-    found = launcher()
+    launch = launcher()
     facts = {
         "fedmpi": fedmpi.__version__,
         "python": f"{platform.python_version()} ({sys.executable})",
@@ -23,23 +27,43 @@ def examine() -> int:
         "GPUs": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
         "cores": f"{len(os.sched_getaffinity(0))} for this process",
         "launcher": "none: this process was started alone"
-        if found is None
-        else f"{found[0]}, {found[1]} ranks",
+        if launch is None
+        else f"{launch.name}, {launch.size} ranks",
         "Slurm job": os.environ.get("SLURM_JOB_ID", "none"),
     }
     problem = ""
-    rank = 0
+    rank, places = 0, []
     try:
-        rank = connect().rank
-        facts |= {f"MPI {name}": value for name, value in _mpi().items()}
+        comm = connect()
+        rank, places = comm.rank, seats(comm)
+        facts["comm"] = f"{comm.name}, {comm.size} ranks on {comm.device.type}: {reason()}"
+        if launch is None or launch.mpi:
+            facts |= {f"MPI {name}": value for name, value in _mpi().items()}
     except CommError as error:
         problem = str(error)
     if rank == 0:
         for name, value in facts.items():
             print(f"{name:<28}{value}")
+        if places:
+            print("", *chart(places), sep="\n")
         if problem:
             print(f"fedmpi: {problem}", file=sys.stderr)
     return 1 if problem or "WRONG" in facts.get("MPI a real collective", "") else 0
+
+
+def chart(places: Sequence[Seat]) -> list[str]:
+    """The map of the ranks, a line each."""
+    width = max(len("machine"), *(len(place.host) for place in places)) + 2
+    lines = [f"{'rank':<6}{'machine':<{width}}local rank  threads  GPU"]
+    holders = Counter((place.host, place.gpu) for place in places)
+    for place in places:
+        sharing = holders[place.host, place.gpu] - 1
+        gpu = place.gpu + (f", shared with {sharing} more" if place.gpu and sharing else "")
+        lines.append(
+            f"{place.rank:<6}{place.host:<{width}}{place.local_rank:<12}"
+            f"{place.cpus if place.cpus == 1 else f'1 or {place.cpus}':<9}{gpu or 'none'}"
+        )
+    return lines
 
 
 def _mpi() -> dict[str, str]:

@@ -26,5 +26,13 @@ class CommError(FedMPIError):
     """Ranks that cannot work together (no MPI, different configurations, a rank that failed)."""
 
 
+class CheckpointError(FedMPIError):
+    """A checkpoint that cannot be written, or is not what was written, or is of another run."""
+
+
+class Stopped(FedMPIError):
+    """A signal ended the run after a round; a checkpoint holds all of it."""
+
+
 class NumericalError(FedMPIError):
     """A number that stops being one (NaN or infinity in a loss or an update)."""

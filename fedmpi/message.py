@@ -128,6 +128,40 @@ def to_bytes(message: Message) -> bytes:
     return b"".join(parts)
 
 
+def row_nbytes(layout: Layout) -> int | None:
+    """Bytes of one client's message where every one has the same size; None with a ragged array."""
+    if any(field.ragged for field in layout.values()):
+        return None
+    return sum(math.prod(field.row) * field.dtype.itemsize for field in layout.values())
+
+
+def to_rows(message: Message) -> Tensor:
+    """Messages without ragged arrays as bytes alone, uint8 ``(C, row_nbytes)``: both ends know the layout."""
+    arrays = [
+        a.reshape(len(a), math.prod(a.shape[1:])).contiguous().view(torch.uint8)
+        for a in message.arrays.values()
+    ]
+    return arrays[0] if len(arrays) == 1 else torch.cat(arrays, 1)
+
+
+def from_rows(rows_CB: Tensor, layout: Layout) -> Message:
+    """The inverse of :func:`to_rows`, whose arrays stand in the layout's order.
+
+    Raises:
+      MessageError: rows of another length.
+    """
+    if rows_CB.shape[1] != row_nbytes(layout):
+        raise MessageError(f"message: rows of {rows_CB.shape[1]} bytes, expected {row_nbytes(layout)}")
+    arrays, at = {}, 0
+    for name, field in layout.items():
+        size = math.prod(field.row) * field.dtype.itemsize
+        # A copy where it is a part of the row: a view of wider numbers needs aligned bytes.
+        part_CB = rows_CB[:, at : at + size].clone(memory_format=torch.contiguous_format)
+        arrays[name] = part_CB.view(field.dtype).view(len(rows_CB), *field.row)
+        at += size
+    return Message(arrays)
+
+
 class _Reader:
     """Takes bytes from a buffer and never past its end."""
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fedmpi import random
+from fedmpi.errors import ConfigError
 from fedmpi.message import Layout, Message
 from fedmpi.spec import Spec
 
@@ -98,12 +99,15 @@ class Compressor(ABC):
         round, with the same shared state): gradients of several clients may be summed before they are encoded.
       replayable: a message decodes to the same vector whenever it is decoded, without any state.
       integer: decoded values are small integers, summed as integers, one vote a client.
+      merged: the array, the message's only one, whose parts can be averaged apart (:meth:`merge`) and sent on in
+        the same form: ranks then share out the averaging, and nobody receives everybody's message.
       counters: names of what :meth:`count` counts, shown in every round's metrics.
     """
 
     additive: bool = False
     replayable: bool = True
     integer: bool = False
+    merged: str | None = None
     counters: tuple[str, ...] = ()
 
     def __init__(self, spec: Spec, size: int | None = None) -> None:
@@ -134,6 +138,11 @@ class Compressor(ABC):
     def lift(self, v_CS: Tensor, ctx: Context) -> Tensor:
         """The gradients ``(C, D)`` that decoded vectors stand for (identity where S = D)."""
         return v_CS
+
+    def merge(self, rows_WN: Tensor, start: int, round: Round) -> Tensor:
+        """What ``W`` senders' entries ``start`` … ``start + N`` (a multiple of 8) of the array :attr:`merged` come to
+        ``(N,)``: what one sender would send for their mean, as the server would have decided on it."""
+        raise AssertionError(f"{type(self).__name__}.merged is None")
 
     def count(self, message: Message) -> dict[str, int]:
         """Counts of this message for the metrics; keys are :attr:`counters`."""
@@ -180,6 +189,26 @@ class Server(ABC):
     def first(self, state: State, mean_S: Tensor, round: Round) -> State:
         """The state (or view) after the first of two passes, whose clients' vectors have the mean ``mean_S``."""
         return state
+
+    def memory(self) -> State:
+        """What :meth:`gradient` needs between rounds: the part of a state that knows nothing of parameters.
+
+        Raises:
+          ConfigError: this server changes parameters itself, and has no :meth:`gradient`.
+        """
+        raise ConfigError(
+            "method: expected one whose server only averages, this one changes parameters itself; "
+            "train with it through `fedmpi train`, also with mode: data_parallel"
+        )
+
+    def gradient(self, memory: State, mean_S: Tensor, round: Round) -> tuple[Tensor, State]:
+        """The gradient ``(D,)`` that a round's mean stands for, and the new memory: for jobs that step with an
+        optimizer of their own (a DDP hook). ``first`` and ``shared`` take a memory in a state's place there.
+
+        Raises:
+          ConfigError: as :meth:`memory`.
+        """
+        return mean_S, self.memory()
 
     def prepare(self, state: State, g_D: Tensor) -> State:
         """The state before round 0 of a server with ``samples``; ``g_D`` is the accumulated gradient of local

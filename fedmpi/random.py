@@ -102,9 +102,10 @@ def integers(key: int | Tensor, n: int, high: int, device: torch.device | None =
     return (_shift(bits(key, n, device=device), 32) * high) >> 32
 
 
-def coins(key: int | Tensor, n: int, device: torch.device | None = None) -> Tensor:
-    """``n`` fair coins, bool; coin i is bit ``i % 64`` of word ``i // 64``."""
-    words = bits(key, -(-n // 64), device=device)
+def coins(key: int | Tensor, n: int, device: torch.device | None = None, start: int = 0) -> Tensor:
+    """``n`` fair coins, bool; coin i is bit ``i % 64`` of word ``i // 64``. They begin with coin ``start``, a
+    multiple of 64."""
+    words = bits(key, -(-n // 64), start // 64, device=device)
     shifts = torch.arange(64, device=words.device)
     return ((words[..., None] >> shifts) & 1).flatten(-2)[..., :n].bool()
 

@@ -48,6 +48,10 @@ class Spec:
         """D."""
         return sum(self.sizes)
 
+    def plain(self) -> dict[str, list[int]]:
+        """Name → shape, as JSON types."""
+        return {name: list(shape) for name, shape in zip(self.names, self.shapes, strict=True)}
+
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Each parameter as a view of ``flat`` ``(..., D)``, shaped ``(..., *shape)``."""
         parts = flat.split(self.sizes, dim=-1)

@@ -80,6 +80,11 @@ ensure_mpich() {
     export FEDMPI_MPICH=$MPICH
 }
 
+# Slurm from the system's packages, for the tests: only root can install it.
+ensure_slurm() {
+    "$ROOT/slurm/test-cluster.sh" install
+}
+
 cores() { # processors that this process may use, a container's quota included
     local n quota period
     n=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc obeys both

@@ -2,7 +2,12 @@
 # Lint, format, types and tests, from a fresh machine with Python 3.10+:
 #     ./launch/test.sh [--full] [pytest arguments]
 # --full runs the tests marked "slow" too (and sets FEDMPI_FULL=1). Everything is installed into .venv, a second MPI
-# (MPICH) into .mpich, named to the tests by FEDMPI_MPICH. All steps run; the exit code is 0 only if all passed.
+<<<<<<< HEAD
+# (MPICH) into .mpich, named to the tests by FEDMPI_MPICH; root gets Slurm from the system's packages. All steps run;
+=======
+# (MPICH) into .mpich, named to the tests by FEDMPI_MPICH; Horovod is built once, which takes minutes. All steps run;
+>>>>>>> horovod
+# the exit code is 0 only if all passed.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -10,8 +15,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [[ " $* " != *" --full "* ]] || export FEDMPI_FULL=1 # tests/conftest.py knows --full too
 
 cd "$ROOT"
-ensure_venv mpi,test,dev
+ensure_venv mpi,test,dev,hf
 ensure_mpich || echo "warning: no MPICH here; the tests that need it will be skipped" >&2
+<<<<<<< HEAD
+ensure_slurm || echo "warning: no Slurm here; the tests that need it will be skipped" >&2
+=======
+"$ROOT/launch/install-horovod.sh" || echo "warning: no Horovod here; its tests will be skipped (with CI=true: fail)" >&2
+>>>>>>> horovod
 mpi_env "$(cores)" # the tests start mpirun themselves
 
 failed=()

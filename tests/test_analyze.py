@@ -134,14 +134,14 @@ def test_a_round_of_one_client_is_an_epoch_of_algorithm_2() -> None:
 def test_schedules_change_both_rates() -> None:
     local: list[float] = []
     server: list[float] = []
-    run = Watched(configuration.parse({**CENTRAL, "rounds": 6}), lambda sent: None, "steps")
+    run = Watched(configuration.parse({**CENTRAL, "rounds": 5}), lambda sent: None, "linear")
 
     def note(t: int) -> None:
         local.append(run.simulation.trainer.local.lr)
-        server.append(run.simulation.config.server_lr)
+        server.append(run.simulation.config.server_lr(t))
 
     run.train("", True, after=note)
-    assert local == server == pytest.approx([0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005])
+    assert local == server == pytest.approx([0.05, 0.04, 0.03, 0.02, 0.01])
 
 
 def write_config(folder: Path, **values: Any) -> str:
@@ -320,8 +320,28 @@ def test_the_defence_clips_and_adds_noise() -> None:
     assert float(noise_D.std()) == pytest.approx(0.05, rel=0.05)
 
 
+def test_what_cannot_be_done_is_said_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path, **{**CENTRAL, "method": {"name": "topk"}})
+    (tmp_path / "file").write_text("")
+    for analysis in ("subspace", "positions", "inversion"):
+        assert main(["analyze", analysis, path, "--out", str(tmp_path / "file"), "rounds=1000000"]) == 2
+        said = capsys.readouterr().err
+        assert said == f"fedmpi: --out: cannot write to {tmp_path / 'file'}: File exists\n"
+    inversion = ["analyze", "inversion", path, "--out", str(tmp_path / "out")]
+    for wrong, message in {
+        "--noise=0.1": "--noise: expected at least 0, and with it a --clip above 0, got 0.1 and None",
+        "--clip=0": "got 0 and 0.0",
+        "--methods=dense; tokp": "METHOD.name: unknown 'tokp'; did you mean 'topk'?",
+        "--methods={name": "--methods: expected names or {name: …} with semicolons between",
+    }.items():
+        assert main([*inversion, wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_inversion_command(tmp_path: Path) -> None:
-    """A full gradient gives the image away, its signs do not, nor does one that is clipped and noised."""
+    """A full gradient gives the image away; one that is clipped and noised does so less."""
     path = write_config(tmp_path, **{**CENTRAL, "model": {"name": "fcn", "hidden": 20}})
     out = tmp_path / "out"
     command = ["analyze", "inversion", path, "--out", str(out), "--quiet", "--images", "1"]

@@ -52,7 +52,7 @@ def test_every_shipped_method_trains_under_mpirun(openmpi: Mpi, tmp_path: Path) 
     """20 rounds of each of configs/methods on two ranks, both topologies: finite, and the loss goes down. That both
     ranks hold the same parameters is asserted by the job itself."""
     paths = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
-    assert len(paths) >= 17
+    assert len(paths) >= 18
     jobs = [
         {**config.load(path, ["rounds=20"]).plain(), "topology": topology}
         for path in paths

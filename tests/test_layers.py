@@ -26,10 +26,12 @@ LAYERS = {
     "engine": BASE | {"comm", "config", "method", "methods", "message", "spec", "tasks"},
     "analysis": BASE
     | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks", "validation"},
+    "integrations": BASE
+    | {"comm", "engine", "message", "method", "methods", "spec", "validation"},  # never what runs a job
     "doctor": {"comm", "errors"},
-    "cli": {"analysis", "comm", "config", "doctor", "engine", "errors", "spec", "tasks"},
+    "cli": {"integrations", "analysis", "comm", "config", "doctor", "engine", "errors", "spec", "tasks"},
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": {"integrations"},  # on demand
 }
 
 

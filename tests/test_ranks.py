@@ -99,6 +99,8 @@ def test_doctor_does_a_real_collective(mpi: Mpi) -> None:
     done = mpi(2, "-m", "fedmpi", "doctor")
     assert done.returncode == 0, done.stderr
     assert "sums and gathers correctly" in done.stdout
+    assert "2 ranks on cpu: mpi" in done.stdout  # and why: mpirun or mpiexec starts MPI ranks
+    assert "starts MPI ranks" in done.stdout
     assert ("MPICH" if mpi.name == "mpich" else "Open MPI") in done.stdout
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +75,7 @@ def _subspace_arguments(actions: _Commands) -> None:
         default=True,
         help="principal gradients of the centred gradients (the numbers are reported both ways)",
     )
-    subspace.add_argument("--schedule", choices=("constant", "cosine", "steps"), default="constant")
+    subspace.add_argument("--schedule", choices=("constant", "linear", "cosine"), default="constant")
     subspace.add_argument("--memmap", action="store_true", help="keep the gradients in a file, not in memory")
     subspace.set_defaults(run=_subspace)
 
@@ -183,13 +185,17 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from fedmpi.analysis.page import dump, write
     from fedmpi.analysis.sweep import sweep
     from fedmpi.comm import connect
-    from fedmpi.errors import FedMPIError
+    from fedmpi.errors import FedMPIError, Stopped
 
     comm = connect()
     out = arguments.out or Path("runs") / f"sweep-{arguments.over.stem}"
     options = (arguments.side_by_side, arguments.quiet)
     try:
         text, results = sweep(arguments.config, arguments.over, arguments.overrides, out, comm, *options)
+    except Stopped as stopped:
+        if comm.rank == 0:
+            print(f"fedmpi: {stopped}; the same command goes on from there", file=sys.stderr, flush=True)
+        return os.EX_TEMPFAIL
     except FedMPIError:
         if comm.rank == 0:  # all ranks share it: it is said once
             raise

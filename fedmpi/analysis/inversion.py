@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedmpi import methods, random
 from fedmpi.analysis.leak import Defence, Observed, Victim, attack, observe
-from fedmpi.analysis.page import Page, Table, png
+from fedmpi.analysis.page import Page, Table, png, prepare
 from fedmpi.analysis.plots import figure, mean_error
 from fedmpi.analysis.watch import Steps
 from fedmpi.config import Config
@@ -127,9 +127,14 @@ def analyze(
       What a claim rests on: mean PSNR, SSIM and MSE by method.
 
     Raises:
-      ConfigError: a method that does not fit, or data that are no images.
+      ConfigError: a method that does not fit, data that are no images, or noise without clip.
       FedMPIError: the data cannot be read, or ``out`` cannot be written.
     """
+    if noise < 0 or (noise and clip is None) or (clip is not None and clip <= 0):
+        raise ConfigError(
+            f"--noise: expected at least 0, and with it a --clip above 0, got {noise:g} and {clip}"
+        )
+    prepare(out, "--out")
     data = datasets.load(config.data.name, config.data.folder)
     if len(data.shape) != 3 or not data.train.x.is_floating_point():
         raise ConfigError(f"data: expected images (channels, height, width), got samples {data.shape}")

@@ -6,6 +6,7 @@ import html
 import io
 import json
 import re
+import tempfile
 from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,11 +92,29 @@ def write(path: Path, data: bytes, argument: str) -> None:
     Raises:
       ConfigError: it cannot be written; names the command line's ``argument``.
     """
+    prepare(path.parent, argument)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_aside(path, data)
     except OSError as error:
-        raise ConfigError(f"{argument}: cannot write to {path.parent}: {error.strerror or error}") from None
+        raise _unwritable(path.parent, argument, error) from None
+
+
+def prepare(folder: Path, argument: str) -> None:
+    """Make a folder: before long work, too, whose results will go there.
+
+    Raises:
+      ConfigError: it cannot be made or written to; names the command line's ``argument``.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, argument, error) from None
+
+
+def _unwritable(folder: Path, argument: str, error: OSError) -> ConfigError:
+    return ConfigError(f"{argument}: cannot write to {folder}: {error.strerror or error}")
 
 
 def dump(numbers: dict[str, Any]) -> bytes:

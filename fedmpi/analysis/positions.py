@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fedmpi.analysis.page import Page, Table, png
+from fedmpi.analysis.page import Page, Table, png, prepare
 from fedmpi.analysis.plots import COLOURS, figure, tidy
 from fedmpi.analysis.watch import Watched
 from fedmpi.config import Config
@@ -161,6 +161,7 @@ def analyze(
         "top-k": parse({"name": "topk", **shared}),
         "rTop-k": parse({"name": "rtopk", "r": r, **shared}),
     }
+    prepare(out, "--out")
     epochs = [e for e in epochs if e <= config.rounds // per_epoch]
     seen = {
         name: watch(config.model_copy(update={"method": method}), k, m, reference, epochs, per_epoch, quiet)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmpi.analysis.page import Page, Table, png
+from fedmpi.analysis.page import Page, Table, png, prepare
 from fedmpi.analysis.plots import figure, look, maps, tidy
 from fedmpi.analysis.watch import Mean, Watched
 from fedmpi.config import Config
@@ -162,7 +162,7 @@ def analyze(
       out: the folder.
       measure: the principal directions that are drawn explain 99 % of this.
       center: they are of the centred gradients.
-      schedule: a row of :data:`fedmpi.analysis.watch.SCHEDULES`.
+      schedule: of the learning rates: constant, linear or cosine.
       memmap: keep the gradients in a file of ``out`` while it runs, not in memory.
       quiet: show no progress.
 
@@ -172,11 +172,10 @@ def analyze(
     Raises:
       FedMPIError: as the run does, or ``out`` cannot be written.
     """
+    prepare(out, "--out")
     run = Watched(config, lambda sent: see(sent), schedule)
     mean, sizes = Mean(run.spec.size), run.simulation.partition.sizes
     file = out / "gradients.f32" if memmap else None
-    if file is not None:
-        out.mkdir(parents=True, exist_ok=True)
     gradients = Gradients(run.spec, config.rounds, file)
 
     def see(sent: Sent) -> None:

@@ -1,8 +1,8 @@
 """``fedmpi sweep``: a grid of values and seeds, several runs side by side, and one report at the end.
 
 Each run has a folder of its own under the sweep's ``runs``. A run is finished when it has a summary.json and was
-made from the configuration that the sweep asks for now; only those that are not are run, so a sweep that
-was interrupted goes on where it was. A run that fails leaves its message in error.txt and does not stop the others.
+made from the configuration that the sweep asks for now; only those that are not are run, from their last
+checkpoint where there is one. A run that fails leaves its message in error.txt and does not stop the others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedmpi.comm import Comm, together
 from fedmpi.comm.groups import split
 from fedmpi.engine.record import write_aside
 from fedmpi.engine.rounds import run
-from fedmpi.errors import ConfigError, FedMPIError
+from fedmpi.errors import ConfigError, FedMPIError, Stopped
 
 _ERROR = "error.txt"
 _KEPT = (  # of a run's summary, in the results
@@ -70,6 +70,7 @@ def sweep(
       Text for the user, and the results (on rank 0, and only if no run is left to others).
 
     Raises:
+      Stopped: a signal asked for it; the same command goes on from there.
       FedMPIError: the grid is wrong, or ``out`` cannot be written; not for a run that fails.
     """
     with together(comm, "reading the sweep"):
@@ -80,14 +81,15 @@ def sweep(
     tell = group.rank == 0 and not quiet
     started, ran = time.monotonic(), 0
     for i, job in enumerate(share):
-        if _finished(job, group):
+        state = _state(job, group)
+        if state == "finished":
             continue
         if tell:
             left = (
                 f", about {(time.monotonic() - started) / ran * (len(share) - i):.0f} s left" if ran else ""
             )
             print(f"run {i + 1}/{len(share)}: {job.name}{left}", file=sys.stderr, flush=True)
-        _run(job, group, quiet=quiet or side_by_side > 1)
+        _run(job, group, quiet=quiet or side_by_side > 1, resume=state == "begun")
         ran += 1
     comm.allgather(b"")  # the report waits for the slowest group
     if comm.rank:
@@ -113,22 +115,24 @@ def slurm_array(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
     return task, count
 
 
-def _finished(job: Job, group: Comm) -> bool:
-    """Rank 0 looks: the others may not see its disk."""
+def _state(job: Job, group: Comm) -> str:
+    """finished, begun or new, as rank 0 sees it: the others may not see its disk."""
     if group.rank:
-        return group.broadcast(b"") == b"yes"
+        return group.broadcast(b"").decode()
     same = False
-    if (job.folder / "summary.json").is_file():
-        with suppress(OSError, yaml.YAMLError):  # a damaged run is run again
-            same = yaml.safe_load((job.folder / "config.yaml").read_text()) == job.config.plain()
-    return group.broadcast(b"yes" if same else b"no") == b"yes"
+    with suppress(OSError, yaml.YAMLError):  # a damaged run is run again
+        same = yaml.safe_load((job.folder / "config.yaml").read_text()) == job.config.plain()
+    state = "new" if not same else "finished" if (job.folder / "summary.json").is_file() else "begun"
+    return group.broadcast(state.encode()).decode()
 
 
-def _run(job: Job, group: Comm, quiet: bool) -> None:
-    """One run; what goes wrong in it is written down."""
+def _run(job: Job, group: Comm, quiet: bool, resume: bool) -> None:
+    """One run, from its last checkpoint where it has one; what goes wrong in it is written down."""
     error = ""
     try:
-        run(job.config, group, job.folder, quiet=quiet)
+        run(job.config, group, job.folder, quiet=quiet, resume=resume)
+    except Stopped:  # by a signal, which is meant for the sweep
+        raise
     except FedMPIError as problem:  # on all ranks of the group alike
         error = str(problem)
     except Exception as problem:

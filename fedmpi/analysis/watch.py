@@ -5,7 +5,6 @@ Shape suffixes: C clients, D parameters.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -15,25 +14,21 @@ import torch
 from torch import Tensor
 
 from fedmpi.comm import solo
-from fedmpi.config import Config
+from fedmpi.config import Config, Schedule
 from fedmpi.engine.progress import Display
 from fedmpi.engine.rounds import Sent, Simulation
 from fedmpi.spec import Spec
 
-Schedule = Callable[[float], float]
-SCHEDULES: dict[str, Schedule] = {
-    "constant": lambda done: 1.0,
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    "steps": lambda done: 0.1 ** int(3 * done),
-}
-"""The learning rates' factor after a share of the rounds; steps: a tenth after each third."""
-
 
 class Watched:
-    """A run in this process: :meth:`train` gives each round's line of metrics, ``see`` what clients send."""
+    """A run in this process: :meth:`train` gives each round's line of metrics, ``see`` what clients send.
+
+    ``schedule`` (a name of :class:`fedmpi.config.Schedule`) is that of the clients' rates *and* the server's, as in
+    training without clients.
+    """
 
     def __init__(self, config: Config, see: Callable[[Sent], None], schedule: str = "constant") -> None:
-        self.config, self._schedule = config, SCHEDULES[schedule]
+        self.config, self._schedule = config, Schedule.model_validate({"name": schedule})
         self.simulation = Simulation(config, solo())
         self.simulation.observe = see
         self.simulation.set_threads()
@@ -49,7 +44,7 @@ class Watched:
         display, lines = Display(title, self.config.rounds, enabled=not quiet), []
         try:
             for t in range(self.config.rounds):
-                self._set_rate(self._schedule(t / self.config.rounds))
+                self._set_rate(self._schedule.factor(t, self.config.rounds))
                 lines.append(self.simulation.round(t))
                 display.round(lines[-1])
                 after(t)

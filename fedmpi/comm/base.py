@@ -1,7 +1,9 @@
 """The collectives that fedmpi needs, over buffers only: nothing is ever pickled.
 
 Every collective is called by all ranks in the same order. Wire bytes are what goes into and comes out of
-the collectives' buffers on this rank; how often the library moves them on the way is its own affair.
+the collectives' buffers on this rank; how often the library moves them on the way is its own affair. What
+a rank sends itself never counts. Bytes that all get count once where they come from; a tensor's rows count
+once for each other rank that they go to.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from fedmpi.errors import CommError, FedMPIError
@@ -20,25 +23,35 @@ class Comm(ABC):
 
     Attributes:
       rank, size: this rank and how many there are.
-      local_size: how many share this machine.
+      local_rank, local_size: this rank among those on its machine, and how many they are.
       name: how the ranks are connected, for people.
+      device: where tensors travel from without a copy; those of other devices are staged there and back.
       sent, received: wire bytes so far.
     """
 
     name: str
     rank: int
     size: int
+    local_rank: int
     local_size: int
+    device: torch.device = torch.device("cpu")
     sent: int = 0
     received: int = 0
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Add up each contiguous tensor over all ranks, in place, in the order given."""
-        if self.size > 1:
-            for tensor in tensors:
-                self._sum(tensor)
-                self.sent += tensor.nbytes
-                self.received += tensor.nbytes
+        """Add up each tensor over all ranks, in place, in the order given.
+
+        float16 and bfloat16 travel, and are added up, as float32 where the library cannot add them.
+        """
+        for tensor in tensors:
+            if self.size == 1 or not tensor.numel():
+                continue
+            wire = self._summable(self._stage(tensor))
+            self._sum(wire)
+            if wire.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(wire)
+            self.sent += wire.nbytes
+            self.received += wire.nbytes
 
     def broadcast(self, data: bytes, root: int = 0) -> bytes:
         """``root``'s bytes, on every rank."""
@@ -71,8 +84,75 @@ class Comm(ABC):
         self.received += sum(map(len, parts)) - len(data)
         return parts
 
+    def allgather_tensor(self, x: Tensor) -> Tensor:
+        """Every rank's ``x``, of one shape and dtype on all ranks: ``(W, *x.shape)`` in rank order."""
+        if self.size == 1 or not x.numel():
+            return x.new_empty((self.size, *x.shape)).copy_(x.detach())
+        wire = self._stage(x)
+        rows = wire.new_empty((self.size, *x.shape))
+        self._allgather_rows(_as_bytes(wire), _as_bytes(rows).view(self.size, -1))
+        self.sent += (self.size - 1) * x.nbytes
+        self.received += (self.size - 1) * x.nbytes
+        return rows.to(x.device)
+
+    def alltoall_tensor(self, x: Tensor) -> Tensor:
+        """Row r of ``x`` ``(W, ...)`` goes to rank r; returns ``(W, ...)``, whose row r is from rank r.
+
+        Raises:
+          CommError: ``x`` has not one row a rank.
+        """
+        if x.ndim == 0 or len(x) != self.size:
+            raise CommError(f"alltoall_tensor: expected x of {self.size} rows, got shape {tuple(x.shape)}")
+        if self.size == 1 or not x.numel():
+            return x.detach().clone(memory_format=torch.contiguous_format)
+        wire = self._stage(x)
+        result = torch.empty_like(wire)
+        self._alltoall_rows(_as_bytes(wire).view(self.size, -1), _as_bytes(result).view(self.size, -1))
+        self.sent += (self.size - 1) * x[0].nbytes
+        self.received += (self.size - 1) * x[0].nbytes
+        return result.to(x.device)
+
+    def alltoall(self, parts: Sequence[bytes]) -> list[bytes]:
+        """``parts[r]`` (of any length) goes to rank r; returns what each rank sent here, in rank order.
+
+        Raises:
+          CommError: there is not one part a rank.
+        """
+        if len(parts) != self.size:
+            raise CommError(f"alltoall: expected {self.size} parts, got {len(parts)}")
+        if self.size == 1:
+            return list(parts)
+        received = self._alltoall(parts)
+        self.sent += sum(map(len, parts)) - len(parts[self.rank])
+        self.received += sum(map(len, received)) - len(received[self.rank])
+        return received
+
+    def _stage(self, x: Tensor) -> Tensor:
+        """``x`` contiguous on :attr:`device`; a copy only where it is not. A host copy of GPU memory is pinned."""
+        x = x.detach()
+        if x.device == self.device:
+            return x.contiguous()
+        if self.device.type == "cpu":
+            return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
+        return x.contiguous().to(self.device)
+
+    def _summable(self, x: Tensor) -> Tensor:
+        """``x`` in a type that :meth:`_sum` can add."""
+        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+    # Buffers below are contiguous, on self.device and not empty; rows are uint8 (W, bytes).
+
     @abstractmethod
     def _sum(self, tensor: Tensor) -> None: ...
+
+    @abstractmethod
+    def _allgather_rows(self, row: Tensor, rows: Tensor) -> None: ...
+
+    @abstractmethod
+    def _alltoall_rows(self, sent: Tensor, received: Tensor) -> None: ...
+
+    @abstractmethod
+    def _alltoall(self, parts: Sequence[bytes]) -> list[bytes]: ...
 
     @abstractmethod
     def _broadcast(self, data: bytes, root: int) -> bytes: ...
@@ -88,8 +168,16 @@ class Comm(ABC):
         """End all ranks because this one failed alone. Under MPI it does not return."""
 
 
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.view(-1).view(torch.uint8)
+
+
 class RankError(CommError):
     """An error that another rank reported; every rank raises the same one."""
+
+
+class LostError(CommError):
+    """This rank lost the others (one ended, or did not come in time): each that notices says so itself."""
 
 
 @contextmanager

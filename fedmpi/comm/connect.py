@@ -1,54 +1,87 @@
-"""Finds out how this process was started and connects it to the other ranks."""
+"""Connects this process to the other ranks that its launcher started."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Literal, TypeAlias, get_args
 
 from fedmpi.comm.base import Comm
+from fedmpi.comm.launcher import Launch, launcher
 from fedmpi.comm.local import solo
 from fedmpi.errors import CommError
 
-# Which variable tells the number of ranks, by launcher. srun's PMIx and PMI do not tell the size of the
-# step; Slurm does.
-_SIZES = (("mpirun (Open MPI)", "OMPI_COMM_WORLD_SIZE"), ("mpiexec (MPICH)", "PMI_SIZE"))
+Choice: TypeAlias = Literal["auto", "mpi", "gloo", "nccl"]
+
 _INSTALL = "pip install 'fedmpi[mpi]' brings one (Open MPI), or load your cluster's MPI module"
 
 
-def launcher(environ: Mapping[str, str] = os.environ) -> tuple[str, int] | None:
-    """The launcher and its number of ranks; None for a process started alone."""
-    for name, variable in _SIZES:
-        if environ.get(variable, "").isdigit():
-            return name, int(environ[variable])
-    if "PMIX_RANK" in environ or "PMI_RANK" in environ:
-        size = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
-        return ("srun" if "SLURM_JOB_ID" in environ else "a PMI launcher"), int(size)
-    return None
+def connect(
+    comm: str = "auto", *, environ: Mapping[str, str] = os.environ, timeout: float | None = None
+) -> Comm:
+    """This process's end: one rank of many under mpirun, mpiexec, srun or torchrun, else the only rank.
 
+    A process that was started alone, or as the only rank, touches neither MPI nor torch.distributed.
 
-def connect(environ: Mapping[str, str] = os.environ) -> Comm:
-    """This process's end: one rank of many under mpirun, mpiexec or srun, else the only rank.
-
-    A process that was started alone, or as the only rank, never touches MPI.
+    Args:
+      comm: "mpi"; "gloo" or "nccl" of torch.distributed; "auto" for MPI under an MPI launcher, else NCCL
+        where every rank has a GPU of its own, else Gloo.
+      environ: the launcher's variables.
+      timeout: seconds that Gloo and NCCL wait for the other ranks (default: 300).
 
     Raises:
-      CommError: there should be several ranks, but no MPI library, or one of another launcher.
+      CommError: there should be several ranks, but this ``comm`` cannot connect them.
     """
-    found = launcher(environ)
-    if found is None or found[1] == 1:
+    if comm not in get_args(Choice):
+        raise CommError(f"comm: expected one of {', '.join(get_args(Choice))}, got {comm!r}")
+    if comm == "nccl":
+        from fedmpi.comm.torch import require_gpu
+
+        require_gpu()
+    launch = launcher(environ)
+    if launch is None or launch.size == 1:
         return solo()
-    name, size = found
+    if comm == "mpi" or (comm == "auto" and launch.mpi):
+        try:
+            return _mpi(launch)
+        except ImportError as error:
+            if comm == "mpi" or launch.variables != "slurm":  # srun's ranks can do without
+                raise CommError(
+                    f"{launch.name} started {launch.size} ranks, but mpi4py finds no MPI library ({error}); {_INSTALL}"
+                ) from None
+    from fedmpi.comm.torch import TIMEOUT, TorchComm
+
+    return TorchComm.start(comm, environ=environ, timeout=timeout or TIMEOUT)
+
+
+def reason(environ: Mapping[str, str] = os.environ) -> str:
+    """Why :func:`connect` takes what it takes by itself, for people."""
+    launch = launcher(environ)
+    if launch is None:
+        return "this process was started alone"
+    if launch.size == 1:
+        return f"{launch.name} started one rank"
+    if launch.mpi:
+        return f"{launch.name} starts MPI ranks"
+    return f"{launch.name} is no MPI launcher"
+
+
+def _mpi(launch: Launch) -> Comm:
+    """
+    Raises:
+      ImportError: there is no MPI library.
+      CommError: there is one, but of another launcher.
+    """
     try:
         from fedmpi.comm.mpi import MPIComm
 
         comm = MPIComm()
-    except (ImportError, RuntimeError) as error:
+    except RuntimeError as error:  # mpi4py's word for a library that cannot be loaded
+        raise ImportError(str(error)) from None
+    if comm.size != launch.size:
         raise CommError(
-            f"{name} started {size} ranks, but mpi4py finds no MPI library ({error}); {_INSTALL}"
-        ) from None
-    if comm.size != size:
-        raise CommError(
-            f"{name} started {size} ranks, but {comm.name} sees {comm.size}: mpi4py uses another MPI than "
-            "the launcher; start with that MPI's own mpirun, or point MPI4PY_LIBMPI to the launcher's library"
+            f"{launch.name} started {launch.size} ranks, but {comm.name} sees {comm.size}: mpi4py uses another "
+            "MPI than the launcher; start with that MPI's own mpirun, point MPI4PY_LIBMPI to the launcher's "
+            "library, or take comm: gloo"
         )
     return comm

@@ -24,6 +24,9 @@ def split(comm: Comm, groups: int) -> tuple[Comm, int]:
     from fedmpi.comm.mpi import MPIComm
 
     number = comm.rank * groups // comm.size
+    if not isinstance(comm, MPIComm):
+        raise CommError(f"--side-by-side: expected ranks of MPI (mpirun, mpiexec, srun), got {comm.name}")
     group: Comm = MPIComm(MPI.Intracomm(MPI.COMM_WORLD.Split(number, comm.rank)))
-    group.local_size = comm.local_size  # the machine's cores are shared with the other groups
+    # The machine's cores are shared with the other groups.
+    group.local_rank, group.local_size = comm.local_rank, comm.local_size
     return group, number

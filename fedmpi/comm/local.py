@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from fedmpi.comm.base import Comm
+from fedmpi.comm.base import Comm, LostError
 from fedmpi.errors import CommError
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ class _Meeting:
 
 class LocalComm(Comm):
     def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
-        self.rank, self.size, self.local_size = rank, size, size
+        self.rank, self.size, self.local_rank, self.local_size = rank, size, rank, size
         self.name = "threads" if size > 1 else "one process"
         self._meeting = meeting
 
@@ -40,7 +40,7 @@ class LocalComm(Comm):
         try:
             self._meeting.barrier.wait()
         except threading.BrokenBarrierError:
-            raise CommError(f"rank {self.rank}: another rank ended or did not come in time") from None
+            raise LostError(f"rank {self.rank}: another rank ended or did not come in time") from None
 
     def _sum(self, tensor: Tensor) -> None:
         def add(slots: list[Any]) -> Tensor:
@@ -60,6 +60,23 @@ class LocalComm(Comm):
 
     def _allgather(self, data: bytes) -> list[bytes]:
         return self._exchange(data, list)
+
+    def _allgather_rows(self, row: Tensor, rows: Tensor) -> None:
+        def copy(slots: list[Any]) -> None:
+            for mine, other in zip(rows, slots, strict=True):
+                mine.copy_(other)
+
+        self._exchange(row, copy)
+
+    def _alltoall_rows(self, sent: Tensor, received: Tensor) -> None:
+        def copy(slots: list[Any]) -> None:
+            for mine, others in zip(received, slots, strict=True):
+                mine.copy_(others[self.rank])
+
+        self._exchange(sent, copy)
+
+    def _alltoall(self, parts: Sequence[bytes]) -> list[bytes]:
+        return self._exchange(parts, lambda slots: [others[self.rank] for others in slots])
 
     def abort(self) -> None:
         self._meeting.barrier.abort()

@@ -93,12 +93,23 @@ class Trainer:
 
     The accumulated gradient is the sum of the local steps' directions, as in LBGM's Algorithm 1
     (lines 3 and 4); for plain SGD it is (θ₀ − θ_τ)/η, and for one step it is the gradient to the bit.
+
+    A client shuffles its samples afresh in every round, or, ``continuing`` (data-parallel training), goes on
+    where it was: it sees each sample once before it sees one again.
     """
 
     def __init__(
-        self, model: nn.Module, spec: Spec, loss: Callable[[Tensor, Tensor], Tensor], local: Local, seed: int
+        self,
+        model: nn.Module,
+        spec: Spec,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        local: Local,
+        seed: int,
+        continuing: bool = False,
     ) -> None:
         self.model, self.spec, self.loss, self.local, self.seed = model, spec, loss, local, seed
+        self.continuing = continuing
+        self._orders: dict[int, tuple[int, Tensor]] = {}
         self.theta_D = torch.empty(spec.size)
         self.grad_D = torch.zeros(spec.size)
         spec.bind(model, self.theta_D, self.grad_D)
@@ -160,16 +171,11 @@ class Trainer:
         self.theta_D.copy_(theta_D)
         self.model.train()
         velocity_D = torch.zeros_like(self.theta_D) if self.local.momentum else None
-        total, seen, order = 0.0, 0, index
+        total, seen = 0.0, 0
         for step in range(self.steps(n)):
-            epoch, turn = divmod(step, -(-n // batch))
-            if batch < n and turn == 0:
-                key = random.key(self.seed, round, client, f"batches {epoch}")
-                order = index[random.permutation(key, n)]
-            chosen = order[turn * batch : (turn + 1) * batch]
+            chosen = self._batch(index, batch, client, round, step)
             self.grad_D.zero_()
-            loss = self.loss(self.model(data.x[chosen]), data.y[chosen])
-            loss.backward()
+            loss = self._backward(data, chosen)
             direction_D = self.grad_D
             if self.local.weight_decay:
                 direction_D = direction_D.add(self.theta_D, alpha=self.local.weight_decay)
@@ -179,6 +185,35 @@ class Trainer:
                 direction_D = velocity_D.mul_(self.local.momentum).add_(direction_D)
             g_D.add_(direction_D)
             self.theta_D.add_(direction_D, alpha=-self.local.lr)
-            total += loss.item() * len(chosen)
+            total += loss * len(chosen)
             seen += len(chosen)
         return total / seen
+
+    def _batch(self, index: Tensor, batch: int, client: int, round: int, step: int) -> Tensor:
+        """The samples of a step."""
+        if batch == len(index):
+            return index
+        turns = -(-len(index) // batch)
+        if self.continuing:  # one step a round
+            round, turn = divmod(round, turns)
+            shuffle = 0
+        else:
+            shuffle, turn = divmod(step, turns)
+        key = random.key(self.seed, round, client, f"batches {shuffle}")
+        if self._orders.get(client, (None,))[0] != key:
+            if not self.continuing:
+                self._orders.clear()
+            self._orders[client] = key, index[random.permutation(key, len(index))]
+        return self._orders[client][1][turn * batch : (turn + 1) * batch]
+
+    def _backward(self, data: Split, chosen: Tensor) -> float:
+        """Add the gradient of the samples' mean loss, in so many parts as asked for; returns the loss."""
+        total = 0.0
+        mixed = self.local.precision == "bfloat16"
+        for part in chosen.chunk(self.local.accumulate):
+            with torch.autocast(self.theta_D.device.type, torch.bfloat16, enabled=mixed):
+                loss = self.loss(self.model(data.x[part]), data.y[part])
+            share = len(part) / len(chosen)
+            (loss if share == 1 else loss * share).backward()
+            total += loss.item() * share
+        return total

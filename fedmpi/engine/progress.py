@@ -42,7 +42,7 @@ class Display:
         self._enabled, self._rounds = enabled, rounds
         self._live: Progress | None = None
         self._started = self._printed = time.monotonic()
-        self._clients = self._up = self._down = 0
+        self._clients = self._up = self._down = self._before = 0
         self._accuracy: float | None = None
         if enabled and self._console.is_terminal:
             columns = (
@@ -55,10 +55,15 @@ class Display:
             self._task = self._live.add_task("", total=rounds, info="")
             self._live.start()
 
+    def start(self, done: int, sent: dict[str, int]) -> None:
+        """The rounds begin, ``done`` of them and ``sent`` bytes being of an earlier process."""
+        self._before, self._up, self._down = done, sent["upload"], sent["download"]
+        self._started = self._printed = time.monotonic()
+
     def say(self, text: str) -> None:
         """A line above the bar."""
         if text and self._enabled:
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def round(self, line: dict[str, Any]) -> None:
         if not self._enabled:
@@ -78,9 +83,9 @@ class Display:
         )
         if self._live is not None:
             self._live.update(self._task, completed=done, info=info)
-        elif done in (1, self._rounds) or now - self._printed > 5:
+        elif done in (self._before + 1, self._rounds) or now - self._printed > 5:
             self._printed = now
-            left = (now - self._started) / done * (self._rounds - done)
+            left = (now - self._started) / (done - self._before) * (self._rounds - done)
             print(f"round {done}/{self._rounds} {info} {left:.0f} s left", file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from safetensors.torch import save
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from torch import Tensor
 
 from fedmpi.errors import ConfigError
@@ -31,34 +36,59 @@ def write_aside(path: Path, data: bytes) -> None:
 class Record:
     """Writes a run's folder; on rank 0 only.
 
-    Raises:
+    Args:
+      folder: the run's folder.
+      config: the resolved configuration.
+      start: rounds that an earlier process did.
+      lines: their lines of metrics; None for a new run.
+
+    Raises (also later, from every method):
       ConfigError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, config: dict[str, Any], start: int = 0, lines: bytes | None = None
+    ) -> None:
         self.folder = folder
-        try:
+        with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
-            for old in [folder / "summary.json", folder / "model.safetensors", *folder.glob("events.*")]:
+            stale = [folder / "summary.json", folder / "model.safetensors"]
+            for old in stale if lines is not None else [*stale, *folder.glob("events.*")]:
                 old.unlink(missing_ok=True)  # of an earlier run: never shown as this one's
             write_aside(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
-            self._metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+            # In place of what lies there, be it longer or a link to elsewhere.
+            write_aside(folder / "metrics.jsonl", lines or b"")
+            self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            # Not SummaryWriter: its thread would wait for ever on a full disk.
+            self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+            if start:  # what an earlier process showed of these rounds is void
+                self._events.write_event(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise ConfigError(f"--out: cannot write to {folder}: {error.strerror or error}") from None
-        self._events = SummaryWriter(str(folder))
+            raise ConfigError(f"--out: cannot write to {self.folder}: {error.strerror or error}") from None
 
     def round(self, line: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
-        for name, value in line.items():
-            if name != "round" and value is not None:
-                self._events.add_scalar(name, value, line["round"])
+        with self._writing():
+            self._metrics.write(json.dumps(line) + "\n")
+            self._metrics.flush()
+            for name, value in line.items():
+                if name != "round" and value is not None:
+                    shown = scalar(name, value)
+                    self._events.write_event(Event(wall_time=time.time(), step=line["round"], summary=shown))
+            self._events.flush()
 
     def finish(self, summary: dict[str, Any], parameters: dict[str, Tensor]) -> None:
         tensors = {name: value.clone() for name, value in parameters.items()}
-        write_aside(self.folder / "model.safetensors", save(tensors))
-        write_aside(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        with self._writing():
+            write_aside(self.folder / "model.safetensors", save(tensors))
+            write_aside(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
 
     def close(self) -> None:
-        self._metrics.close()
-        self._events.close()
+        """What could not be written has been said."""
+        for file in (self._metrics, self._events):
+            with suppress(OSError):
+                file.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,16 +14,19 @@ from torch import Tensor, nn
 
 import fedmpi
 from fedmpi import methods, random
+from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, together
+from fedmpi.comm.placement import own_cpus
 from fedmpi.config import Config
+from fedmpi.engine.checkpoint import Checkpoints
 from fedmpi.engine.clients import Trainer, Update, cohort, place, survivors
 from fedmpi.engine.ledger import Bytes, Ledger, ratios
 from fedmpi.engine.progress import Display
 from fedmpi.engine.record import Record
-from fedmpi.engine.store import ClientStore, fits, make_store
+from fedmpi.engine.store import ClientStore, Kept, fits, make_store
 from fedmpi.engine.sums import LARGEST, from_fixed, to_fixed
-from fedmpi.engine.topology import TOPOLOGIES
-from fedmpi.errors import CommError, ConfigError, FedMPIError, NumericalError
+from fedmpi.engine.topology import TOPOLOGIES, Workers
+from fedmpi.errors import ConfigError, FedMPIError, NumericalError
 from fedmpi.message import Message, from_bytes, to_bytes
 from fedmpi.method import Compressor, Context, Round, State
 from fedmpi.methods.base import Setup
@@ -35,39 +37,84 @@ _CHUNK_VALUES = 1 << 22  # gradients of so many numbers are held at a time
 _TEST_BATCH = 512
 
 
-def run(config: Config, comm: Comm, out: Path | None = None, quiet: bool = False) -> dict[str, Any]:
+def run(
+    config: Config, comm: Comm, out: Path | None = None, quiet: bool = False, resume: bool = False
+) -> dict[str, Any]:
     """Train, and return the summary (the same on every rank).
 
     Args:
       config: the run.
       comm: this rank's end; every rank calls ``run`` with the same configuration.
-      out: the run's folder, written by rank 0.
+      out: the run's folder (rank 0's counts); without one nothing is written, and signals are not listened to.
       quiet: show nothing.
+      resume: continue from the last checkpoint in ``out``, where there is one.
 
     Raises:
+      Stopped: a signal asked for it; a checkpoint is written.
       FedMPIError: what a user can mend; the same error on every rank.
     """
     with together(comm, "preparing the run"):
+        config = config.for_ranks(comm.size)
         simulation = Simulation(config, comm)
-        record = Record(out, config.plain()) if out is not None and comm.rank == 0 else None
     handshake(comm, config, simulation.spec)
-    simulation.set_threads()
+    folder = comm.broadcast(str(out or "").encode()).decode()
     display = Display(config.method.name, config.rounds, enabled=comm.rank == 0 and not quiet)
-    display.say(simulation.memory)
     try:
-        for t in range(config.rounds):
-            line = simulation.round(t)
-            display.round(line)
-            if record:
-                record.round(line)
-        summary = simulation.summary()
-        if record:
-            record.finish(summary, simulation.spec.views(simulation.topology.parameters()))
+        display.say(simulation.memory)
+        if not folder:
+            _rounds(simulation, range(config.rounds), display)
+            return simulation.summary()
+        return _recorded(simulation, display, Path(folder), resume)
     finally:
         display.close()
+
+
+def _recorded(simulation: Simulation, display: Display, folder: Path, resume: bool) -> dict[str, Any]:
+    """Train with a folder for what comes of it."""
+    config, comm = simulation.config, simulation.comm
+    checkpoints = Checkpoints(folder, config.checkpoint, comm)
+    start, lines = checkpoints.load(simulation, display.say) if resume else (0, None)
+    display.start(start, simulation.bytes)
+    with together(comm, "preparing the run"):
+        record = None
+        if comm.rank == 0:
+            if start == 0:
+                checkpoints.forget(resume)
+            record = Record(folder, config.plain(), start, lines)
+    simulation.asks = checkpoints.asks
+    try:
+        with checkpoints.listening():
+            _rounds(simulation, range(start, config.rounds), display, record, checkpoints)
+        summary = simulation.summary()
+        with together(comm, "writing the results"):
+            if simulation.error is not None:
+                raise simulation.error
+            if record:
+                record.finish(summary, simulation.spec.views(simulation.topology.parameters()))
+    finally:
         if record:
             record.close()
     return summary
+
+
+def _rounds(
+    simulation: Simulation,
+    rounds: range,
+    display: Display,
+    record: Record | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> None:
+    simulation.set_threads()
+    for t in rounds:
+        line = simulation.round(t)
+        display.round(line)
+        if record:
+            try:
+                record.round(line)
+            except FedMPIError as error:  # the others are in the next round already: it ends all in there
+                simulation.error = error
+        if checkpoints:
+            checkpoints.after(simulation, t + 1)
 
 
 def handshake(comm: Comm, config: Config, spec: Spec) -> None:
@@ -76,26 +123,7 @@ def handshake(comm: Comm, config: Config, spec: Spec) -> None:
     Raises:
       CommError: on every rank, naming the first difference and both values.
     """
-    shapes = {name: list(shape) for name, shape in zip(spec.names, spec.shapes, strict=True)}
-    mine = {"fedmpi": fedmpi.__version__, "torch": torch.__version__, **config.plain(), "parameters": shapes}
-    offers = [json.loads(offer) for offer in comm.allgather(json.dumps(mine).encode())]
-    for rank, offer in enumerate(offers):
-        for path in sorted(_leaves(offers[0]).keys() | _leaves(offer).keys()):
-            first, other = _leaves(offers[0]).get(path, "nothing"), _leaves(offer).get(path, "nothing")
-            if first != other:
-                raise CommError(
-                    f"ranks disagree on {path}: rank 0 has {first!r}, rank {rank} has {other!r}; "
-                    "start all ranks with the same configuration and versions"
-                )
-
-
-def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {path: tree}
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves |= _leaves(value, f"{path}.{name}" if path else name)
-    return leaves
+    agree(comm, {**versions(), **config.plain(), "parameters": spec.plain()})
 
 
 class _Call(NamedTuple):
@@ -151,9 +179,12 @@ class Simulation:
                 f"method.samples: expected at most {len(self.data.train.y)} (the training set), "
                 f"got {self.method.server.samples}"
             )
-        self.topology = TOPOLOGIES[config.topology](comm, self.method, theta_D, config.reproducible, peers)
+        workers = config.mode == "data_parallel"
+        self.rounds_per_epoch = self._passes_of_data() if workers else config.rounds_per_epoch
+        kind = Workers if workers else TOPOLOGIES[config.topology]
+        self.topology = kind(comm, self.method, theta_D, config.reproducible, peers)
         self.objective = objectives.OBJECTIVES[config.loss]
-        self.trainer = Trainer(model, self.spec, self.objective.loss, config.local, config.seed)
+        self.trainer = Trainer(model, self.spec, self.objective.loss, config.local, config.seed, workers)
         self.ledger = Ledger(config.clients)
         # Clients that keep state stay on the rank that keeps it.
         self.homes = not self.clients.empty
@@ -163,11 +194,23 @@ class Simulation:
         self.counts: dict[str, int] = dict.fromkeys(self.method.up.counters, 0)
         self.accuracy = self.test_loss = float("nan")
         self.started = time.monotonic()
+        self.asks: Callable[[], tuple[bool, bool]] = lambda: (False, False)  # to stop, to save, by this rank
+        self.asked = (False, False)  # by any rank, as of the last round
+        self.error: FedMPIError | None = None  # of this rank, not known to the others yet
+
+    def kept(self) -> dict[str, Kept]:
+        """What this rank keeps of clients, for a checkpoint."""
+        workers, rank = self.topology.workers, self.comm.rank
+
+        def here(clients: Tensor) -> Tensor:
+            return place(clients, clients, workers, homes=True).get(rank, clients[:0])
+
+        return {"clients": Kept(self.clients, here, here), **self.topology.kept()}
 
     def set_threads(self) -> None:
         """Give torch the threads that the configuration asks for; without a wish, as many of this rank's share of
         the cores as make a step fastest (small models are faster on one)."""
-        config, share = self.config, len(os.sched_getaffinity(0)) // self.comm.local_size
+        config, share = self.config, own_cpus(self.comm)
         if config.reproducible or config.threads or share < 2:
             torch.set_num_threads(1 if config.reproducible else config.threads or 1)
             return
@@ -178,6 +221,11 @@ class Simulation:
     def _store(self, init: Callable[[], State]) -> ClientStore:
         config = self.config
         return make_store(init, config.store, config.clients, config.store_folder)
+
+    def _passes_of_data(self) -> int:
+        """Rounds in which a rank sees all its samples once."""
+        largest = int(self.partition.sizes.max())
+        return -(-largest // (self.config.local.batch or largest))
 
     def _memory(self, peers: ClientStore) -> str:
         """What clients' state will need on this machine; "" where they keep nothing.
@@ -195,7 +243,7 @@ class Simulation:
     def round(self, t: int) -> dict[str, Any]:
         """One round; returns its line of metrics."""
         started = time.monotonic()
-        call, status = self._call(t), _Status(self.method.up.counters)
+        call, status = self._call(t), _Status(self.method.up.counters, self.error)
         if t == 0 and self.method.server.samples:
             self._prepare()
         with status.watch():
@@ -216,13 +264,14 @@ class Simulation:
         called = cohort(config, self.partition, t)
         clients = survivors(config, called, t)
         samples = self.partition.sizes[clients]
-        # A client that was drawn by its number of samples counts once; so does a vote.
-        by_samples = self.method.server.weighted and config.sampling != "weighted"
+        # A client that was drawn by its number of samples counts once; so do a vote and a rank.
+        workers = config.mode == "data_parallel"
+        by_samples = self.method.server.weighted and config.sampling != "weighted" and not workers
         weights = (samples if by_samples else torch.ones_like(samples)).double()
-        placed = place(clients, samples, self.topology.workers, self.homes)
+        placed = place(clients, samples, self.topology.workers, self.homes or workers)
         mine = placed.get(comm.rank, clients[:0])
         chunks = mine.split(self.chunk) if len(mine) else ()
-        now = Round(config.seed, t, config.server_lr, config.rounds_per_epoch)
+        now = Round(config.seed, t, config.server_lr(t), self.rounds_per_epoch)
         return _Call(now, called, clients, weights / weights.sum(), placed, chunks)
 
     def _served(self, call: _Call) -> Tensor:
@@ -276,7 +325,9 @@ class Simulation:
         Raises:
           FedMPIError: the same on every rank.
         """
-        if status.collect(self.comm):
+        failed = status.collect(self.comm, self.asks())
+        self.asked = status.asked
+        if failed:
             with together(self.comm, f"round {t}"):
                 if status.error is not None:
                     raise status.error
@@ -400,10 +451,9 @@ _SUMMED = ("loss", "upload", "upload_values", "download", "download_values")
 class _Status:
     """What a rank counts in a pass, and whether it failed: added up over ranks in one small collective."""
 
-    def __init__(self, counters: tuple[str, ...]) -> None:
+    def __init__(self, counters: tuple[str, ...], error: FedMPIError | None) -> None:
         self.total = dict.fromkeys((*_SUMMED, *counters), 0)
-        self._counters = counters
-        self.error: FedMPIError | None = None
+        self._counters, self.error = counters, error
         self.reset()
 
     def reset(self) -> None:
@@ -422,12 +472,14 @@ class _Status:
         except FedMPIError as error:
             self.error = self.error or error
 
-    def collect(self, comm: Comm) -> bool:
-        """Add this pass's counts of all ranks to :attr:`total`; returns whether any rank failed."""
+    def collect(self, comm: Comm, asks: tuple[bool, bool]) -> bool:
+        """Add this pass's counts of all ranks to :attr:`total`, and ``asks`` up in :attr:`asked`; returns whether any
+        rank failed."""
         sent = (self.upload.all, self.upload.values, self.download.all, self.download.values)
-        sums = torch.tensor([self.loss, *sent, *self._counts.values(), self.error is not None])
+        sums = torch.tensor([self.loss, *sent, *self._counts.values(), *asks, self.error is not None])
         comm.sum([sums])
-        *counts, failed = sums.tolist()
+        *counts, stop, save, failed = sums.tolist()
+        self.asked = (bool(stop), bool(save))
         for name, n in zip(self.total, counts, strict=True):
             self.total[name] += n
         return bool(failed)

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,20 @@ class ClientStore:
     def empty(self) -> bool:
         """True when clients keep nothing."""
         return not self._template
+
+    @property
+    def template(self) -> State:
+        """The state of a client that never came, without the axis C."""
+        return self._template
+
+    @property
+    def known(self) -> Tensor:
+        """int64, increasing: the clients that have come."""
+        return torch.tensor(sorted(self._states), dtype=torch.int64)
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._states.clear()
 
     @property
     def row(self) -> int:
@@ -64,6 +79,13 @@ class MappedStore(ClientStore):
             with tempfile.TemporaryFile(dir=folder, prefix="fedmpi-state-") as file:
                 self._rows[name] = np.memmap(file, np.uint8, "w+", shape=(clients, max(1, value.nbytes)))
 
+    @property
+    def known(self) -> Tensor:
+        return self._known.nonzero()[:, 0]
+
+    def clear(self) -> None:
+        self._known.zero_()
+
     def _get(self, client: int) -> State:
         if not self._known[client]:
             return self._template
@@ -82,6 +104,27 @@ class MappedStore(ClientStore):
             for name, value in state.items():
                 if value[i].nbytes:
                     self._rows[name][client] = _raw(value[i].contiguous())
+
+
+Choice = Callable[[Tensor], Tensor]
+"""Of clients (int64, their ids) the positions of some."""
+
+
+def everybody(clients: Tensor) -> Tensor:
+    return torch.arange(len(clients))
+
+
+def nobody(clients: Tensor) -> Tensor:
+    return clients[:0]
+
+
+class Kept(NamedTuple):
+    """A store as a checkpoint sees it: of which clients this rank writes what it holds, and of which it must hold
+    the states after a resume. (Of a store that several ranks hold in full, one writes.)"""
+
+    store: ClientStore
+    saves: Choice
+    needs: Choice
 
 
 def _raw(value: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

@@ -28,13 +28,17 @@ def from_fixed(values: Tensor) -> Tensor:
 
 
 class Sum:
-    """The weighted sum of vectors of S numbers; an integer one counts votes in the smallest fitting type."""
+    """The weighted sum of vectors of S numbers; an integer one counts votes in the smallest fitting type.
 
-    def __init__(self, size: int, *, integer: bool, exact: bool, terms: int) -> None:
+    With ``flag`` one more number is summed over the ranks beside them: :attr:`flag_1`, a view.
+    """
+
+    def __init__(self, size: int, *, integer: bool, exact: bool, terms: int, flag: bool = False) -> None:
         self.integer, self.exact = integer, exact and not integer
         votes = next(t for t in (torch.int8, torch.int16, torch.int32) if terms <= torch.iinfo(t).max)
         dtype = votes if integer else torch.int64 if exact else torch.float32
-        self.total_S = torch.zeros(size, dtype=dtype)
+        self._all = torch.zeros(size + flag, dtype=dtype)
+        self.total_S, self.flag_1 = self._all[:size], self._all[size:]
         self.largest = LARGEST / max(terms, 1)  # so that no partial sum, on any rank, can wrap
 
     def add(self, v_CS: Tensor, weights_C: Tensor) -> None:
@@ -60,7 +64,7 @@ class Sum:
 
     def over(self, comm: Comm) -> None:
         """Sum over all ranks, too."""
-        comm.sum([self.total_S])
+        comm.sum([self._all])
 
     def value(self) -> Tensor:
         """The sum so far: float32, or votes as integers."""

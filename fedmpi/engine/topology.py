@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fedmpi.comm.base import Comm, together
-from fedmpi.engine.store import ClientStore
+from fedmpi.engine.exchange import build as build_exchange
+from fedmpi.engine.store import ClientStore, Kept, everybody, nobody
 from fedmpi.engine.sums import Sum
 from fedmpi.message import Message, concat, from_bytes, to_bytes
 from fedmpi.method import Compressor, Context, Method, Round, State, believed
@@ -30,6 +31,16 @@ class Topology(ABC):
 
     def __init__(self, comm: Comm, method: Method, exact: bool) -> None:
         self.comm, self.method, self.exact = comm, method, exact
+
+    def kept(self) -> dict[str, Kept]:
+        """What this rank keeps of each client as a receiver, by a name of lower-case letters. With ``state``, which
+        rank 0 always aggregates, it is all that a checkpoint saves of a topology."""
+        return {}
+
+    def load(self, state: State) -> None:
+        """Continue from what rank 0's ``state`` was; this rank's own is still that of θ₀, and what the stores of the
+        last :meth:`kept` hold has been loaded."""
+        self.state = state
 
     def parameters(self) -> Tensor:
         return self.method.server.parameters(self.state)
@@ -80,27 +91,62 @@ class AllReduce(Topology):
         self, up: Compressor, clients: Tensor, weights: Tensor, placed: dict[int, Tensor], round: Round
     ) -> None:
         super().start(up, clients, weights, placed, round)
-        self._sum = self.sum()
+        self._total = self.sum()
 
     def prepare(self, g_D: Tensor) -> None:
         self.state = self.method.server.prepare(self.state, g_D)
 
     def take(self, positions: Tensor, message: Message, before: State, ctx: Context) -> None:
         v_CS, _ = self.up.decompress(message, believed(self.up, before), ctx)
-        self._sum.add(v_CS, self.weights[positions])
+        self._total.add(v_CS, self.weights[positions])
+
+    def _mean(self) -> Tensor:
+        self._total.over(self.comm)
+        return self._total.value()
 
     def between(self) -> Tensor:
-        self._sum.over(self.comm)
-        mean_S = self._sum.value()
+        mean_S = self._mean()
         self.state = self.method.server.first(self.state, mean_S, self.now)
         return mean_S
 
     def finish(self) -> None:
-        self._sum.over(self.comm)
-        self.state = self.method.server.finish(self.state, self._sum.value(), self.now)
+        self.state = self.method.server.finish(self.state, self._mean(), self.now)
 
     def served(self, clients: int) -> Tensor:
         return torch.arange(self.comm.rank, clients, self.comm.size)
+
+
+class Workers(AllReduce):
+    """Data-parallel training: in every round each rank trains the client of its own number, and their messages meet
+    in the way that sends least (:mod:`fedmpi.engine.exchange`)."""
+
+    def __init__(self, comm: Comm, method: Method, theta_D: Tensor, exact: bool, peers: ClientStore) -> None:
+        super().__init__(comm, method, theta_D, exact, peers)
+        self._ways = {
+            codec: build_exchange(comm, codec, exact=exact) for codec in (method.first, method.up) if codec
+        }
+        self._peers = {codec: way.init() for codec, way in self._ways.items()}
+
+    def kept(self) -> dict[str, Kept]:
+        """Every rank keeps the same of all ranks; rank 0 writes it."""
+        peers, up = self._peers[self.method.up], self.method.up
+        self._copy = ClientStore(up.init_peer if peers else dict)
+        self._copy.put(torch.arange(self.comm.size), peers)
+        return {"peers": Kept(self._copy, everybody if self.comm.rank == 0 else nobody, everybody)}
+
+    def load(self, state: State) -> None:
+        super().load(state)
+        self._peers[self.method.up] = self._copy.get(torch.arange(self.comm.size))
+
+    def take(self, positions: Tensor, message: Message, before: State, ctx: Context) -> None:
+        self._sent = message, before, ctx
+
+    def _mean(self) -> Tensor:
+        message, before, ctx = self._sent
+        way = self._ways[self.up]
+        mean_S, self._peers[self.up] = way.mean(message, before, self._peers[self.up], ctx)
+        assert mean_S is not None  # every message was usable
+        return mean_S
 
 
 class Aggregator(Topology):
@@ -113,6 +159,17 @@ class Aggregator(Topology):
         self.workers = list(range(1, comm.size)) or [0]
         self.state = server.init(theta_D) if comm.rank == 0 else server.view(theta_D)
         self.peers = peers
+
+    def kept(self) -> dict[str, Kept]:
+        held = everybody if self.comm.rank == 0 else nobody
+        return {"peers": Kept(self.peers, held, held)}
+
+    def load(self, state: State) -> None:
+        server = self.method.server
+        if self.comm.rank == 0:
+            self.state = state
+        else:  # as a client that has missed all rounds
+            self.state = server.reconcile(self.state, server.download(state, 0), int(state["version"]))
 
     def start(
         self, up: Compressor, clients: Tensor, weights: Tensor, placed: dict[int, Tensor], round: Round

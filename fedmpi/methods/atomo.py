@@ -44,6 +44,10 @@ class AtomoOptions(Options):
         "largest",
     )
 
+    @property
+    def separable(self) -> bool:
+        return True
+
 
 class Atomo(Compressor):
     """Sends atoms of the layers where s of them take fewer numbers than the layer has; the rest is dense.

@@ -25,6 +25,11 @@ class Options(BaseModel):
 
     name: str = Field(description="the method")
 
+    @property
+    def separable(self) -> bool:
+        """It means the same applied to groups of tensors one by one: no number counts over the whole model."""
+        return False
+
 
 class FeedbackOptions(Options):
     """Options of a method that error feedback can wrap."""
@@ -104,6 +109,12 @@ class MeanServer(Server):
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         u_D, memory = self.optimizer.direction(unnest(state, "optimizer."), mean_S)
         return self.moved(state, state["theta"].add(u_D, alpha=-round.lr)) | nest(memory, "optimizer.")
+
+    def memory(self) -> State:
+        return {}
+
+    def gradient(self, memory: State, mean_S: Tensor, round: Round) -> tuple[Tensor, State]:
+        return mean_S, memory
 
     def moved(self, state: State, theta_D: Tensor) -> State:
         """Parameters, version and changes after a step from ``state`` to ``theta_D``."""

@@ -11,6 +11,12 @@ from fedmpi.methods.base import Entry, MeanServer, Options, Setup
 from fedmpi.spec import Spec
 
 
+class DenseOptions(Options):
+    @property
+    def separable(self) -> bool:
+        return True
+
+
 class Dense(Compressor):
     """Sends the D values of the accumulated gradient."""
 
@@ -26,12 +32,12 @@ class Dense(Compressor):
         return message.arrays["gradient"], peer
 
 
-def build(options: Options, spec: Spec, setup: Setup) -> Method:
+def build(options: DenseOptions, spec: Spec, setup: Setup) -> Method:
     return Method(Dense(spec), MeanServer(spec, setup.optimizer))
 
 
 ENTRY = Entry(
-    Options,
+    DenseOptions,
     build,
     summary="no compression: FedSGD, FedAvg",
     keeps="nothing",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedmpi.errors import ConfigError
 from fedmpi.message import Layout, Message
-from fedmpi.method import Compressor, Context, State, believed, nest, unnest
+from fedmpi.method import Compressor, Context, Round, State, believed, nest, unnest
 
 
 class Feedback(Compressor):
@@ -21,7 +21,7 @@ class Feedback(Compressor):
             )
         super().__init__(inner.spec)
         self.inner = inner
-        self.counters, self.replayable = inner.counters, inner.replayable
+        self.counters, self.replayable, self.merged = inner.counters, inner.replayable, inner.merged
 
     def init(self) -> State:
         return {"residual": torch.zeros(self.spec.size), **nest(self.inner.init())}
@@ -41,6 +41,9 @@ class Feedback(Compressor):
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         v_CD, after = self.inner.decompress(message, unnest(peer), ctx)
         return v_CD, nest(after)
+
+    def merge(self, rows_WN: Tensor, start: int, round: Round) -> Tensor:
+        return self.inner.merge(rows_WN, start, round)
 
     def count(self, message: Message) -> dict[str, int]:
         return self.inner.count(message)

@@ -77,12 +77,23 @@ class FetchServer(MeanServer):
         self.clear = options.removal == "clear"
 
     def init(self, theta_D: Tensor) -> State:
-        sketches = {name: torch.zeros(self.sketch.length) for name in ("momentum", "error")}
-        return super().init(theta_D) | sketches
+        return super().init(theta_D) | self.memory()
+
+    def memory(self) -> State:
+        return {name: torch.zeros(self.sketch.length) for name in ("momentum", "error")}
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
-        momentum_S = self.momentum * state["momentum"] + mean_S
-        error_S = state["error"].add(momentum_S, alpha=round.lr)
+        index_K, delta_K, memory = self._step(state, mean_S, round.lr)
+        return self.moved(state, state["theta"].index_add(0, index_K, delta_K, alpha=-1)) | memory
+
+    def gradient(self, memory: State, mean_S: Tensor, round: Round) -> tuple[Tensor, State]:
+        index_K, delta_K, memory = self._step(memory, mean_S, lr=1.0)
+        return torch.zeros(self.size).index_add(0, index_K, delta_K), memory
+
+    def _step(self, memory: State, mean_S: Tensor, lr: float) -> tuple[Tensor, Tensor, State]:
+        """Where and what Δ is, and the sketches without it."""
+        momentum_S = self.momentum * memory["momentum"] + mean_S
+        error_S = memory["error"].add(momentum_S, alpha=lr)
         # A run that has left the numbers goes on to the parameters, where the engine finds and names it.
         u_D = self.sketch.estimate(error_S[None])[0].nan_to_num(math.inf, math.inf, -math.inf)
         index_K = top_k(u_D[None], self.k)[0]
@@ -92,8 +103,7 @@ class FetchServer(MeanServer):
             momentum_S, error_S = (s_S.masked_fill(sketch_S != 0, 0) for s_S in (momentum_S, error_S))
         else:
             error_S = error_S - sketch_S
-        moved = self.moved(state, state["theta"].index_add(0, index_K, delta_K, alpha=-1))
-        return moved | {"momentum": momentum_S, "error": error_S}
+        return index_K, delta_K, {"momentum": momentum_S, "error": error_S}
 
 
 def build(options: FetchSgdOptions, spec: Spec, setup: Setup) -> Method:

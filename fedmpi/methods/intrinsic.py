@@ -165,6 +165,12 @@ class SubspaceServer(Server):
             memory = self.optimizer.init(self.width)
         return new | nest(memory, "optimizer.")
 
+    def memory(self) -> State:
+        return {}
+
+    def gradient(self, memory: State, mean_S: Tensor, round: Round) -> tuple[Tensor, State]:
+        return self.subspaces.lift(mean_S[None], round.epoch)[0], memory
+
     def _theta(self, base_D: Tensor, sigma_S: Tensor, epoch: int) -> Tensor:
         return base_D + self.subspaces.lift(sigma_S[None], epoch)[0]
 

@@ -19,6 +19,7 @@ from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, State, believed, nest, unnest
 from fedmpi.methods.base import Entry, FeedbackOptions, Options, Setup
+from fedmpi.methods.dense import DenseOptions
 from fedmpi.methods.feedback import Feedback
 from fedmpi.spec import Spec
 
@@ -46,8 +47,12 @@ class LookBackOptions(FeedbackOptions):
     )
     clusters: int = Option(8, ge=1, le=256, description="c, centroids, with keep: clustered")
     inner: SerializeAsAny[Options] = Option(
-        Options(name="dense"), description="the method whose messages it recycles"
+        DenseOptions(name="dense"), description="the method whose messages it recycles"
     )
+
+    @property
+    def separable(self) -> bool:
+        return self.scope == "tensor" and self.inner.separable
 
     @field_validator("threshold")
     @classmethod

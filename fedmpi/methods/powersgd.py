@@ -38,6 +38,10 @@ from fedmpi.spec import Spec
 class PowerOptions(FeedbackOptions):
     rank: int = Option(2, ge=1, description="r, the columns of P and Q of a layer")
 
+    @property
+    def separable(self) -> bool:
+        return True
+
 
 class Factors:
     """How the factors of all layers lie in flat vectors, row by row, and what they start from."""
@@ -166,6 +170,13 @@ class PowerServer(Server):
 
     def first(self, state: State, mean_S: Tensor, round: Round) -> State:
         return state | {"p": self.factors.orthonormal(mean_S)}
+
+    def memory(self) -> State:
+        return {"q": self.factors.q0_Q, "p": self.factors.p0_P}
+
+    def gradient(self, memory: State, mean_S: Tensor, round: Round) -> tuple[Tensor, State]:
+        g_D = self.factors.product(memory["p"], mean_S[None])[0]
+        return g_D, {"q": self.factors.warm(mean_S), "p": self.factors.p0_P}
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         p_P, lr = state["p"], torch.tensor(round.lr, dtype=torch.float32)

@@ -9,7 +9,8 @@ Readings, where the paper is terse or contradicts itself:
   at most W·k non-zeros, in the paper's own setting fewer than m. ``mask_from: compressed`` is that;
   ``dense`` is section 3.2: clients send whole gradients in the first epoch. Either way the means of all
   rounds of the first epoch are added up, and the model learns from them in the meantime. ``auxiliary`` is
-  section 4: the server trains on data of its own as a client does in a round, and prunes θ₀.
+  section 4: the server trains on data of its own as a client does in a round, and prunes θ₀. ``client`` is for
+  clients with different data, where one mask does not fit all: see :mod:`fedmpi.methods.prune_clients`.
 - The m entries of that sum with the largest magnitudes are kept. Equal ones (zeros above all) are taken
   in an order that the run's seed draws.
 - At the end of the epoch's last round: average, select, prune, then update the survivors with that average.
@@ -36,7 +37,7 @@ from torch import Tensor
 from fedmpi import random
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Layout, Message
-from fedmpi.method import Compressor, Context, Method, Round, State, nest, unnest
+from fedmpi.method import Compressor, Context, Method, Round, Server, State, nest, unnest
 from fedmpi.methods.base import (
     Entry,
     MeanServer,
@@ -47,6 +48,7 @@ from fedmpi.methods.base import (
     pack_changes,
 )
 from fedmpi.methods.dense import Dense
+from fedmpi.methods.prune_clients import ClientMasks, as_indices
 from fedmpi.methods.rtopk import RTopKOptions
 from fedmpi.methods.topk import TopKOptions
 from fedmpi.ops import bits
@@ -60,11 +62,12 @@ _NEAR_ZERO = 0.1
 class PruneOptions(Options):
     keep: float = Option(0.1, gt=0, le=1, description="m as a share of the parameters")
     m: int | None = Option(None, description="number of parameters kept; overrides keep")
-    mask_from: Literal["dense", "compressed", "auxiliary"] = Option(
+    mask_from: Literal["dense", "compressed", "auxiliary", "client"] = Option(
         "dense",
         description="what chooses the mask. dense: the mean of whole gradients, which clients send in the first "
         "epoch; compressed: that of the inner method's messages, as in Algorithm 1; auxiliary: the gradient "
-        "of the server's own samples, before round 0",
+        "of the server's own samples, before round 0; client: each client's own first gradient chooses a mask for "
+        "itself, which it uploads, and the model keeps the union of those of the first epoch",
     )
     samples: int = Option(
         256, ge=1, description="auxiliary: the server's samples, a random part of the training set"
@@ -149,11 +152,12 @@ class PruneServer(MeanServer):
     """Federated averaging, over all parameters until the first epoch is over, then over the survivors.
 
     ``kept`` are the survivors' indices, int64, increasing, and none before there is a mask; ``pruned`` is the
-    version with which it came.
+    version with which it came. What scores them is the last D of the numbers that sum: the gradient itself,
+    of which the largest ``m`` survive, or votes beside it, of which any one suffices (``m`` None).
     """
 
     def __init__(
-        self, spec: Spec, optimizer: Optimizer, m: int, scale: float, key: int, samples: int
+        self, spec: Spec, optimizer: Optimizer, m: int | None, scale: float, key: int, samples: int
     ) -> None:
         super().__init__(spec, optimizer, sparse=True)
         self.m, self.scale, self.key, self.samples = m, scale, key, samples
@@ -163,6 +167,8 @@ class PruneServer(MeanServer):
 
     def init(self, theta_D: Tensor) -> State:
         return super().init(theta_D) | {"sum": torch.zeros(self.size), "pruned": torch.tensor(0)}
+
+    memory, gradient = Server.memory, Server.gradient  # it sets parameters to zero
 
     def shared(self, state: State) -> State:
         return {"kept": state["kept"]}
@@ -180,21 +186,27 @@ class PruneServer(MeanServer):
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         if not len(state["kept"]):
-            sum_D = state["sum"] + mean_S
+            sum_D = state["sum"] + mean_S[-self.size :]
             if not round.ends_epoch:
-                return {**state, "sum": sum_D} | super().finish(state, mean_S, round)
+                return {**state, "sum": sum_D} | super().finish(state, mean_S[: self.size], round)
             state = self._prune(state, sum_D)
         kept_M = state["kept"]
         u_M, memory = self.optimizer.direction(unnest(state, "optimizer."), mean_S[kept_M])
         theta_D = state["theta"].index_add(0, kept_M, u_M, alpha=-round.lr)
         return state | self.moved(state, theta_D) | nest(memory, "optimizer.")
 
-    def _prune(self, state: State, sum_D: Tensor) -> State:
-        """``state`` without all but the ``m`` parameters whose gradients' sums are largest; version unchanged."""
+    def _select(self, sum_D: Tensor) -> Tensor:
+        """The survivors, by their gradients' sums or by their votes."""
+        if self.m is None:
+            return sum_D.nonzero()[:, 0]
         order_D = random.permutation(self.key, self.size)  # top_k takes the first of equals
         # What has left the numbers is kept, so that the engine finds it in the parameters.
         finite_D = sum_D.nan_to_num(math.inf)
-        kept_M = order_D[top_k(finite_D[order_D][None], self.m)[0]].sort().values
+        return order_D[top_k(finite_D[order_D][None], self.m)[0]].sort().values
+
+    def _prune(self, state: State, sum_D: Tensor) -> State:
+        """``state`` without all that do not survive; version unchanged."""
+        kept_M = self._select(sum_D)
         theta_D = torch.zeros_like(state["theta"]).index_copy_(0, kept_M, state["theta"][kept_M])
         memory = {name: value[kept_M] for name, value in unnest(state, "optimizer.").items()}
         pruned = {"theta": theta_D, "kept": kept_M, "pruned": state["version"] + 1, "sum": sum_D[:0]}
@@ -206,9 +218,8 @@ class PruneServer(MeanServer):
             return super().download(state, seen)
         arrays = pack_changes(state["theta"][kept_M], state["changed"][kept_M] > seen)
         if seen < int(state["pruned"]):
-            width = bits.index_width(self.size)
-            if bits.nbytes(self.m, width) < bits.nbytes(self.size):
-                arrays["mask.index"] = bits.pack_integers(kept_M[None], width)
+            if as_indices(len(kept_M), self.size):
+                arrays["mask.index"] = bits.pack_integers(kept_M[None], bits.index_width(self.size))
             else:
                 mask_D = torch.zeros(self.size, dtype=torch.bool).index_fill_(0, kept_M, True)
                 arrays["mask.map"] = bits.pack(mask_D[None])
@@ -217,7 +228,7 @@ class PruneServer(MeanServer):
     def reconcile(self, view: State, message: Message, version: int) -> State:
         arrays, kept_M = message.arrays, view["kept"]
         if "mask.index" in arrays:
-            kept_M = bits.unpack_integers(arrays["mask.index"], self.m, bits.index_width(self.size))[0]
+            kept_M = self._indices(arrays["mask.index"][0])
         elif "mask.map" in arrays:
             kept_M = bits.unpack(arrays["mask.map"], self.size)[0].nonzero()[:, 0]
         if not len(kept_M):
@@ -225,6 +236,14 @@ class PruneServer(MeanServer):
         theta_M = apply_changes(view["theta"][kept_M], arrays)
         theta_D = torch.zeros_like(view["theta"]).index_copy_(0, kept_M, theta_M)
         return {"theta": theta_D, "version": torch.tensor(version), "kept": kept_M}
+
+    def _indices(self, packed: Tensor) -> Tensor:
+        """A mask's indices: as many as were packed, which the bytes tell but for zeros that fill them up."""
+        width = bits.index_width(self.size)
+        if not width:  # a model of one parameter
+            return torch.zeros(1, dtype=torch.int64)
+        index_N = bits.unpack_integers(packed, 8 * len(packed) // width, width)
+        return index_N[: int(index_N.argmax()) + 1]  # they increase
 
 
 def build(options: PruneOptions, spec: Spec, setup: Setup) -> Method:
@@ -243,10 +262,12 @@ def build(options: PruneOptions, spec: Spec, setup: Setup) -> Method:
     if isinstance(inner, RTopKOptions) and inner.r is not None and not k <= inner.r <= m:
         raise ConfigError(f"method.inner.r: expected k = {k} to m = {m} (the parameters kept), got {inner.r}")
     after = methods.build(inner, Spec(("survivors",), ((m,),)), setup).up
-    before = methods.build(inner, spec, setup).up if options.mask_from == "compressed" else Dense(spec)
     scale = _NEAR_ZERO if options.init == "near_zero" else 1.0
     key = random.key(setup.seed, stream="ties of the mask")
     samples = options.samples if options.mask_from == "auxiliary" else 0
+    if options.mask_from == "client":
+        return Method(ClientMasks(spec, after, key), PruneServer(spec, setup.optimizer, None, scale, key, 0))
+    before = methods.build(inner, spec, setup).up if options.mask_from == "compressed" else Dense(spec)
     return Method(Prune(spec, before, after), PruneServer(spec, setup.optimizer, m, scale, key, samples))
 
 
@@ -254,9 +275,11 @@ ENTRY = Entry(
     PruneOptions,
     build,
     summary="m parameters survive the first epoch, top-k or rTop-k among them",
-    keeps="nothing (with feedback m residual, and D more with mask_from: compressed)",
-    sums="D",
+    keeps="nothing (with feedback m residual, and D more with mask_from: compressed); "
+    "with mask_from: client its mask, D bits, at both ends",
+    sums="D; 2 D with mask_from: client",
     source="Stationarity of Crucial Gradients in Deep Neural Networks, Algorithm 1",
     wraps=("topk", "rtopk"),
     example={"keep": 0.3, "mask_from": "compressed", "inner": {"name": "topk", "ratio": 0.05}},
+    variants={"of clients": {"mask_from": "client", "inner": {"name": "rtopk", "k": 12, "feedback": True}}},
 )

@@ -46,6 +46,10 @@ class QsgdOptions(Options):
         "l2", description="l2: as the paper analyses it; max: as its experiments do, with a smaller error"
     )
 
+    @property
+    def separable(self) -> bool:
+        return self.bucket is not None
+
 
 class Qsgd(Compressor):
     """Levels and signs as b planes of one bit a parameter (plane 0: signs), and a float32 norm a bucket."""

@@ -32,6 +32,10 @@ class RTopKOptions(TopKOptions):
         None, description="number of candidates, from k to D (default: 10 k, at most D parameters)"
     )
 
+    @property
+    def separable(self) -> bool:
+        return self.k is None and self.r is None
+
 
 class RTopK(Sparse):
     """A fresh draw of k out of the r candidates, by the client's key."""

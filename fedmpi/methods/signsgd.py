@@ -28,6 +28,10 @@ class SignOptions(FeedbackOptions):
         0.0, ge=0, lt=1, description="β of Signum: signs of the clients' momenta; 0: none"
     )
 
+    @property
+    def separable(self) -> bool:
+        return True
+
 
 class Sign(Compressor):
     """Bit 1 for a positive entry. The sign of 0 is a fair coin of the client's key.
@@ -38,6 +42,7 @@ class Sign(Compressor):
     def __init__(self, spec: Spec, scaled: bool, momentum: float = 0.0) -> None:
         super().__init__(spec)
         self.scaled, self.integer, self.momentum = scaled, not scaled, momentum
+        self.merged = None if scaled else "signs"
 
     def init(self) -> State:
         return {"momentum": torch.zeros(self.size)} if self.momentum else {}
@@ -62,6 +67,20 @@ class Sign(Compressor):
         v_CD = bits.unpack(message.arrays["signs"], self.size).to(torch.int8).mul_(2).sub_(1)
         return (v_CD * message.arrays["scale"][:, None] if self.scaled else v_CD), peer
 
+    def merge(self, rows_WN: Tensor, start: int, round: Round) -> Tensor:
+        n = 8 * rows_WN.shape[1]
+        votes_n = bits.unpack(rows_WN, n).sum(0, dtype=torch.int32).mul_(2).sub_(len(rows_WN))
+        return bits.pack(majority(votes_n, round, 8 * start)[None])[0]
+
+
+def majority(votes_n: Tensor, round: Round, start: int = 0) -> Tensor:
+    """Where the sum of ±1 is positive; a tie is the coin of its index, the same for everybody. The first vote is that
+    of parameter ``start``, a multiple of 64."""
+    positive_n, tie_n = votes_n > 0, votes_n == 0
+    if bool(tie_n.any()):
+        positive_n |= tie_n & random.coins(round.key("tie"), len(votes_n), start=start)
+    return positive_n
+
 
 class VoteServer(Server):
     """θ ← θ − η · sign(votes); a tie is a fair coin of the round's key, the same for everybody.
@@ -83,9 +102,7 @@ class VoteServer(Server):
         return self.view(theta_D) | history
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
-        positive_D, tie_D = mean_S > 0, mean_S == 0
-        if bool(tie_D.any()):
-            positive_D |= tie_D & random.coins(round.key("tie"), self.size)
+        positive_D = majority(mean_S, round)
         packed_1B, lr_1 = bits.pack(positive_D[None]), torch.tensor([round.lr], dtype=torch.float32)
         return {
             "theta": _step(state["theta"], packed_1B[0], lr_1[0]),
@@ -93,6 +110,12 @@ class VoteServer(Server):
             "signs": torch.cat([state["signs"], packed_1B])[-self.keep :],
             "lr": torch.cat([state["lr"], lr_1])[-self.keep :],
         }
+
+    def memory(self) -> State:
+        return {}
+
+    def gradient(self, memory: State, mean_S: Tensor, round: Round) -> tuple[Tensor, State]:
+        return majority(mean_S, round).float().mul_(2).sub_(1), memory
 
     def view(self, theta_D: Tensor) -> State:
         return {"theta": theta_D, "version": torch.tensor(0)}

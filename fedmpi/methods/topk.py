@@ -17,6 +17,10 @@ class TopKOptions(FeedbackOptions):
     ratio: float = Option(0.01, gt=0, le=1, description="k as a share of the parameters")
     k: int | None = Option(None, description="number of values sent; overrides ratio")
 
+    @property
+    def separable(self) -> bool:
+        return self.k is None
+
 
 class TopK(Sparse):
     def choose(self, g_CD: Tensor, ctx: Context) -> Tensor:

@@ -1,0 +1,272 @@
+"""Collectives over torch.distributed: Gloo on the CPU, NCCL on GPUs."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fedmpi.comm.base import Comm, LostError
+from fedmpi.comm.launcher import launcher
+from fedmpi.comm.placement import gpu_index
+from fedmpi.comm.rendezvous import Place, absent, brief, find, meet
+from fedmpi.errors import CommError
+
+TIMEOUT = 300.0
+
+# What Gloo and NCCL add up, and what carries the types that they do not.
+_SUMS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8}
+_SUMS |= {torch.int32, torch.int64}
+_WIDER = {torch.int16: torch.int32}
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its newer name first
+
+_here: Place | None = None  # this process's place in the group of all ranks, where it was started here
+
+
+class TorchComm(Comm):
+    """One rank of a torch.distributed group.
+
+    Its collectives run on a group of their own, so that a thread may use it while the job goes on with its
+    group; over a part of the ranks they run on the given group itself, because torch names a group that only
+    its members start by how many each has started before. The job's group is never destroyed. All ranks of
+    the group construct their ends together.
+
+    Args:
+      group: the job's group (default: all ranks).
+      backend: "gloo" or "nccl" (default: the group's own).
+      device: where NCCL's buffers lie (default: the group's device, else the current one).
+      timeout: seconds that a collective waits for the other ranks.
+
+    Raises:
+      CommError: there is no such group, or this backend cannot work here.
+      LostError: from any collective, naming it, when a rank ended or did not come in time. Under NCCL,
+        whose collectives run behind the host, torch's own watchdog ends the process instead.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        backend: str | None = None,
+        device: torch.device | None = None,
+        timeout: float = TIMEOUT,
+    ) -> None:
+        if not dist.is_initialized():
+            raise CommError(
+                "group: expected an initialized process group (torch.distributed.init_process_group), got none"
+            )
+        backend = backend or _backend(group)
+        if backend not in ("gloo", "nccl"):
+            raise CommError(f"backend: expected gloo or nccl, got {backend!r}")
+        if backend == "nccl":
+            self.device = device or _gpu_of(group)
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise CommError("group: expected one that this rank belongs to")
+        self.name, self._timeout, self._lost = backend, timeout, ""
+        whole = group is None or self.size == dist.get_world_size()
+        self._place = _here if whole else None
+        with self._doing("starting a group of its own"):
+            self._group: Any = dist.new_group(None, timedelta(seconds=timeout), backend) if whole else group
+            hosts = self._allgather(socket.gethostname().encode())
+        self.local_size = hosts.count(hosts[self.rank])
+        self.local_rank = hosts[: self.rank].count(hosts[self.rank])
+
+    @classmethod
+    def start(
+        cls, backend: str = "auto", *, environ: Mapping[str, str] = os.environ, timeout: float = TIMEOUT
+    ) -> TorchComm:
+        """Start a group from torchrun's environment, from MPI or from Slurm's variables (see rendezvous.py).
+
+        A group that the job has started before is wrapped instead. ``auto`` takes NCCL where every rank has
+        a GPU of its own, else Gloo.
+
+        Raises:
+          CommError: no launcher, a rank that did not come in time, or NCCL where it cannot work.
+        """
+        if dist.is_initialized():
+            return cls(backend=None if backend == "auto" else backend, timeout=timeout)
+        launch = launcher(environ)
+        if launch is None:
+            raise CommError("torch.distributed: expected torchrun's, MPI's or Slurm's variables, got none")
+        if backend == "nccl":
+            require_gpu()
+        here = find(launch.variables, environ, timeout)
+        device = None if backend == "gloo" else _share(here.local_rank)
+        facts = meet(here, {"host": socket.gethostname(), "gpu": _identity(device)}, timeout)
+        backend = _choose(backend, facts)
+        if backend == "gloo":
+            device = None
+        if device is not None:
+            torch.cuda.set_device(device)
+        _initialize(here, backend, device, timeout)
+        return cls(device=device, timeout=timeout)
+
+    @contextmanager
+    def _doing(self, what: str) -> Iterator[None]:
+        if self._lost:
+            raise LostError(self._lost)
+        try:
+            yield
+        except RuntimeError as error:
+            who = "a rank"
+            if self._place is not None and self.name == "gloo":
+                # Connections close with the last reference to the group: then the others notice, too, and tell.
+                traceback.clear_frames(error.__traceback__)
+                dist.destroy_process_group(self._group)
+                del self._group
+                if missing := absent(self._place):
+                    who = f"rank {', '.join(map(str, missing))}"
+            self._lost = (
+                f"{self.name}: rank {self.rank} of {self.size}, {what}: {who} ended or did not come "
+                f"within {self._timeout:g} s ({brief(error)})"
+            )
+            raise LostError(self._lost) from None
+
+    def _summable(self, x: Tensor) -> Tensor:
+        if x.dtype in _SUMS:
+            return x
+        if x.dtype not in _WIDER:
+            raise CommError(f"sum: expected real numbers that {self.name} can add, got {x.dtype}")
+        return x.to(_WIDER[x.dtype])
+
+    def _sum(self, tensor: Tensor) -> None:
+        with self._doing(f"summing {tensor.numel()} {tensor.dtype}"):
+            dist.all_reduce(tensor, group=self._group)
+
+    def _allgather_rows(self, row: Tensor, rows: Tensor) -> None:
+        with self._doing(f"gathering {len(row)} bytes a rank"):
+            _all_gather(rows.view(-1), row, group=self._group)
+
+    def _alltoall_rows(self, sent: Tensor, received: Tensor) -> None:
+        with self._doing(f"exchanging {sent.shape[1]} bytes a rank"):
+            dist.all_to_all_single(received, sent, group=self._group)
+
+    def _alltoall(self, parts: Sequence[bytes]) -> list[bytes]:
+        with self._doing(f"exchanging {sum(map(len, parts))} bytes"):
+            sent = [len(part) for part in parts]
+            sizes = torch.tensor(sent, device=self.device)
+            arriving = torch.empty_like(sizes)
+            dist.all_to_all_single(arriving, sizes, group=self._group)
+            received: list[int] = arriving.tolist()
+            buffer = torch.empty(sum(received), dtype=torch.uint8, device=self.device)
+            data = self._tensor(b"".join(parts))
+            dist.all_to_all_single(buffer, data, received, sent, group=self._group)
+            return [part.numpy().tobytes() for part in buffer.cpu().split(received)]
+
+    def _broadcast(self, data: bytes, root: int) -> bytes:
+        with self._doing(f"broadcasting from rank {root}"):
+            source = dist.get_global_rank(self._group, root)
+            size = torch.tensor([len(data)], device=self.device)
+            dist.broadcast(size, source, group=self._group)
+            if not size.item():
+                return b""
+            mine = self.rank == root
+            buffer = self._tensor(data) if mine else size.new_empty(int(size.item()), dtype=torch.uint8)
+            dist.broadcast(buffer, source, group=self._group)
+            return data if mine else buffer.cpu().numpy().tobytes()
+
+    # Lengths differ, which neither library's own gathers allow: an exchange moves no more bytes than they would.
+
+    def _gather(self, data: bytes, root: int) -> list[bytes]:
+        parts = self._alltoall([data if rank == root else b"" for rank in range(self.size)])
+        return parts if self.rank == root else []
+
+    def _allgather(self, data: bytes) -> list[bytes]:
+        return self._alltoall([data] * self.size)
+
+    def _tensor(self, data: bytes) -> Tensor:
+        if not data:
+            return torch.empty(0, dtype=torch.uint8, device=self.device)
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
+
+    def abort(self) -> None:
+        """End this process; the others find its connections closed."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def require_gpu() -> None:
+    """
+    Raises:
+      CommError: NCCL cannot work here.
+    """
+    if not (dist.is_nccl_available() and torch.cuda.is_available()):
+        lack = "no GPU that torch can use" if dist.is_nccl_available() else "torch was built without NCCL"
+        raise CommError(f"comm: nccl needs a GPU on every rank, but here is {lack}; take gloo or auto")
+
+
+def _initialize(here: Place, backend: str, device: torch.device | None, timeout: float) -> None:
+    global _here
+    try:
+        dist.init_process_group(
+            backend,
+            store=here.store,
+            rank=here.rank,
+            world_size=here.size,
+            timeout=timedelta(seconds=timeout),
+            device_id=device,
+        )
+    except RuntimeError as error:
+        raise CommError(
+            f"{backend}: rank {here.rank} of {here.size}: cannot connect to the other ranks ({brief(error)}); "
+            f"{backend.upper()}_SOCKET_IFNAME names the network interface to take"
+        ) from None
+    _here = here
+    atexit.register(_destroy)
+
+
+def _destroy() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _backend(group: dist.ProcessGroup | None) -> str:
+    # A group may have one library for each kind of device ("cpu:gloo,cuda:nccl").
+    names = str(dist.get_backend_config(group))
+    return "nccl" if "nccl" in names and torch.cuda.is_available() else str(dist.get_backend(group))
+
+
+def _gpu_of(group: dist.ProcessGroup | None) -> torch.device:
+    require_gpu()
+    group = group or dist.group.WORLD
+    bound: torch.device | None = None if group is None else group.bound_device_id
+    return bound or torch.device("cuda", torch.cuda.current_device())
+
+
+def _share(local_rank: int) -> torch.device | None:
+    """This rank's GPU: several ranks share one where there are fewer."""
+    count = torch.cuda.device_count() if dist.is_nccl_available() else 0
+    return torch.device("cuda", gpu_index(local_rank, count)) if count else None
+
+
+def _identity(device: torch.device | None) -> str:
+    """The same for two ranks that hold the same GPU, even where each sees but one as cuda:0."""
+    return "" if device is None else str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _choose(backend: str, facts: Sequence[Mapping[str, Any]]) -> str:
+    """Gloo or NCCL, the same on every rank, from what all ranks told."""
+    holders: dict[str, int] = {}
+    for rank, fact in enumerate(facts):
+        first = holders.setdefault(fact["gpu"], rank)
+        if not fact["gpu"] or first != rank:
+            if backend == "nccl":
+                lack = f"has none on {fact['host']}" if not fact["gpu"] else f"shares one with rank {first}"
+                raise CommError(
+                    f"comm: nccl needs a GPU of its own for every rank, but rank {rank} {lack}; take gloo or auto"
+                )
+            return "gloo"
+    return "nccl" if backend == "auto" else backend

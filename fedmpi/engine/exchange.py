@@ -1,0 +1,247 @@
+"""How ranks that have one message each come to their mean, with no aggregator: data-parallel training.
+
+What a rank sends in a step, for W ranks, messages of b bytes and S numbers that are summed:
+
+=========  =======================================  ====================================================
+way        bytes sent                               fits
+=========  =======================================  ====================================================
+sum        2 (W−1)/W · 4 S (an all-reduce)          every method; small where S is (coordinates, sketches)
+gather     (W−1) · b                                sparse and look-back messages while W is small; every
+                                                    rank keeps what the W senders' receivers keep
+merge      2 (W−1)/W · b (all-to-all, all-gather)   signs under a majority vote, bf16, fp16; bounded for any W
+owner      b, and (W−1) · 4 S as owner of a part    look-back in parts, each of which one rank averages: it
+                                                    alone keeps the W receivers' state of that part
+=========  =======================================  ====================================================
+
+Ways are pure: what receivers keep (``peers``, a leading axis W) goes in and comes out, so that a step can be
+taken back. A rank whose gradient is not finite says so within the same collective, and the step counts on none.
+
+Shape suffixes: W ranks, S summed numbers, B bytes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from time import perf_counter
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fedmpi.comm.base import Comm
+from fedmpi.engine.sums import Sum
+from fedmpi.errors import ConfigError
+from fedmpi.message import Message, concat, from_bytes, from_rows, row_nbytes, to_bytes, to_rows
+from fedmpi.method import Compressor, Context, State, believed
+
+Way = Literal["auto", "sum", "gather", "merge", "owner"]
+GATHER_BYTES = 1 << 30  # of peers' state that "auto" lets a rank keep
+
+
+class Exchange(ABC):
+    """One way for one compressor.
+
+    Attributes:
+      wire: seconds spent in collectives so far.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, comm: Comm, up: Compressor, exact: bool = False) -> None:
+        self.comm, self.up, self.exact = comm, up, exact
+        self.wire = 0.0
+
+    def init(self) -> State:
+        """The peers' state before the first message."""
+        return {}
+
+    @abstractmethod
+    def mean(
+        self, message: Message, before: State, peers: State, ctx: Context, usable: bool = True
+    ) -> tuple[Tensor | None, State]:
+        """The mean ``(S,)`` of all ranks' messages (of an integer method: the sum, or its sign), the same on every
+        rank, and the peers' new state. None when a rank's message is not ``usable``.
+
+        Args:
+          message: this rank's.
+          before: this rank's state before it compressed that.
+          peers: from :meth:`init` or the step before.
+        """
+
+    def _added(self, v_CS: Tensor) -> Sum:
+        """The sum of some ranks' vectors, and a flag that counts ranks whose message is not usable."""
+        up, ranks = self.up, self.comm.size
+        total = Sum(up.size, integer=up.integer, exact=self.exact, terms=ranks, flag=True)
+        total.add(v_CS, torch.full((len(v_CS),), 1 / ranks, dtype=torch.float64))
+        return total
+
+    def _everybody(self, ctx: Context) -> Context:
+        """The context of all ranks' messages; rank r is client r."""
+        ranks_W = torch.arange(self.comm.size)
+        return Context(ctx.round, ranks_W, ctx.steps_C.expand(self.comm.size), ctx.shared, ctx.part)
+
+    def _timed(self, started: float) -> None:
+        self.wire += perf_counter() - started
+
+
+class SumExchange(Exchange):
+    """Each rank decodes its own message; the vectors are all-reduced."""
+
+    name = "sum"
+
+    def mean(
+        self, message: Message, before: State, peers: State, ctx: Context, usable: bool = True
+    ) -> tuple[Tensor | None, State]:
+        v_1S, _ = self.up.decompress(message, believed(self.up, before), ctx)
+        total = self._added(v_1S if usable else torch.zeros_like(v_1S))
+        total.flag_1.fill_(not usable)
+        started = perf_counter()
+        total.over(self.comm)
+        self._timed(started)
+        return (total.value() if float(total.flag_1) == 0 else None), peers
+
+
+class GatherExchange(Exchange):
+    """Every rank gets every message and decodes all of them."""
+
+    name = "gather"
+
+    def init(self) -> State:
+        return {
+            name: value.expand(self.comm.size, *value.shape).clone()
+            for name, value in self.up.init_peer().items()
+        }
+
+    def mean(
+        self, message: Message, before: State, peers: State, ctx: Context, usable: bool = True
+    ) -> tuple[Tensor | None, State]:
+        started = perf_counter()
+        everybody = self._messages(message, usable)
+        self._timed(started)
+        return (None, peers) if everybody is None else self._decode(everybody, peers, ctx)
+
+    def _decode(self, everybody: Message, peers: State, ctx: Context) -> tuple[Tensor, State]:
+        v_WS, peers = self.up.decompress(everybody, peers, self._everybody(ctx))
+        return self._added(v_WS).value(), peers
+
+    def _messages(self, message: Message, usable: bool) -> Message | None:
+        """All ranks' messages, or None."""
+        layout = self.up.layout()
+        if row_nbytes(layout) is None:  # of different lengths: framed, and an empty frame is not usable
+            frames = self.comm.allgather(to_bytes(message) if usable else b"")
+            return concat([from_bytes(f, layout, 1) for f in frames]) if all(frames) else None
+        flag_1 = torch.tensor([[usable]], dtype=torch.uint8)
+        rows_WB = self.comm.allgather_tensor(torch.cat([to_rows(message), flag_1], 1)[0])
+        return from_rows(rows_WB[:, :-1], layout) if bool(rows_WB[:, -1].all()) else None
+
+
+class MergeExchange(Exchange):
+    """Rank r gets everybody's r-th part of the message, merges those, and sends the result to all."""
+
+    name = "merge"
+    _ALIGN = 64  # entries of a part: whole words of random bits
+
+    def mean(
+        self, message: Message, before: State, peers: State, ctx: Context, usable: bool = True
+    ) -> tuple[Tensor | None, State]:
+        up, ranks = self.up, self.comm.size
+        assert up.merged is not None  # build() saw to it
+        ((name, field),) = up.layout().items()
+        length = field.row[0]
+        part = -(-length // ranks)
+        part += -part % self._ALIGN
+        entries_N = torch.zeros(ranks * part, dtype=field.dtype)
+        entries_N[:length] = message.arrays[name][0]
+        flags_W1 = torch.full((ranks, 1), usable, dtype=torch.uint8)
+        sent_WB = torch.cat([entries_N.view(ranks, part).view(torch.uint8), flags_W1], 1)
+        started = perf_counter()
+        got_WB = self.comm.alltoall_tensor(sent_WB)
+        self._timed(started)
+        rows_WN = got_WB[:, :-1].contiguous().view(field.dtype)
+        merged_N = up.merge(rows_WN, self.comm.rank * part, ctx.round)
+        all_1 = got_WB[:, -1].min()[None]
+        started = perf_counter()
+        parts_WB = self.comm.allgather_tensor(torch.cat([merged_N.view(torch.uint8), all_1]))
+        self._timed(started)
+        if not bool(parts_WB[:, -1].all()):
+            return None, peers
+        whole_1N = parts_WB[:, :-1].contiguous().view(field.dtype).view(1, -1)[:, :length]
+        v_1S, _ = up.decompress(Message({name: whole_1N}), {}, ctx)
+        return v_1S[0], peers
+
+
+class OwnerExchange(GatherExchange):
+    """One rank gets every message, averages, and sends the mean to all."""
+
+    name = "owner"
+
+    def __init__(self, comm: Comm, up: Compressor, exact: bool = False, owner: int = 0) -> None:
+        super().__init__(comm, up, exact)
+        self.owner = owner
+
+    def init(self) -> State:
+        return super().init() if self.comm.rank == self.owner else {}
+
+    def mean(
+        self, message: Message, before: State, peers: State, ctx: Context, usable: bool = True
+    ) -> tuple[Tensor | None, State]:
+        started = perf_counter()
+        frames = self.comm.gather(to_bytes(message) if usable else b"", self.owner)
+        self._timed(started)
+        answer = b""
+        if self.comm.rank == self.owner and all(frames):
+            everybody = concat([from_bytes(f, self.up.layout(), 1) for f in frames])
+            mean_S, peers = self._decode(everybody, peers, ctx)
+            answer = to_bytes(Message({"mean": mean_S[None]}))
+        started = perf_counter()
+        answer = self.comm.broadcast(answer, self.owner)
+        self._timed(started)
+        return (from_bytes(answer).arrays["mean"][0] if answer else None), peers
+
+
+_WAYS: dict[str, type[Exchange]] = {w.name: w for w in (SumExchange, GatherExchange, MergeExchange)}
+
+
+def build(
+    comm: Comm,
+    up: Compressor,
+    way: Way = "auto",
+    exact: bool = False,
+    owner: int | None = None,
+    room: float = GATHER_BYTES,
+) -> Exchange:
+    """The way asked for; with ``auto``, the one that sends least.
+
+    With ``exact``, what bf16 and fp16 sum is not rounded a second time. A method whose receivers keep state
+    (look-back) is gathered, since a sum would send all its numbers in every step; unless W receivers' state
+    takes more than ``room`` bytes: then it goes to its ``owner``, or, where there is none, is summed.
+
+    Raises:
+      ConfigError: the compressor does not fit it.
+    """
+    if way == "auto":
+        way = _choose(comm, up, exact, owner is not None, room)
+    if way == "merge" and up.merged is None:
+        raise ConfigError(
+            "exchange: merge is for signsgd with a majority vote, bf16 and fp16; expected sum or gather"
+        )
+    if way == "owner":
+        return OwnerExchange(comm, up, exact, owner or 0)
+    return _WAYS[way](comm, up, exact)
+
+
+def _choose(comm: Comm, up: Compressor, exact: bool, owned: bool, room: float) -> Way:
+    if comm.size == 1:
+        return "sum"
+    if up.merged is not None and (up.integer or not exact):  # what is rounded again is not exact
+        return (
+            "merge" if comm.size > 2 else "gather"
+        )  # two send as much either way, and one collective is faster
+    peers = sum(value.nbytes for value in up.init_peer().values())
+    if peers:
+        if comm.size * peers <= room:
+            return "gather"
+        return "owner" if owned else "sum"
+    summed = 2 / comm.size * 4 * up.size
+    one = row_nbytes(up.layout())
+    return "gather" if one is None or one < summed else "sum"

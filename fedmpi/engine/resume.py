@@ -1,0 +1,178 @@
+"""Reading a checkpoint: from files that may be damaged, foreign or of more or fewer ranks, to a run at its round."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedmpi import config as configuration
+from fedmpi.comm.agree import leaves
+from fedmpi.comm.base import Comm
+from fedmpi.engine import manifest as files
+from fedmpi.engine.manifest import MANIFEST, File, Manifest
+from fedmpi.engine.store import Kept
+from fedmpi.errors import CheckpointError, ConfigError
+from fedmpi.method import State, unnest
+
+if TYPE_CHECKING:
+    from fedmpi.engine.rounds import Simulation
+
+# What may differ between the run that wrote a checkpoint and the one that continues it: nothing that a result shows.
+FREE = ("rounds", "threads", "checkpoint", "store", "store_folder", "data.folder", "comm")
+
+
+def restore(simulation: Simulation, folder: Path) -> tuple[Manifest, bytes]:
+    """Bring a simulation at its start to the checkpoint in ``folder``; all ranks call this together.
+
+    Returns:
+      What the checkpoint is of, and on rank 0 the lines of metrics so far.
+
+    Raises:
+      CheckpointError: it cannot be used, the same on every rank; the simulation may be restored to another one.
+      ConfigError: it is of another run; names the difference and both values.
+    """
+    comm = simulation.comm
+    head = metrics = state = b""
+    with _agreed(comm):
+        if comm.rank == 0:
+            files.plain_folder(folder)
+            head = files.read(folder / MANIFEST)
+            described = files.parse_manifest(folder / MANIFEST, head)
+            if folder.name != files.folder_name(described.round):
+                raise CheckpointError(
+                    f"{folder}: expected {files.folder_name(described.round)}, by its manifest"
+                )
+            metrics = _file(folder, described, "metrics.jsonl")
+            state = _file(folder, described, "state.safetensors")
+    described = files.parse_manifest(folder / MANIFEST, comm.broadcast(head))
+    _check_run(folder, described, simulation)
+    state = comm.broadcast(state)
+    with _agreed(comm):
+        tensors = files.tensors(folder / "state.safetensors", state)
+        server, ledger = unnest(tensors, "server."), unnest(tensors, "ledger.")
+        _check_state(folder / "state.safetensors", server, ledger, simulation)
+        stores = simulation.kept()
+        for kept in stores.values():
+            kept.store.clear()
+        for name, file in described.files.items():
+            if file.store:
+                _load_part(folder / name, file, stores)
+    _take_over(simulation, described, server, ledger)
+    return described, metrics
+
+
+@contextmanager
+def _agreed(comm: Comm) -> Iterator[None]:
+    """What one rank cannot read, none takes: all raise the first one's error."""
+    mine = ""
+    try:
+        yield
+    except CheckpointError as error:
+        mine = str(error)
+    for report in comm.allgather(mine.encode()):
+        if report:
+            raise CheckpointError(report.decode())
+
+
+def _file(folder: Path, described: Manifest, name: str) -> bytes:
+    if name not in described.files:
+        raise CheckpointError(
+            f"{folder / MANIFEST}: expected a file {name}, got {', '.join(described.files)}"
+        )
+    return files.read(folder / name, described.files[name])
+
+
+def _check_run(folder: Path, described: Manifest, simulation: Simulation) -> None:
+    """Raises ConfigError when the checkpoint is of another run; the same on every rank."""
+    config = simulation.config
+    try:  # a key that the checkpoint's version did not have stands at its default
+        before = configuration.parse(described.config)
+    except ConfigError as error:
+        raise ConfigError(f"--resume: {folder} has a configuration of another version: {error}") from None
+    saved, now = leaves(before.plain()), leaves(config.plain())
+    # What is chosen by name comes before what follows from the choice.
+    for path in sorted(saved.keys() | now.keys(), key=lambda path: (not path.endswith("name"), path)):
+        old, new = saved.get(path, "nothing"), now.get(path, "nothing")
+        if old != new and not any(f"{path}.".startswith(f"{free}.") for free in FREE):
+            raise ConfigError(
+                f"--resume: {path} is {new!r}, but {folder} was written with {old!r}; expected the same "
+                f"configuration (only these may change: {', '.join(FREE)})"
+            )
+    if described.parameters != simulation.spec.plain():
+        raise ConfigError(f"--resume: the model's parameters are not those of {folder}")
+    if described.round > config.rounds:
+        raise ConfigError(
+            f"--resume: rounds is {config.rounds}, but {folder} has {described.round} rounds behind it"
+        )
+    if any(before.server_lr(t) != config.server_lr(t) for t in range(described.round)):
+        raise ConfigError(
+            f"--resume: rounds is {config.rounds}, but {folder} was written with {before.rounds}, on which "
+            f"server.schedule: {config.server.schedule.name} depends"
+        )
+
+
+def _check_state(path: Path, server: State, ledger: State, simulation: Simulation) -> None:
+    """Raises CheckpointError when state is not what this run's method and number of clients have."""
+    fresh = simulation.method.server.init(simulation.topology.parameters())
+    for what, got, expected in (
+        ("server", server, fresh),
+        ("ledger", ledger, vars(simulation.ledger)),
+    ):
+        fits = got.keys() == expected.keys() and all(
+            # A history grows; what has a fixed size is checked where it is used, but for these.
+            got[n].dtype == expected[n].dtype and got[n].ndim == expected[n].ndim
+            for n in got
+        )
+        if not fits:
+            raise CheckpointError(f"{path}: expected {what} state {_layout(expected)}, got {_layout(got)}")
+    for name, value in {"server.theta": fresh["theta"], "ledger.seen": simulation.ledger.seen}.items():
+        got_value = (server | ledger)[name.split(".")[1]]
+        if got_value.shape != value.shape:
+            raise CheckpointError(
+                f"{path}: {name}: expected {tuple(value.shape)}, got {tuple(got_value.shape)}"
+            )
+
+
+def _layout(state: State) -> str:
+    return ", ".join(
+        f"{name} {str(value.dtype).removeprefix('torch.')}" for name, value in sorted(state.items())
+    )
+
+
+def _load_part(path: Path, file: File, stores: dict[str, Kept]) -> None:
+    """Take over those rows of a file that this rank needs; a file without any is not read."""
+    if file.store not in stores:
+        raise CheckpointError(f"{path}: expected a store of {', '.join(stores)}, got {file.store!r}")
+    store, _, needs = stores[file.store]
+    clients_C = torch.tensor(file.clients, dtype=torch.int64)
+    rows = needs(clients_C)
+    if not len(rows):
+        return
+    tensors = files.tensors(path, files.read(path, file))
+    expected = {n: (v.dtype, (len(clients_C), *v.shape)) for n, v in store.template.items()}
+    got = {n: (v.dtype, tuple(v.shape)) for n, v in tensors.items()}
+    if got != expected:
+        raise CheckpointError(f"{path}: expected client states {expected}, got {got}")
+    store.put(clients_C[rows], {name: value[rows] for name, value in tensors.items()})
+
+
+def _take_over(simulation: Simulation, described: Manifest, server: State, ledger: State) -> None:
+    """Nothing fails from here on."""
+    simulation.topology.load(server)
+    for name, value in described.totals.model_dump().items():
+        setattr(simulation, name, math.nan if value is None else value)
+    simulation.started -= described.seconds
+    comm = simulation.comm
+    for i, rank in enumerate(described.ranks):
+        if min(i, comm.size - 1) == comm.rank:  # of more ranks than there are now, the last takes the rest
+            simulation.trained += rank.trained
+            comm.sent += rank.sent
+    simulation.ledger.seen.copy_(ledger["seen"])
+    if comm.rank == 0:
+        simulation.ledger.upload.copy_(ledger["upload"])
+        simulation.ledger.download.copy_(ledger["download"])

@@ -1,0 +1,1 @@
+"""Drop-ins for training jobs that fedmpi does not run: DDP, Horovod, transformers."""

@@ -1,0 +1,321 @@
+"""Compressed gradients in a job that we did not write: a hook for DistributedDataParallel, and ``sync``.
+
+    ddp = DistributedDataParallel(model)
+    state = fedmpi.ddp.attach(ddp, {"name": "signsgd", "feedback": True})
+
+What goes together is decided by parameter names, not by DDP's buckets: those change after the first backward
+pass, and a resumed job starts with other ones than it had. So a bucket's gradients are copied into the groups of
+:class:`fedmpi.integrations.reducer.Reducer`, a group is averaged when its last gradient has come, and a bucket
+is answered when its groups are done.
+
+All collectives of a rank go out from one thread, in the order in which groups become complete, which is that of
+DDP's buckets and so the same on all ranks; none is launched from a future's callback, whose order differs.
+They use a process group of their own, so that the job's own collectives may go on beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fedmpi import methods
+from fedmpi.comm.base import Comm
+from fedmpi.errors import CommError, ConfigError
+from fedmpi.integrations import auto
+from fedmpi.integrations.reducer import Reducer, Shapes
+from fedmpi.methods.base import Options
+
+AnyMethod = Options | auto.AutoOptions | dict[str, Any] | str
+
+
+class Scaler(Protocol):
+    """A :class:`torch.amp.GradScaler`."""
+
+    def get_scale(self) -> float: ...
+
+
+class _Bucket:
+    """A bucket that DDP waits for."""
+
+    def __init__(self, gradients: dict[str, Tensor], buffer: Tensor, groups: set[int]) -> None:
+        self.gradients, self.buffer, self.groups = gradients, buffer, groups
+        cuda = buffer.device.type == "cuda"
+        self.future: torch.futures.Future[Tensor] = torch.futures.Future(
+            devices=[buffer.device] if cuda else []
+        )
+        self.ready = torch.cuda.Event() if cuda else None
+        if self.ready is not None:
+            self.ready.record()
+
+
+class Job:
+    """One method's reducer, or the ones that ``auto`` tries."""
+
+    def __init__(self, shapes: Shapes, method: AnyMethod, comm: Comm, settings: dict[str, Any]) -> None:
+        options = auto.parse(method)
+        self._auto: auto.Auto | None = None
+        if isinstance(options, auto.AutoOptions):
+            self._auto = auto.Auto(shapes, options, comm, settings)
+        else:
+            self._reducer = Reducer(shapes, options, comm, **settings)
+
+    @property
+    def reducer(self) -> Reducer:
+        return self._auto.reducer if self._auto else self._reducer
+
+    def between_steps(self) -> Reducer:
+        return self._auto.between_steps() if self._auto else self._reducer
+
+    def stats(self) -> dict[str, Any]:
+        return self.reducer.stats() | (self._auto.facts() if self._auto else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.reducer.state_dict() | {"measuring": self._auto is not None and self._auto.chosen is None}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        if self._auto and not saved.get("measuring"):
+            self._auto.resume(methods.parse(saved["method"]))
+        if not (self._auto and saved.get("measuring")):
+            self.reducer.load_state_dict(saved)
+
+
+class State:
+    """What :func:`attach` returns: the job's view of its compression."""
+
+    def __init__(self, job: Job, names: Mapping[Tensor, str], scaler: Scaler | None) -> None:
+        self._job, self._names, self._scaler = job, names, scaler
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="fedmpi")
+        self._left: list[set[str]] = []
+        self._waiting: list[_Bucket] = []
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def _begin(self) -> None:
+        self._reducer = self._worker.submit(self._job.between_steps).result()
+        self._left = [set(group.names) for group in self._reducer.groups]
+
+    def stats(self) -> dict[str, Any]:
+        """Steps, bytes and seconds so far on this rank (:meth:`Reducer.stats`)."""
+        return self._worker.submit(self._job.stats).result()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state between two steps: tensors and plain values; every rank saves its own."""
+        return self._worker.submit(self._job.state_dict).result()
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` stood. Called by all ranks, each with its own.
+
+        Raises:
+          ConfigError: it belongs to another method or other parameters.
+        """
+        self._worker.submit(self._job.load_state_dict, saved).result()
+
+    def hook(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """Called by DDP in each backward pass, in the same order on all ranks."""
+        if bucket.index() == 0:
+            self._begin()
+        names = [self._names[p] for p in bucket.parameters()]
+        waiting = _Bucket(
+            dict(zip(names, bucket.gradients(), strict=True)),
+            bucket.buffer(),
+            {self._reducer.group_of[name] for name in names},
+        )
+        complete = []
+        for name in names:
+            index = self._reducer.group_of[name]
+            self._left[index].discard(name)
+            if not self._left[index]:
+                complete.append(index)
+        self._worker.submit(self._work, waiting, sorted(set(complete)))
+        return waiting.future
+
+    def _work(self, bucket: _Bucket, complete: list[int]) -> None:
+        """In the one thread that communicates."""
+        self._waiting.append(bucket)
+        try:
+            self._fill(bucket)
+            for index in complete:
+                self._reducer.reduce(index)
+                for waiting in [b for b in self._waiting if index in b.groups]:
+                    waiting.groups.discard(index)
+                    if not waiting.groups:
+                        self._answer(waiting)
+        except Exception as error:
+            # The pass cannot be finished: whoever waits gets the error, and backward() raises it.
+            for waiting in self._waiting:
+                waiting.future.set_exception(error)  # type: ignore[arg-type]
+            self._waiting.clear()
+
+    def _fill(self, bucket: _Bucket) -> None:
+        scale = self._scaler.get_scale() if self._scaler else 1.0
+        with self._stream(bucket.buffer.device):
+            if bucket.ready is not None:
+                bucket.ready.wait()
+            for name, gradient in bucket.gradients.items():
+                view = self._reducer.groups[self._reducer.group_of[name]].views[name]
+                view.copy_(gradient)
+                if scale != 1:
+                    view.div_(scale)
+
+    def _answer(self, bucket: _Bucket) -> None:
+        scale = self._scaler.get_scale() if self._scaler else 1.0
+        with self._stream(bucket.buffer.device):
+            for name, gradient in bucket.gradients.items():
+                view = self._reducer.groups[self._reducer.group_of[name]].views[name]
+                gradient.copy_(view if scale == 1 else view * scale)
+            self._waiting.remove(bucket)
+            bucket.future.set_result(bucket.buffer)
+
+    def _stream(self, device: torch.device) -> AbstractContextManager[Any]:
+        if device.type != "cuda":
+            return nullcontext()
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        context: AbstractContextManager[Any] = torch.cuda.stream(self._streams[device])
+        return context
+
+
+def _hook(state: State, bucket: Any) -> torch.futures.Future[Tensor]:
+    return state.hook(bucket)
+
+
+_hook.__annotations__.clear()  # DDP compares them with classes, and they are strings here
+
+
+def init_process_group(backend: str = "auto") -> None:
+    """``torch.distributed.init_process_group`` for a process that torchrun, mpirun, mpiexec or srun started.
+
+    Args:
+      backend: ``"gloo"``, ``"nccl"``, or ``"auto"``: NCCL where every rank has a GPU of its own.
+
+    Raises:
+      CommError: no launcher, a rank that did not come in time, or NCCL where it cannot work.
+    """
+    from fedmpi.comm.torch import TorchComm
+
+    TorchComm.start(backend)
+
+
+def attach(
+    ddp: DistributedDataParallel,
+    method: AnyMethod,
+    *,
+    comm: Comm | str = "group",
+    scaler: Scaler | None = None,
+    **settings: Any,
+) -> State:
+    """Compress the gradients that ``ddp`` averages. Called by all ranks, once for a module.
+
+    Args:
+      ddp: the job's module. Its optimizer, ``no_sync``, gradient accumulation and mixed precision stay as they
+        are; a step whose gradient is not finite on any rank leaves what is kept between steps alone.
+      method: as in a configuration: ``"signsgd"`` or ``{"name": "topk", "ratio": 0.01, "feedback": True}``; or
+        ``"auto"``, which tries some in the first steps and keeps the fastest (:mod:`fedmpi.integrations.auto`).
+      comm: ``"group"``: messages go through a Gloo group of the same ranks; ``"mpi"``: through MPI, if the job was
+        started by an MPI launcher; or a :class:`fedmpi.comm.Comm`.
+      scaler: the job's GradScaler, if it has one: what is kept from step to step must not change with its scale.
+      settings: fields of :class:`fedmpi.integrations.reducer.Settings`: ``seed``, ``exact_below``, ``start_after``,
+        ``steps_per_epoch``, ``group_mb``, ``exchange``.
+
+    Raises:
+      ConfigError: options or settings are wrong, or the method cannot work as a hook, or there is one already.
+      CommError: the ranks disagree on any of this, or are not those of MPI.
+    """
+    if not isinstance(ddp, DistributedDataParallel):
+        raise ConfigError(
+            f"ddp: expected a DistributedDataParallel, got {type(ddp).__name__}; wrap the model first"
+        )
+    if getattr(ddp, "_fedmpi", None) is not None:
+        raise ConfigError("ddp: it has a fedmpi hook already; attach one once, after wrapping the model")
+    ignored = set(ddp.parameters_to_ignore)
+    parameters = {
+        name: p for name, p in ddp.module.named_parameters() if p.requires_grad and name not in ignored
+    }
+    job = Job(_shapes(parameters), method, _comm(ddp.process_group, comm), settings)
+    state = State(job, {p: name for name, p in parameters.items()}, scaler)
+    try:
+        ddp.register_comm_hook(state, _hook)
+    except RuntimeError as error:
+        raise ConfigError(f"ddp: it has another communication hook already ({error})") from None
+    ddp._fedmpi = state  # type: ignore[assignment]
+    return state
+
+
+def _shapes(parameters: Mapping[str, Tensor]) -> Shapes:
+    for name, p in parameters.items():
+        if not p.is_floating_point():
+            raise ConfigError(f"model: parameter {name} is {p.dtype}, expected a real floating-point type")
+    return {name: tuple(p.shape) for name, p in parameters.items()}
+
+
+def _comm(group: dist.ProcessGroup | None, comm: Comm | str) -> Comm:
+    """Collectives among the ranks of ``group`` that nobody else uses."""
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    if isinstance(comm, str):
+        if comm == "group":
+            from fedmpi.comm.torch import TorchComm
+
+            return TorchComm(group, backend="gloo")
+        if comm != "mpi":
+            raise ConfigError(f"comm: expected group, mpi or a Comm, got {comm!r}")
+        from fedmpi.comm.mpi import MPIComm
+
+        comm = MPIComm()
+    if (comm.size, comm.rank) != (size, rank):
+        raise CommError(
+            f"comm: expected rank {rank} of {size}, as in the module's process group, got {comm.rank} of {comm.size}"
+        )
+    return comm
+
+
+class Sync:
+    """Averages a model's gradients when called: between ``backward()`` and ``optimizer.step()``.
+
+    For methods that need all gradients at once (which :func:`attach` takes in one group too, without overlap with the
+    backward pass), and for models without DDP, or inside its ``no_sync()``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: AnyMethod,
+        *,
+        comm: Comm | str = "group",
+        scaler: Scaler | None = None,
+        **settings: Any,
+    ) -> None:
+        """Args: as those of :func:`attach`; ``model`` is any module, with ``comm="group"`` of the default group.
+
+        Raises:
+          ConfigError, CommError: as :func:`attach`.
+        """
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._scaler = scaler
+        if isinstance(comm, str):
+            comm = _comm(None, comm)
+        self._job = Job(_shapes(self._parameters), method, comm, settings)
+
+    def __call__(self) -> None:
+        """Replace each parameter's gradient by the mean over all ranks (a missing one counts as zero)."""
+        scale = self._scaler.get_scale() if self._scaler else 1.0
+        self._job.between_steps().average(self._parameters, scale)
+
+    def stats(self) -> dict[str, Any]:
+        """Steps, bytes and seconds so far on this rank."""
+        return self._job.stats()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`State.state_dict`."""
+        return self._job.state_dict()
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """As :meth:`State.load_state_dict`."""
+        self._job.load_state_dict(saved)

@@ -1,0 +1,349 @@
+"""Checks of the DDP hook, one after the other in one launch of real processes: ddp_checks.py ANSWER [COMM [DEVICE]].
+
+Each check builds its own models; rank 0 writes {check: "" or what went wrong on any rank}.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import fedmpi
+from fedmpi.errors import CommError, ConfigError
+from fedmpi.methods import METHODS
+
+COMM, DEVICE = "group", "cpu"
+CHECKS: dict[str, Callable[[], None]] = {}
+TOPK = {"name": "topk", "ratio": 0.05, "feedback": True}
+
+
+def check(function: Callable[[], None]) -> Callable[[], None]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+class Net(nn.Module):
+    """Convolution, norm, two linear layers: 2-D to 4-D and 1-D parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.conv = nn.Conv2d(1, 8, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.hidden = nn.Linear(8 * 64, 40)
+        self.out = nn.Linear(40, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.conv(x)))
+        return self.out(F.relu(self.hidden(x.flatten(1))))
+
+
+def batch(step: int, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    rank = dist.get_rank() if rank is None else rank
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    x, y = torch.randn(8, 1, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator)
+    return x.to(DEVICE), y.to(DEVICE)
+
+
+def hooked(method: Any, model: nn.Module | None = None, ddp: dict[str, Any] | None = None, **settings: Any):
+    """A module with the hook, and the hook's state."""
+    module = DDP((model or Net()).to(DEVICE), **(ddp or {}))
+    return module, fedmpi.ddp.attach(module, method, comm=COMM, **{"exact_below": 100, **settings})
+
+
+def backward(ddp: nn.Module, step: int) -> None:
+    x, y = batch(step)
+    F.cross_entropy(ddp(x), y).backward()
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+def steps(module: nn.Module, count: int, start: int = 0, optimizer: Any = None) -> list[dict[str, Tensor]]:
+    """So many steps of SGD; the gradients of each."""
+    optimizer = optimizer or torch.optim.SGD(module.parameters(), lr=0.05)
+    got = []
+    for t in range(start, start + count):
+        optimizer.zero_grad()
+        backward(module, t)
+        got.append(gradients(module))
+        optimizer.step()
+    return got
+
+
+def same(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]]) -> bool:
+    return all(
+        x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) for x, y in zip(a, b, strict=True)
+    )
+
+
+def close(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]], atol: float) -> None:
+    for t, (x, y) in enumerate(zip(a, b, strict=True)):
+        assert x.keys() == y.keys()
+        for name in x:
+            error = float((x[name].float() - y[name].float()).abs().max())
+            assert error <= atol, f"step {t}, {name}: differs by {error}"
+
+
+def replicas_are_equal(module: nn.Module) -> None:
+    mine = torch.cat([p.detach().float().flatten() for p in module.parameters()]).cpu()
+    others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, mine)
+    assert all(torch.equal(other, mine) for other in others)
+
+
+def refuses(kind: type[Exception], words: str, call: Callable[[], object]) -> None:
+    with pytest.raises(kind, match=re.escape(words)):
+        call()
+
+
+@check
+def a_lossless_setting_is_the_plain_hook() -> None:
+    plain = DDP(Net().to(DEVICE))
+    plain.register_comm_hook(None, allreduce_hook)
+    expected = steps(plain, 3)
+    for method in (
+        "dense",
+        {"name": "topk", "ratio": 1.0},
+        {"name": "lookback", "threshold": 0.0},
+        {"name": "lookback", "threshold": 0.0, "scope": "tensor"},
+        {"name": "randomk", "ratio": 1.0},
+        {"name": "powersgd", "rank": 40},
+    ):
+        close(steps(hooked(method)[0], 3), expected, 1e-5)
+    options = {"name": "intrinsic", "dim": 640, "matrix": "dense", "orthonormal": True}
+    narrow = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
+    reference = DDP(copy.deepcopy(narrow).to(DEVICE))
+    close(steps(hooked(options, narrow)[0], 3), steps(reference, 3), 1e-4)
+
+
+@check
+def every_method_keeps_replicas_equal() -> None:
+    for name, entry in METHODS.items():
+        if name == "prune":
+            continue
+        for settings in ({}, {"group_mb": 0.01}):
+            module, state = hooked({"name": name, **entry.example}, **settings)
+            steps(module, 4)
+            replicas_are_equal(module)
+            stats = state.stats()
+            assert stats["steps"] == 4
+            assert stats["payload_bytes"] > 0
+            assert stats["wire_sent_bytes"] > 0
+
+
+@check
+def buckets_do_not_matter() -> None:
+    """Small buckets, rebuilt after the first pass, against one: state belongs to parameters."""
+    few = steps(hooked(TOPK, ddp={"bucket_cap_mb": 100})[0], 6)
+    many = steps(hooked(TOPK, ddp={"bucket_cap_mb": 0.01})[0], 6)
+    assert same(few, many)
+    grouped = steps(hooked(TOPK, ddp={"bucket_cap_mb": 0.01}, group_mb=0.01)[0], 6)
+    close(grouped, few, 10.0)
+    assert not same(grouped, few), "top-k of each group"
+
+
+@check
+def views_of_buckets_work() -> None:
+    plain = steps(hooked(TOPK)[0], 4)
+    assert same(steps(hooked(TOPK, ddp={"gradient_as_bucket_view": True})[0], 4), plain)
+    assert same(steps(hooked(TOPK, ddp={"static_graph": True})[0], 4), plain)
+
+
+@check
+def only_the_synchronised_sum_is_compressed() -> None:
+    def accumulate(module: nn.Module) -> dict[str, Tensor]:
+        with module.no_sync():
+            backward(module, 0)
+            backward(module, 1)
+        backward(module, 2)
+        return gradients(module)
+
+    reference = accumulate(DDP(Net().to(DEVICE)))
+    module, state = hooked("dense")
+    close([accumulate(module)], [reference], 1e-5)
+    assert state.stats()["steps"] == 1
+
+
+@check
+def a_skipped_step_leaves_what_is_kept() -> None:
+    """Mixed precision's inf on one rank: no rank's residual, counter or seed moves, and the scale does not matter."""
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**12, growth_interval=2)
+    module, state = hooked(TOPK, scaler=scaler)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    got = []
+    for t in range(6):
+        bad = t in (1, 4)
+        optimizer.zero_grad()
+        x, y = batch(100 if bad else len(got))
+        loss = F.cross_entropy(module(x), y)
+        if bad and dist.get_rank() == dist.get_world_size() - 1:
+            loss = loss * float("inf")
+        before, scale = state.state_dict(), scaler.get_scale()
+        scaler.scale(loss).backward()
+        if not bad:
+            got.append({n: g / scale for n, g in gradients(module).items()})
+        scaler.step(optimizer)
+        scaler.update()
+        if bad:
+            after = state.state_dict()
+            assert scaler.get_scale() == scale / 2, "skipped on every rank"
+            assert after["step"] == before["step"]
+            for old, new in zip(before["groups"], after["groups"], strict=True):
+                assert all(torch.equal(old["state"][n], new["state"][n]) for n in old["state"])
+    assert state.stats()["skipped"] == 2
+    assert same(got, steps(hooked(TOPK)[0], 4)), "powers of two change no bit"
+    replicas_are_equal(module)
+
+
+class Partly(nn.Module):
+    """A branch that is never taken, a frozen layer, a half-precision parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.used, self.unused = nn.Linear(64, 30), nn.Linear(64, 30)
+        self.frozen = nn.Linear(30, 30).requires_grad_(False)
+        self.narrow = nn.Parameter(torch.ones(30, 20, dtype=torch.float16))
+        self.out = nn.Linear(20, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.frozen(self.used(x.flatten(1))) @ self.narrow.float())
+
+
+@check
+def unused_frozen_and_half_parameters() -> None:
+    options = {"find_unused_parameters": True}
+    expected = steps(DDP(Partly().to(DEVICE), **options), 3)
+    module, _ = hooked("dense", Partly(), options)
+    got = steps(module, 3)
+    assert [g.keys() for g in got] == [e.keys() for e in expected]
+    assert not any("unused" in name or "frozen" in name for name in got[0])
+    assert got[0]["module.narrow"].dtype == torch.float16
+    close(got, expected, 2e-3)
+    module, _ = hooked(TOPK, Partly(), options)
+    steps(module, 3)
+    replicas_are_equal(module)
+
+
+@check
+def interrupted_is_uninterrupted() -> None:
+    """A new DDP starts with other buckets than the old one ended with."""
+    for method in (TOPK, {"name": "lookback", "threshold": 0.9}, {"name": "signsgd", "momentum": 0.9}):
+        whole, _ = hooked(method, ddp={"bucket_cap_mb": 0.01})
+        expected = steps(whole, 6)
+        first, state = hooked(method, ddp={"bucket_cap_mb": 0.01})
+        steps(first, 3)
+        saved, model = copy.deepcopy(state.state_dict()), copy.deepcopy(first.module.state_dict())
+        again = Net()
+        again.load_state_dict(model)
+        second, state = hooked(method, again, {"bucket_cap_mb": 0.01})
+        state.load_state_dict(saved)
+        assert same(steps(second, 3, start=3), expected[3:]), method
+
+
+@check
+def sync_is_the_hook_without_overlap() -> None:
+    method = {"name": "fetchsgd", "rows": 3, "columns": 2000, "k": 500}
+    expected = steps(hooked(method)[0], 4)
+    module = DDP(Net().to(DEVICE))
+    average = fedmpi.sync(module, method, comm=COMM, exact_below=100)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    got = []
+    for t in range(4):
+        optimizer.zero_grad()
+        with module.no_sync():
+            backward(module, t)
+        average()
+        got.append(gradients(module))
+        optimizer.step()
+    assert same(got, expected)
+    assert average.stats()["steps"] == 4
+
+
+@check
+def auto_stays_with_one_method_on_all_ranks() -> None:
+    module, state = hooked({"name": "auto", "steps": 3, "candidates": ["signsgd", TOPK]})
+    steps(module, 12)
+    replicas_are_equal(module)
+    facts = state.stats()["auto"]
+    assert set(facts["seconds_a_step"]) == {"bf16", "signsgd", "topk (feedback: True, ratio: 0.05)"}
+    chosen = [None] * dist.get_world_size()
+    dist.all_gather_object(chosen, facts["chosen"])
+    assert chosen[0] is not None
+    assert all(c == chosen[0] for c in chosen)
+
+
+@check
+def misuse_is_named() -> None:
+    module, _ = hooked("bf16")
+    refuses(ConfigError, "has a fedmpi hook already", lambda: fedmpi.ddp.attach(module, "bf16", comm=COMM))
+    other = DDP(Net())
+    other.register_comm_hook(None, allreduce_hook)
+    refuses(ConfigError, "another communication hook", lambda: fedmpi.ddp.attach(other, "bf16", comm=COMM))
+    refuses(ConfigError, "expected a DistributedDataParallel", lambda: fedmpi.ddp.attach(Net(), "bf16"))
+    prune = {"name": "prune", **METHODS["prune"].example}
+    refuses(ConfigError, "train with it through `fedmpi train`", lambda: hooked(prune))
+    refuses(
+        ConfigError,
+        "comm: expected group, mpi or a Comm",
+        lambda: fedmpi.ddp.attach(DDP(Net()), "bf16", comm="x"),
+    )
+    mine = "signsgd" if dist.get_rank() else "bf16"
+    refuses(CommError, "ranks disagree on method.name: rank 0 has 'bf16'", lambda: hooked(mine))
+
+
+@check
+def an_error_inside_the_hook_ends_the_pass() -> None:
+    """The error comes out of backward(), with its own words."""
+    module, state = hooked("bf16")
+
+    def broken(index: int) -> None:
+        raise CommError("the link is gone")
+
+    state._job.reducer.reduce = broken
+    refuses(RuntimeError, "the link is gone", lambda: backward(module, 0))
+
+
+def main() -> None:
+    global COMM, DEVICE
+    torch.set_num_threads(1)
+    COMM, DEVICE = [*sys.argv[2:], *["group", "cpu"][len(sys.argv) - 2 :]]
+    fedmpi.ddp.init_process_group("gloo")
+    wrong = {}
+    for name, function in CHECKS.items():
+        warnings.simplefilter("ignore")
+        try:
+            function()
+            mine = ""
+        except Exception:
+            mine = f"rank {dist.get_rank()}: {traceback.format_exc()}"
+        all_of_them = [""] * dist.get_world_size()
+        dist.all_gather_object(all_of_them, mine)
+        wrong[name] = "\n".join(filter(None, all_of_them))
+        if wrong[name]:
+            break  # ranks may have stopped at different places
+    if dist.get_rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(wrong))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""``fedmpi advise``: what it concludes from measurements, and that it measures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from fedmpi.comm import run_ranks
+from fedmpi.errors import ConfigError
+from fedmpi.integrations.advise import Row, advise, break_even, link, measure, shapes_of, verdict
+
+from .conftest import Mpi
+
+BF16 = Row("bf16", 0.001, 0.020, 0.001, 2e6)
+
+
+def test_break_even_is_where_both_take_as_long() -> None:
+    signs = Row("signsgd", 0.005, 0.001, 0.006, 1e5)
+    point = break_even(signs, BF16)
+    assert point is not None
+    seconds = [row.codec + row.sent / point for row in (signs, BF16)]
+    assert seconds[0] == pytest.approx(seconds[1])
+    assert break_even(Row("cheap", 0.0005, 0.0, 0.0005, 1e5), BF16) == math.inf
+    assert break_even(Row("dense", 0.0, 0.04, 0.0, 4e6), BF16) is None
+
+
+def test_the_verdict_prefers_bf16_unless_something_clearly_wins() -> None:
+    assert verdict([BF16, Row("signsgd", 0.02, 0.001, 0.02, 1e5)], BF16, 2).startswith("Stay with bf16")
+    close = Row("signsgd", 0.005, 0.011, 0.005, 1e5)
+    assert verdict([BF16, close], BF16, 2).startswith("Stay with bf16")
+    clear = Row("signsgd", 0.001, 0.001, 0.002, 1e5)
+    assert "Use signsgd: 4.0 ms a step against 22.0 ms with bf16 (5.5x)" in verdict([BF16, clear], BF16, 2)
+    assert "start this under mpirun" in verdict([BF16], BF16, 1)
+
+
+@pytest.mark.parametrize("params", [1, 1023, 1024, 11_000_000])
+def test_the_layers_hold_so_many_parameters(params: int) -> None:
+    assert sum(math.prod(shape) for shape in shapes_of(params).values()) == params
+
+
+def test_what_is_sent_is_measured() -> None:
+    rows = run_ranks(
+        2, lambda comm: [measure(comm, {"w": (64, 64)}, m) for m in ("dense", "bf16", "signsgd")]
+    )
+    assert rows[0] == rows[1], "the slowest rank's times, on every rank"
+    dense, bf16, signs = rows[0]
+    assert (dense.sent, bf16.sent, signs.sent) == (4 * 4096 + 4, 2 * 4096 + 1, 512 + 1)
+    assert run_ranks(1, link) == [(0.0, math.inf)]
+
+
+def test_methods_that_are_no_drop_in_are_refused() -> None:
+    with pytest.raises(ConfigError, match="this one changes parameters itself"):
+        run_ranks(2, lambda comm: advise(comm, {"w": (64, 64)}, [{"name": "prune", "m": 100}]))
+
+
+def test_the_command_under_mpirun(openmpi: Mpi) -> None:
+    arguments = ("--params", "200000", "--method", "signsgd", "--method", "{name: intrinsic, dim: 0.01}")
+    done = openmpi(2, "-m", "fedmpi", "advise", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "200,000 parameters, 2 ranks over Open MPI" in done.stdout
+    for label in ("bf16", "signsgd", "intrinsic (dim: 2000)"):
+        assert sum(line.startswith(label) for line in done.stdout.splitlines()) == 1
+    assert done.stdout.splitlines()[-1].startswith(("Stay with bf16", "Use "))
+    wrong = openmpi(2, "-m", "fedmpi", "advise", "--method", "[1]")
+    assert wrong.returncode != 0
+    assert "--method: expected a name or {name: …}, got [1]" in wrong.stderr

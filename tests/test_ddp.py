@@ -1,0 +1,133 @@
+"""The DDP hook in real jobs: torchrun over Gloo, and mpirun over MPI (the checks: tests/jobs/ddp_checks.py)."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .conftest import JOBS, find_mpi
+from .jobs import ddp_checks
+
+LAUNCHES = {"torchrun 2": ("", 2), "torchrun 4": ("", 4), "mpirun 2": ("openmpi", 2)}
+
+
+def torchrun(
+    ranks: int, *arguments: str, alone: bool = False, timeout: float = 250
+) -> subprocess.CompletedProcess[str]:
+    """Processes of a job; ``alone``: in a network namespace of its own, whose counters count nobody else's bytes."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        "--standalone",
+        *arguments,
+    ]
+    if alone:
+        inside = 'ip link set lo up && exec "$@"'
+        command = ["unshare", *NAMESPACE, "sh", "-c", inside, "sh", *command]
+    return subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+NAMESPACE = ["--net"] if os.geteuid() == 0 else ["--user", "--map-root-user", "--net"]
+
+
+@functools.cache
+def namespaces() -> bool:
+    if shutil.which("unshare") is None or shutil.which("ip") is None:
+        return False
+    probe = ["unshare", *NAMESPACE, "ip", "link", "set", "lo", "up"]
+    return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+
+
+@functools.cache
+def answers(launch: str, folder: Path) -> dict[str, str]:
+    """All checks in one launch."""
+    library, ranks = LAUNCHES[launch]
+    answer = folder / "answer.json"
+    script = str(JOBS / "ddp_checks.py")
+    if library:
+        done = find_mpi(library)(ranks, script, str(answer), "mpi")
+    else:
+        done = torchrun(ranks, script, str(answer))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result: dict[str, str] = json.loads(answer.read_text())
+    return result
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {launch: tmp_path_factory.mktemp("ddp") for launch in LAUNCHES}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_the_hook_with_gradients_on_a_gpu(tmp_path: Path) -> None:
+    """Two processes share the device; messages are made on the host."""
+    answer = tmp_path / "answer.json"
+    done = torchrun(2, str(JOBS / "ddp_checks.py"), str(answer), "group", "cuda")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not [text for text in json.loads(answer.read_text()).values() if text]
+
+
+# One launch stays on one worker of pytest-xdist, whoever steals: it answers for all checks.
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_the_hook(launch: str, folders: dict[str, Path]) -> None:
+    found = answers(launch, folders[launch])
+    wrong = {name: text for name, text in found.items() if text}
+    assert not wrong, "\n".join(f"{name}: {text}" for name, text in wrong.items())
+    assert list(found) == list(ddp_checks.CHECKS), "every check ran"
+
+
+def plain(*arguments: str, ranks: int = 2, alone: bool = False) -> dict[str, Any]:
+    done = torchrun(ranks, str(JOBS / "plain_ddp.py"), *arguments, alone=alone)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+def test_two_lines_in_a_job_that_we_did_not_write() -> None:
+    """bf16 ends within 2 % of the plain test loss; signs are 25 times smaller, and the interface confirms what
+    fedmpi says it sent."""
+    unchanged, bf16 = plain(), plain("--fedmpi", "bf16")
+    assert bf16["test_loss"] == pytest.approx(unchanged["test_loss"], rel=0.02)
+    alone = namespaces()
+    signs = plain("--fedmpi", "signsgd", "--hidden", "1024", "--steps", "60", alone=alone)
+    stats = signs["stats"]
+    assert stats["ratio"] >= 25
+    assert stats["uncompressed_bytes"] == 4 * signs["parameters"] * 60
+    assert signs["accuracy"] > 0.8
+    # Two ranks send as much each; the payload is all that they send but for a flag a group.
+    assert stats["wire_sent_bytes"] == pytest.approx(stats["payload_bytes"], rel=0.001)
+    if not alone:
+        pytest.skip(
+            "no network namespaces here (unshare --net): the interface counters count other programs, too"
+        )
+    assert signs["interface_bytes"] == pytest.approx(2 * stats["wire_sent_bytes"], rel=0.1)
+
+
+def test_the_same_job_under_mpirun(openmpi: Any) -> None:
+    done = openmpi(2, str(JOBS / "plain_ddp.py"), "--fedmpi", "--comm", "mpi", "--steps", "60")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["ranks"] == 2
+    assert report["stats"]["method"] == "signsgd"
+    assert report["accuracy"] > 0.8

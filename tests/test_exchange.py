@@ -1,0 +1,176 @@
+"""How one message a rank becomes their mean: every method by the way chosen for it, against decoding them all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedmpi import methods
+from fedmpi.comm import run_ranks
+from fedmpi.comm.base import Comm
+from fedmpi.engine import exchange
+from fedmpi.engine.store import ClientStore
+from fedmpi.errors import ConfigError
+from fedmpi.method import Compressor, Context, Method, Round, believed
+from fedmpi.methods.base import Setup
+from fedmpi.spec import Spec
+
+from .test_conformance import CASES, SPEC, gradients, passes
+
+STEPS = 5
+
+
+def _context(method: Method, t: int, clients: Tensor) -> Context:
+    server = method.server
+    return Context(
+        Round(1, t, 0.1, 2),
+        clients,
+        torch.ones_like(clients),
+        server.shared(server.init(torch.zeros(SPEC.size))),
+    )
+
+
+def _reference(up: Compressor, method: Method, ranks: int) -> list[Tensor]:
+    """The mean (of an integer method: the sum) of each step, all messages decoded in one place."""
+    ids, means = torch.arange(ranks), []
+    sender, receiver = ClientStore(method.up.init), ClientStore(up.init_peer)
+    for t in range(STEPS):
+        ctx = _context(method, t, ids)
+        message, state = up.compress(gradients(t)[:ranks], sender.get(ids), ctx)
+        v, peer = up.decompress(message, receiver.get(ids), ctx)
+        sender.put(ids, state)
+        receiver.put(ids, peer)
+        means.append(v.sum(0, dtype=torch.int32) if up.integer else v.double().mean(0))
+    return means
+
+
+def _exchanged(options: dict[str, Any], comm: Comm, way: exchange.Way, exact: bool) -> list[list[Tensor]]:
+    method = methods.build(options, SPEC, Setup(seed=1))
+    results = []
+    for up in passes(method):
+        try:
+            ways = exchange.build(comm, up, way, exact)
+        except ConfigError:
+            return []
+        peers, means = ways.init(), []
+        state = {name: value[None].clone() for name, value in method.up.init().items()}
+        for t in range(STEPS):
+            ctx = _context(method, t, torch.tensor([comm.rank]))
+            message, after = up.compress(gradients(t)[comm.rank][None], state, ctx)
+            mean, same = ways.mean(message, state, peers, ctx, usable=comm.rank != 1)
+            assert mean is None
+            assert all(torch.equal(a, b) for a, b in zip(same.values(), peers.values(), strict=True))
+            mean, peers = ways.mean(message, state, peers, ctx)
+            assert mean is not None
+            if comm.rank == getattr(ways, "owner", comm.rank):
+                for name, value in believed(up, after).items():
+                    assert name not in peers or torch.equal(peers[name][comm.rank], value[0])
+            state = after
+            means.append(mean)
+        results.append(means)
+    return results
+
+
+@pytest.mark.parametrize("way", ["auto", "sum", "gather", "merge", "owner"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_by_every_way(name: str, way: exchange.Way) -> None:
+    ranks = 3
+    options = CASES[name]
+    answers = run_ranks(ranks, lambda comm: _exchanged(options, comm, way, exact=False))
+    method = methods.build(options, SPEC, Setup(seed=1))
+    if way == "merge" and any(up.merged is None for up in passes(method)):
+        assert answers == [[]] * ranks, "refused with a named error"
+        return
+    for up, *by_rank in zip(passes(method), *answers, strict=True):
+        for t, expected in enumerate(_reference(up, method, ranks)):
+            for means in by_rank:
+                assert torch.equal(means[t], by_rank[0][t]), "all ranks get the same bits"
+            got = by_rank[0][t]
+            if (
+                up.integer
+                and got.dtype == torch.int8
+                and int(got.abs().max()) == 1
+                and way in ("auto", "merge")
+            ):
+                assert torch.equal(got > 0, expected > 0), "only the majority"
+            elif up.integer:
+                assert torch.equal(got.int(), expected)
+            else:
+                scale = float(expected.abs().max())
+                rounded = up.merged is not None and way in ("auto", "merge")  # to fp16 or bf16, again
+                assert torch.allclose(
+                    got.double(), expected, rtol=0, atol=(4e-3 if rounded else 1e-6) * scale
+                )
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_votes_travel_packed(ranks: int) -> None:
+    """Within 5 % of 2 (W − 1)/W · n/8 bytes, sent and received."""
+    n = 1_000_000
+    spec = Spec(("w",), ((n,),))
+
+    def vote(comm: Comm) -> tuple[Tensor, int, int]:
+        method = methods.build("signsgd", spec, Setup())
+        generator = torch.Generator().manual_seed(comm.rank)
+        ctx = Context(Round(0, 0, 1.0), torch.tensor([comm.rank]), torch.ones(1).long())
+        message, _ = method.up.compress(torch.randn(1, n, generator=generator), {}, ctx)
+        sent, received = comm.sent, comm.received
+        mean, _ = exchange.build(comm, method.up, "merge").mean(message, {}, {}, ctx)
+        assert mean is not None
+        return method.server.gradient({}, mean, ctx.round)[0], comm.sent - sent, comm.received - received
+
+    answers = run_ranks(ranks, vote)
+    votes = sum(torch.randn(n, generator=torch.Generator().manual_seed(r)).sign().int() for r in range(ranks))
+    clear = votes != 0
+    for got, sent, received in answers:
+        assert torch.equal(got[clear], votes[clear].sign().float())
+        assert torch.equal(got, answers[0][0])
+        bound = 2 * (ranks - 1) / ranks * n / 8
+        assert bound <= sent <= 1.05 * bound
+        assert bound <= received <= 1.05 * bound
+
+
+def test_ties_fall_alike_by_every_way() -> None:
+    """Merged parts toss the coins that the whole vote would."""
+    spec = Spec(("w",), ((1000,),))
+
+    def vote(comm: Comm, way: exchange.Way) -> Tensor:
+        method = methods.build("signsgd", spec, Setup())
+        ctx = Context(Round(0, 5, 1.0), torch.tensor([comm.rank]), torch.ones(1).long())
+        generator = torch.Generator().manual_seed(comm.rank)
+        message, _ = method.up.compress(torch.randn(1, 1000, generator=generator), {}, ctx)
+        mean, _ = exchange.build(comm, method.up, way).mean(message, {}, {}, ctx)
+        assert mean is not None
+        return method.server.gradient({}, mean, ctx.round)[0]
+
+    by_way = [run_ranks(4, lambda comm, way=way: vote(comm, way))[0] for way in ("sum", "gather", "merge")]
+    assert torch.equal(by_way[0], by_way[1])
+    assert torch.equal(by_way[0], by_way[2])
+    assert set(by_way[0].tolist()) == {-1.0, 1.0}
+
+
+def test_the_way_that_sends_least_is_chosen() -> None:
+    spec = Spec(("w",), ((1000, 10),))
+
+    def names(comm: Comm) -> list[str]:
+        chosen = []
+        for options in (
+            "dense",
+            "bf16",
+            "signsgd",
+            {"name": "topk", "ratio": 0.001},
+            {"name": "topk", "ratio": 0.9},
+            {"name": "intrinsic", "dim": 100},
+            {"name": "lookback", "inner": {"name": "dense"}},
+        ):
+            chosen.append(exchange.build(comm, methods.build(options, spec, Setup()).up).name)
+        up = methods.build({"name": "lookback"}, spec, Setup()).up
+        chosen.append(exchange.build(comm, up, room=1000).name)
+        chosen.append(exchange.build(comm, up, room=1000, owner=1).name)
+        return chosen
+
+    expected = ["sum", "merge", "merge", "gather", "sum", "sum", "gather", "sum", "owner"]
+    assert run_ranks(3, names) == [expected] * 3

@@ -1,0 +1,56 @@
+"""The Trainer's callback, with real transformers jobs of two processes (tests/jobs/trainer.py)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .conftest import JOBS, Mpi
+from .test_ddp import torchrun
+
+TRAINER = str(JOBS / "trainer.py")
+TOPK = '{"name": "topk", "ratio": 0.05, "feedback": true}'
+
+
+def report(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return found
+
+
+def test_bert_under_torchrun_resumes_exactly(tmp_path: Path) -> None:
+    done = torchrun(2, TRAINER, "bert", str(tmp_path), "8", TOPK)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole, weights = report(tmp_path), torch.load(tmp_path / "final.pt", weights_only=True)
+    assert whole["ranks"] == 2
+    assert whole["stats"]["steps"] == 8
+    assert whole["stats"]["ratio"] > 5
+    assert whole["losses"][-1] < whole["losses"][0]
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    done = torchrun(2, TRAINER, "bert", str(tmp_path), "8", TOPK, "resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = torch.load(tmp_path / "final.pt", weights_only=True)
+    assert report(tmp_path)["stats"]["steps"] == 8
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_gpt2_under_mpirun(openmpi: Mpi, tmp_path: Path) -> None:
+    done = openmpi(2, TRAINER, "gpt2", str(tmp_path), "6", '"signsgd"')
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = report(tmp_path)
+    assert found["ranks"] == 2
+    assert found["stats"]["method"] == "signsgd"
+    assert found["losses"][-1] < found["losses"][0]
+
+
+def test_one_process_needs_no_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from .jobs import trainer
+
+    monkeypatch.setenv("RANK", "0")  # so that the job asks no launcher
+    monkeypatch.setattr("sys.argv", ["trainer.py", "bert", str(tmp_path), "2", TOPK])
+    trainer.main()
+    assert report(tmp_path)["stats"] is None
