@@ -18,7 +18,13 @@ from fedmpi.errors import ConfigError
 from .conftest import SMALL, Mpi
 
 # Runs of a fifth of a second.
-TINY = {**SMALL, "rounds": 2, "evaluate_every": 1, "local": {"lr": 0.1, "steps": 1, "batch": 20}}
+TINY = {
+    **SMALL,
+    "rounds": 2,
+    "evaluate_every": 1,
+    "local": {"lr": 0.1, "steps": 1, "batch": 20},
+    "checkpoint": {"rounds": 1},
+}
 OVER: dict[str, Any] = {
     "seeds": 2,
     "cases": {"δ = 0.9": {"method": {"name": "lookback", "threshold": 0.9}}},
@@ -67,13 +73,17 @@ def test_a_sweep_runs_each_point_once_and_reports(tmp_path: Path, capsys: pytest
     assert (out / "report.html").read_text().count("data:image/png;base64,") == 2
     assert "`local.steps`" in (out / "report.md").read_text()
 
-    # A second time, after one run was interrupted and another was made from other settings.
+    # A second time, after one run was interrupted and another was made from other settings: one goes on from its
+    # checkpoint (its lines, times included, stay), the other starts anew.
+    metrics = [out / "runs" / names[i] / "metrics.jsonl" for i in (1, 5)]
+    before = [path.read_text() for path in metrics]
     (out / "runs" / names[1] / "summary.json").unlink()
     other = out / "runs" / names[5] / "config.yaml"
     other.write_text(other.read_text().replace("rounds: 2", "rounds: 3"))
     assert main(command) == 0
     again = summaries(out)
     assert {name for name in names if again[name] != first[name]} == {names[1], names[5]}
+    assert [path.read_text() == text for path, text in zip(metrics, before, strict=True)] == [True, False]
     assert json.loads((tmp_path / "results.json").read_text())["points"][1]["seeds"] == [0, 1]
 
 

@@ -198,19 +198,20 @@ def lower(r: Results, of: list[str], than: str) -> Verdict:
     return Verdict(shown, all(mean < base for mean in means.values()))
 
 
-def differs(r: Results, number: str, by: str) -> Verdict:
-    """An analysis's number differs by more than twice its error between the two values of ``by``."""
+def differs(r: Results, number: str, by: str) -> Verdict | None:
+    """An analysis's number differs by more than twice its error between the two values of ``by``; None where only
+    one was run."""
     groups: dict[str, list[float]] = {}
     for one, value in zip(r.loaded, r.numbers(number), strict=True):
         groups.setdefault(str(one.get(by)), []).append(value)
     shown = "; ".join(f"{name}: {mean_error(values)[0]:.4g}" for name, values in groups.items())
-    if len(groups) != 2:
-        return Verdict(f"{number}: {shown}", False)
+    if len(groups) < 2:
+        return None
     (a, ea), (b, eb) = map(mean_error, groups.values())
     return Verdict(f"{number}: {shown}", abs(a - b) > 2 * (ea**2 + eb**2) ** 0.5)
 
 
-RULES: dict[str, Callable[..., Verdict]] = {
+RULES: dict[str, Callable[..., Verdict | None]] = {
     rule.__name__: rule
     for rule in (saves, most_saved, trade, ahead, tie, grows, peak, slower, smallest, between, lower, differs)
 }
@@ -236,9 +237,9 @@ def table(path: Path, results: Path) -> str:
                 raise ConfigError(f"{path}: unknown experiment {name!r}; {suggest(name, claims.experiments)}")
         there = [name for name in claim.of if (results / f"{name}.json").is_file()]
         figures, said = "", NOT_RUN
-        if there:
-            figures, held = judge(claim, [results / f"{name}.json" for name in there])
-            said = "held" if held else "not held"
+        verdict = judge(claim, [results / f"{name}.json" for name in there]) if there else None
+        if verdict is not None:
+            figures, said = verdict.figures, "held" if verdict.held else "not held"
             said += f" ({len(there)} of {len(claim.of)} seeds)" if len(there) < len(claim.of) else ""
         rows.append([claim.claim, claim.paper, figures, said, ", ".join(claim.of)])
     experiments: Table = [["experiment", "setting", "command", "minutes of a core"]]
@@ -263,8 +264,8 @@ def table(path: Path, results: Path) -> str:
     )
 
 
-def judge(claim: Claim, files: Sequence[Path]) -> Verdict:
-    """The rule's verdict on the result files."""
+def judge(claim: Claim, files: Sequence[Path]) -> Verdict | None:
+    """The rule's verdict on the result files; None where they do not suffice for one."""
     loaded = []
     for file in files:
         try:
