@@ -76,6 +76,7 @@ RUNS = Results(
         ),
         ({"name": "trade", "of": ["dense", "close", "far"], "than": "dense"}, True, "far: 72.00 ± 1.15 %, 90 % saved"),
         ({"name": "trade", "of": ["close", "dense", "far"], "than": "dense"}, False, "0 % saved"),
+        ({"name": "trade", "of": ["noisy", "close"], "than": "dense"}, False, "noisy: 82.33 ± 3.67 %, -10 % saved"),
         ({"name": "ahead", "of": ["dense", "close"], "than": ["close", "far"]}, True, "(+9.50 ± 0.00 points)"),
         ({"name": "ahead", "of": ["dense", "close"], "than": ["close", "dense"]}, False, "(-0.50"),
         ({"name": "ahead", "of": ["noisy"], "than": ["close"]}, False, "(+0.83 ± 3.84 points)"),
