@@ -18,7 +18,8 @@ from fedmpi import methods
 from fedmpi.analysis import inversion, leak, positions, subspace
 from fedmpi.analysis.watch import Watched
 from fedmpi.cli import main
-from fedmpi.engine.rounds import Sent
+from fedmpi.comm import solo
+from fedmpi.engine.rounds import Sent, Simulation
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec
@@ -261,10 +262,14 @@ def test_image_measures() -> None:
     assert inversion.ssim(image[:1, :7, :7], image[1:2, :7, :7]) == pytest.approx(float(expected))
 
 
+def victim_of(model: dict[str, Any]) -> leak.Victim:
+    return leak.Victim(Simulation(configuration.parse({**CENTRAL, "model": model}), solo()))
+
+
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_is_observed(name: str) -> None:
     """The truth matches what the attacker saw better than another image; linear codecs match in their space."""
-    victim = leak.Victim(configuration.parse({**CENTRAL, "model": {"name": "fcn", "hidden": 20}}), DIGITS)
+    victim = victim_of({"name": "fcn", "hidden": 20})
     alike = (DIGITS.train.y == 3).nonzero()[:2, 0]  # so that the second points the first one's way, ρ > 0
     x, y = DIGITS.train.x[alike], DIGITS.train.y[alike]
 
@@ -293,7 +298,7 @@ def test_every_method_is_observed(name: str) -> None:
 
 def test_gradients_of_linear_payloads_are_right() -> None:
     """The adjoint that stands in for autograd, against a difference quotient."""
-    victim = leak.Victim(configuration.parse({**CENTRAL, "model": {"name": "linear"}}), DIGITS)
+    victim = victim_of({"name": "linear"})
     x = DIGITS.train.x
     for options in ({"name": "intrinsic", "dim": 40}, {"name": "fetchsgd", "columns": 30, "k": 9}):
         method = methods.build(options, victim.spec, Setup(0))

@@ -21,12 +21,13 @@ from fedmpi.analysis.leak import Defence, Observed, Victim, attack, observe
 from fedmpi.analysis.page import Page, Table, png, prepare
 from fedmpi.analysis.plots import figure, mean_error
 from fedmpi.analysis.watch import Steps
+from fedmpi.comm import solo
 from fedmpi.config import Config
+from fedmpi.engine.rounds import Simulation
 from fedmpi.errors import ConfigError
 from fedmpi.method import Method
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import Options, Setup
-from fedmpi.tasks import data as datasets
 from fedmpi.tasks.data import Split
 
 
@@ -135,10 +136,10 @@ def analyze(
             f"--noise: expected at least 0, and with it a --clip above 0, got {noise:g} and {clip}"
         )
     prepare(out, "--out")
-    data = datasets.load(config.data.name, config.data.folder)
+    victim = Victim(Simulation(config, solo()))
+    data = victim.data
     if len(data.shape) != 3 or not data.train.x.is_floating_point():
         raise ConfigError(f"data: expected images (channels, height, width), got samples {data.shape}")
-    victim = Victim(config, data)
     todo = _methods(chosen, victim.spec.size, math.prod(data.shape))
     low, high = float(data.train.x.min()), float(data.train.x.max())
     picked = random.sample(random.key(config.seed, stream="attacked"), len(data.train.y), images + 1)

@@ -18,6 +18,7 @@ Shape suffixes: D parameters, S numbers of a payload, K positions, P × H × W a
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,12 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from fedmpi import random
-from fedmpi.config import Config
+from fedmpi.engine.rounds import Simulation
 from fedmpi.method import Compressor, Context, Method, Round, State
 from fedmpi.methods import fetchsgd
 from fedmpi.spec import Spec
-from fedmpi.tasks import models, objectives
-from fedmpi.tasks.data import Data
 
 _ADJOINT = 1e-3  # relative; float32 sums of some 10⁵ terms agree to about 10⁻⁵
 _HISTORY = 50  # steps that L-BFGS remembers
@@ -162,16 +161,13 @@ def _unit(v_K: Tensor) -> Tensor:
 
 
 class Victim:
-    """A model and the gradient of its loss on one image, in float64: near the end of an attack mismatches are tiny."""
+    """A run's model and the gradient of its loss on one image, in float64: mismatches become tiny in the end."""
 
-    def __init__(self, config: Config, data: Data) -> None:
-        key = random.key(config.seed, stream="model")
-        model = models.build(config.model.name, data.shape, data.classes, key, **config.model.options)
-        self.spec = Spec.of(model)
-        self.model = smooth(model).double()
+    def __init__(self, simulation: Simulation) -> None:
+        self.data, self.spec, self.loss = simulation.data, simulation.spec, simulation.objective.loss
+        self.theta_D = simulation.topology.parameters()
+        self.model = smooth(copy.deepcopy(simulation.trainer.model)).double()
         self.parameters = [dict(self.model.named_parameters())[name] for name in self.spec.names]
-        self.theta_D = self.spec.flatten(dict(self.model.named_parameters())).float()
-        self.loss = objectives.OBJECTIVES[config.loss].loss
 
     def gradient(self, theta_D: Tensor, x_PHW: Tensor, y: int, graph: bool = False) -> Tensor:
         """∇θ of the loss on the image, ``(D,)``; with ``graph``, a differentiable function of the image."""
