@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedmpi.analysis import commands as analysis
 from fedmpi.errors import FedMPIError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _report_arguments(commands)
     _data_arguments(commands)
     _advise_arguments(commands)
+    analysis.add(commands)
     doctor = commands.add_parser(
         "doctor", help="show what MPI, torch, GPUs and launcher are here, and try them"
     )
@@ -91,15 +93,11 @@ def _train_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParse
         help="continue the run in DIR (default: --out, else the last of this CONFIG in runs/) from its last "
         "checkpoint; with --out a run that has none yet starts",
     )
-    train.add_argument("--local-ranks", type=_positive, default=1, metavar="N", help="run N ranks as threads")
+    train.add_argument(
+        "--local-ranks", type=analysis.positive, default=1, metavar="N", help="run N ranks as threads"
+    )
     train.add_argument("--quiet", action="store_true", help="no progress, only errors")
     train.set_defaults(run=_train)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -200,7 +198,9 @@ def _run_folder(arguments: argparse.Namespace) -> Path:
 
 def _methods_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     listing = commands.add_parser("methods", help="list the methods, their options and what they cost")
-    listing.add_argument("--params", type=_positive, metavar="D", help="measure bytes for D parameters")
+    listing.add_argument(
+        "--params", type=analysis.positive, metavar="D", help="measure bytes for D parameters"
+    )
     listing.add_argument("--model", metavar="MODEL", help="measure bytes for a model on 3x32x32 images")
     listing.add_argument(
         "names",
@@ -265,7 +265,7 @@ def _advise_arguments(commands: argparse._SubParsersAction[argparse.ArgumentPars
         "method is fastest. Start it as the job is started: mpirun, srun or torchrun.",
     )
     size = advise.add_mutually_exclusive_group()
-    size.add_argument("--params", type=_positive, metavar="N", help="parameters (default: 11000000)")
+    size.add_argument("--params", type=analysis.positive, metavar="N", help="parameters (default: 11000000)")
     size.add_argument(
         "--model", metavar="MODEL", help="the layers of a model on 3x32x32 images, e.g. resnet9"
     )

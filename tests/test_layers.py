@@ -24,7 +24,8 @@ LAYERS = {
     | {"method", "message", "spec", "ops", "optimizers", "validation"},  # never comm or engine
     "config": {"errors", "methods", "tasks", "optimizers", "validation"},
     "engine": BASE | {"comm", "config", "method", "methods", "message", "spec", "tasks"},
-    "analysis": BASE | {"engine", "method", "methods", "message", "spec", "validation"},
+    "analysis": BASE
+    | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks", "validation"},
     "integrations": BASE
     | {"comm", "engine", "message", "method", "methods", "spec", "validation"},  # never what runs a job
     "doctor": {"comm", "errors"},

@@ -137,11 +137,26 @@ class _Call(NamedTuple):
     chunks: Sequence[Tensor]  # this rank's positions, so many as are held at a time
 
 
+class Sent(NamedTuple):
+    """What some clients computed and made of it, as an observer sees it."""
+
+    codec: Compressor
+    update: Update
+    before: State  # the clients' state when they compressed
+    message: Message
+    ctx: Context
+
+
 class Simulation:
-    """One rank's whole state between rounds."""
+    """One rank's whole state between rounds.
+
+    Attributes:
+      observe: is shown everything that this rank's clients send.
+    """
 
     def __init__(self, config: Config, comm: Comm) -> None:
         self.config, self.comm = config, comm
+        self.observe: Callable[[Sent], None] = lambda sent: None
         self.data = data.load(config.data.name, config.data.folder)
         key = random.key(config.seed, stream="partition")
         self.partition = partitions.split(
@@ -361,6 +376,7 @@ class Simulation:
         """Compress some of this rank's clients' gradients and hand the messages over."""
         before = self.clients.get(ctx.clients_C)
         message, after = codec.compress(update.g_CD, before, ctx)
+        self.observe(Sent(codec, update, before, message, ctx))
         self.topology.take(positions, message, before, ctx)
         status.upload += self.ledger.uploads(ctx.clients_C, message)
         if codec is self.method.up:

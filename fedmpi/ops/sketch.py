@@ -57,6 +57,15 @@ class CountSketch:
         blocks = self._places().split(_BLOCK, dim=1)
         return torch.cat([_median([signed_CT.index_select(1, p_N) for p_N in b_RN]) for b_RN in blocks], 1)
 
+    def transpose(self, v_CS: Tensor) -> Tensor:
+        """The transpose of :meth:`encode` on each row, ``(C, D)``: over the rows the sum, where
+        :meth:`estimate` has the median."""
+        signed_CT = torch.stack((v_CS, -v_CS), dim=-1).flatten(1)
+        total_CD = v_CS.new_zeros(len(v_CS), self.size)
+        for places_D in self._places():
+            total_CD += signed_CT.index_select(1, places_D)
+        return total_CD
+
     def matrix(self) -> Tensor:
         """The sketch as a matrix ``(S, D)``, one ±1 for each row and coordinate: the slow reference."""
         places_RD = self._places().long()
