@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from fedmpi.errors import DataError
 from fedmpi.tasks import choose
-from fedmpi.tasks.data import find_idx
+from fedmpi.tasks.readers.idx import find_idx
 
 Progress = Callable[[str], None]  # takes a line of text for the user
 
