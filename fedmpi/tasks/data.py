@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fedmpi.errors import ConfigError, DataError
-from fedmpi.tasks import Options, choose, own, parse_options
-from fedmpi.tasks.dataset import Data, NoOptions, Places, Split
-from fedmpi.tasks.hf import default_folder
+from fedmpi.tasks import choose, own, parse_options
+from fedmpi.tasks.dataset import Data, DataOptions, Places, Split, default_folder
 from fedmpi.tasks.readers import celeba, cifar, hub, idx, images, leaf, personachat, segmentation, text
 
 __all__ = ["DATA", "INSTALLED", "Data", "Split", "default_folder", "load"]
@@ -24,18 +23,18 @@ USAGE = "load(folder: pathlib.Path, **options) -> fedmpi.tasks.data.Data"
 
 
 class Reader(NamedTuple):
-    options: type[Options]
+    options: type[DataOptions]
     read: Callable[[Any, Places], Data]  # (options, folders for data sets)
     summary: str
 
 
 DATA: dict[str, Reader] = {
-    "digits": Reader(NoOptions, idx.digits, "1,797 handwritten digits, 8×8, of scikit-learn"),
-    "fashion-mnist": Reader(NoOptions, idx.fashion_mnist, "70,000 pieces of clothing, 28×28"),
-    "mnist": Reader(NoOptions, idx.mnist, "70,000 handwritten digits, 28×28"),
+    "digits": Reader(DataOptions, idx.digits, "1,797 handwritten digits, 8×8, of scikit-learn"),
+    "fashion-mnist": Reader(DataOptions, idx.fashion_mnist, "70,000 pieces of clothing, 28×28"),
+    "mnist": Reader(DataOptions, idx.mnist, "70,000 handwritten digits, 28×28"),
     "emnist": Reader(idx.EmnistOptions, idx.emnist, "handwritten letters and digits, 28×28"),
-    "femnist": Reader(NoOptions, leaf.femnist, "EMNIST by writer, from LEAF's JSON files"),
-    "cifar-10": Reader(NoOptions, cifar.cifar10, "60,000 pictures of 10 classes, 32×32"),
+    "femnist": Reader(DataOptions, leaf.femnist, "EMNIST by writer, from LEAF's JSON files"),
+    "cifar-10": Reader(DataOptions, cifar.cifar10, "60,000 pictures of 10 classes, 32×32"),
     "cifar-100": Reader(cifar.Cifar100Options, cifar.cifar100, "60,000 pictures of 100 classes, 32×32"),
     "celeba": Reader(images.ImageOptions, celeba.celeba, "faces and the places of five landmarks"),
     "voc": Reader(images.ImageOptions, segmentation.voc, "Pascal VOC 2012, a class a pixel"),

@@ -8,10 +8,12 @@ Shape suffixes: N samples, C channels, H height, W width.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fedmpi.errors import DataError
@@ -45,8 +47,13 @@ class Data(NamedTuple):
         return tuple(self.train.x.shape[1:])
 
 
-class NoOptions(Options):
-    """None."""
+class DataOptions(Options):
+    folder: str | None = Field(None, description="where it lies (default: $FEDMPI_DATA, ~/.cache/fedmpi)")
+
+
+def default_folder() -> Path:
+    """``$FEDMPI_DATA``, else ``~/.cache/fedmpi``; a data set lives in the sub-folder of its name."""
+    return Path(os.environ.get("FEDMPI_DATA") or Path.home() / ".cache" / "fedmpi")
 
 
 def locate(name: str, places: Places, wanted: tuple[str, ...], subs: tuple[str, ...], remedy: str) -> Path:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fedmpi.errors import ConfigError
-from fedmpi.tasks.dataset import Places
+from fedmpi.tasks.dataset import Places, default_folder
 
 
 def library(name: str) -> Any:
@@ -24,11 +23,6 @@ def library(name: str) -> Any:
         raise ConfigError(
             f"{name} is needed and cannot be imported ({error}); pip install 'fedmpi[hf]'"
         ) from error
-
-
-def default_folder() -> Path:
-    """``$FEDMPI_DATA``, else ``~/.cache/fedmpi``; a data set lives in the sub-folder of its name."""
-    return Path(os.environ.get("FEDMPI_DATA") or Path.home() / ".cache" / "fedmpi")
 
 
 def local(name: str, places: Places = ()) -> str:

@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fedmpi.errors import ConfigError
 
@@ -53,4 +53,4 @@ def _function(argument: str, path: str, usage: str) -> Callable[..., Any]:
         ) from error
     if not callable(found):
         raise ConfigError(f"{argument}: {path} is a {type(found).__name__}, expected a function {usage}")
-    return found
+    return cast(Callable[..., Any], found)

@@ -14,19 +14,18 @@ from pydantic import Field
 from torch import Tensor
 
 from fedmpi.errors import DataError
-from fedmpi.tasks import Options
-from fedmpi.tasks.dataset import Data, NoOptions, Places, Split, locate, normalised
+from fedmpi.tasks.dataset import Data, DataOptions, Places, Split, locate, normalised
 
 _PIXELS = 3 * 32 * 32
 _LARGEST = 1 << 30
 _TRAIN_10 = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 
 
-class Cifar100Options(Options):
+class Cifar100Options(DataOptions):
     labels: Literal["fine", "coarse"] = Field("fine", description="100 classes or their 20 superclasses")
 
 
-def cifar10(options: NoOptions, places: Places) -> Data:
+def cifar10(options: DataOptions, places: Places) -> Data:
     """From ``data_batch_1.bin`` … ``data_batch_5.bin`` and ``test_batch.bin``."""
     remedy = f"Unpack the binary version's archive cifar-10-binary.tar.gz into {places[0]}"
     wanted = (*_TRAIN_10, "test_batch.bin")

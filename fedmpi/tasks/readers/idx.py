@@ -24,8 +24,7 @@ from torch import Tensor
 
 from fedmpi import random
 from fedmpi.errors import DataError
-from fedmpi.tasks import Options
-from fedmpi.tasks.dataset import Data, NoOptions, Places, Split, normalised
+from fedmpi.tasks.dataset import Data, DataOptions, Places, Split, normalised
 
 STEMS = (
     "train-images-idx3-ubyte",
@@ -134,13 +133,15 @@ def _pairs(
     return [_pair(paths[0], paths[1], classes), _pair(paths[2], paths[3], classes)]
 
 
-def _mnist(name: str, mean: float, deviation: float, remedy: str, options: NoOptions, places: Places) -> Data:
+def _mnist(
+    name: str, mean: float, deviation: float, remedy: str, options: DataOptions, places: Places
+) -> Data:
     pairs = _pairs(name, places, STEMS, range(10), remedy)
     train, test = (Split(_scaled(pixels, 255, mean, deviation), y) for pixels, y in pairs)
     return Data(name, train, test, 10)
 
 
-class EmnistOptions(Options):
+class EmnistOptions(DataOptions):
     split: Literal["balanced", "byclass", "bymerge", "digits", "letters", "mnist"] = Field(
         "balanced", description="which of the six splits"
     )
@@ -164,7 +165,7 @@ def emnist(options: EmnistOptions, places: Places) -> Data:
     return Data("emnist", Split(x[0], train[1]), Split(x[1], test[1]), classes)
 
 
-def digits(options: NoOptions, places: Places) -> Data:
+def digits(options: DataOptions, places: Places) -> Data:
     """scikit-learn's ``load_digits`` (UCI, "Optical recognition of handwritten digits"), 0 to 16 in 8×8.
 
     The file is read without importing scikit-learn, which would cost every rank over a second.

@@ -12,13 +12,12 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from fedmpi.errors import DataError
-from fedmpi.tasks import Options
-from fedmpi.tasks.dataset import Data, Places, Split, locate, normalised
+from fedmpi.tasks.dataset import Data, DataOptions, Places, Split, locate, normalised
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
-class ImageOptions(Options):
+class ImageOptions(DataOptions):
     size: PositiveInt = Field(64, description="pixels of a side that pictures are scaled to")
     limit: PositiveInt | None = Field(None, description="take only the first so many samples of each set")
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fedmpi.errors import DataError
-from fedmpi.tasks.dataset import Data, NoOptions, Places, Split, locate, normalised, numbered
+from fedmpi.tasks.dataset import Data, DataOptions, Places, Split, locate, normalised, numbered
 from fedmpi.tasks.readers.lines import kind, read_json
 
 
-def femnist(options: NoOptions, places: Places) -> Data:
+def femnist(options: DataOptions, places: Places) -> Data:
     """All JSON files of ``train`` and ``test``; 62 classes; the natural groups are the writers."""
     remedy = f"Put LEAF's data/train and data/test into {places[0]}/femnist"
     folder = locate("femnist", places, ("train", "test"), ("data",), remedy)

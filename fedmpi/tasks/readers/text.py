@@ -15,8 +15,7 @@ from torch import Tensor
 
 from fedmpi import random
 from fedmpi.errors import DataError
-from fedmpi.tasks import Options
-from fedmpi.tasks.dataset import PAD, Data, Places, Split, locate
+from fedmpi.tasks.dataset import PAD, Data, DataOptions, Places, Split, locate
 from fedmpi.tasks.hf import tokenizer
 from fedmpi.tasks.readers.lines import text_lines
 
@@ -24,7 +23,7 @@ RATINGS = "movieReviewSnippets_GroundTruth.txt"
 _TEST = 2000  # sentences of the movie reviews that are kept for the test
 
 
-class TextOptions(Options):
+class TextOptions(DataOptions):
     tokenizer: str = Field(
         description="a folder, a folder in the data folder (minilm) or a hub name, as transformers reads it"
     )
@@ -81,7 +80,8 @@ def sst2(options: TextOptions, places: Places) -> Data:
                 raise DataError(f"{path}, line {number}: expected a sentence, a tab and 0 or 1, got {row}")
         y_N = torch.tensor([int(label) for _, label in rows])
         splits.append(Split(tokens(encode, [sentence for sentence, _ in rows], options.length), y_N))
-    return Data("sst-2", *_even(splits), 2)
+    train, test = _even(splits)
+    return Data("sst-2", train, test, 2)
 
 
 def movie_reviews(options: ReviewOptions, places: Places) -> Data:
