@@ -42,6 +42,7 @@ def tokenizer(name: str, places: Places = ()) -> Any:
 
 def loaded(argument: str, name: str, load: Callable[..., Any], places: Places = (), **options: Any) -> Any:
     """``load`` of the folder or hub name ``name``; ConfigError that names ``argument`` when it fails."""
+    library("transformers").utils.logging.disable_progress_bar()  # one a rank, among the rounds' lines
     try:
         return load(local(name, places), **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

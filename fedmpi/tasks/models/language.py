@@ -19,8 +19,6 @@ from fedmpi.tasks import Options
 from fedmpi.tasks.dataset import PAD
 from fedmpi.tasks.hf import library, loaded
 
-_DROPOUT = ("dropout", "drop", "pdrop")
-
 
 class TransformerOptions(Options):
     pretrained: str | None = Field(
@@ -147,6 +145,6 @@ def _set(name: str, config: Any, settings: dict[str, Any]) -> None:
             valid = sorted(k for k, v in vars(config).items() if isinstance(v, int | float | str | bool))
             raise ConfigError(f"model {name}.settings.{field}: unknown key; valid: {', '.join(valid)}")
         setattr(config, field, value)
-    for field in vars(config):
-        if field.endswith(_DROPOUT):
+    for field, value in vars(config).copy().items():
+        if "drop" in field and isinstance(value, float):
             setattr(config, field, 0.0)
