@@ -393,7 +393,20 @@ class TestPersonaChat:
     def test_only_the_reply_is_a_target(self, tmp_path: Path, tokenizer: Path) -> None:
         self.write(tmp_path)
         got = load("personachat", tmp_path, tokenizer=str(tokenizer), history=1)
-        assert rows(got)[0] == "i like tea . [SEP] i like [SEP] a good film [SEP]".split()
+        assert rows(got)[0] == [
+            "i",
+            "like",
+            "tea",
+            ".",
+            "[SEP]",
+            "i",
+            "like",
+            "[SEP]",
+            "a",
+            "good",
+            "film",
+            "[SEP]",
+        ]
         targets = [WORDS[i] for i in got.train.y[0].tolist() if i != IGNORE]
         assert targets == ["a", "good", "film", "[SEP]"]
         assert got.train.y[0, :8].tolist() == [IGNORE] * 8

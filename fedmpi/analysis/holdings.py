@@ -78,17 +78,17 @@ def plot(held: Holdings, title: str, path: Path) -> None:
         count_CK = held.count_CK[:_COLUMNS]
         axes = figure.add_subplot(rows, 1, 1)
         image = axes.imshow(
-            count_CK.T, aspect="auto", interpolation="nearest", cmap="Blues", origin="lower", vmin=0
+            count_CK.T.numpy(), aspect="auto", interpolation="nearest", cmap="Blues", origin="lower", vmin=0
         )
         figure.colorbar(image, label="samples")
         more = len(held.sizes) - len(count_CK)
         axes.set(xlabel="client" + (f" (the first {_COLUMNS}; {more} more)" if more else ""), ylabel="class")
     axes = figure.add_subplot(rows, 1, rows)
-    ordered = held.sizes.sort(descending=True).values
+    ordered = held.sizes.sort(descending=True).values.numpy()
     axes.fill_between(range(1, len(ordered) + 1), ordered, step="mid", alpha=0.3)
     axes.plot(range(1, len(ordered) + 1), ordered, drawstyle="steps-mid")
     axes.set(xlabel="clients, the largest first", ylabel="samples", ylim=(0, None))
-    if float(ordered[0]) > 50 * float(ordered[-1].clamp(min=1)):
+    if float(ordered[0]) > 50 * max(1, int(ordered[-1])):
         axes.set(xscale="log", yscale="log", ylim=(0.8, None))
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
