@@ -76,7 +76,8 @@ def fetch(name: str, to: str | Path, progress: Progress = lambda line: None) -> 
       ConfigError: nothing can be fetched by this name.
       DataError: no source worked (says why each did not, and what to do), or ``to`` cannot be written.
     """
-    published = choose("data set to fetch", name, {**PUBLISHED, **PACKAGED})
+    table: dict[str, Published | Packaged] = {**PUBLISHED, **PACKAGED}
+    published = choose("data set to fetch", name, table)
     to = Path(to).expanduser().absolute()
     if isinstance(published, Packaged):
         return fetch_package(name, published, to, progress)

@@ -49,5 +49,5 @@ def loaded(argument: str, name: str, load: Callable[..., Any], places: Places = 
         first = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(
             f"{argument}: expected a folder as transformers saves it (also looked for in {default_folder() / name}) "
-            f"or a hub name that can be reached, got {name!r}: {type(error).__name__}: {first}"
+            f"or a hub name that can be reached (fedmpi data fetch minilm gets one without the hub), got {name!r}: {type(error).__name__}: {first}"
         ) from error
