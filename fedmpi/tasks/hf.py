@@ -48,6 +48,7 @@ def loaded(argument: str, name: str, load: Callable[..., Any], places: Places = 
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(
-            f"{argument}: expected a folder as transformers saves it (also looked for in {default_folder() / name}) "
-            f"or a hub name that can be reached (fedmpi data fetch minilm gets one without the hub), got {name!r}: {type(error).__name__}: {first}"
+            f"{argument}: expected a folder as transformers saves it (also looked for in "
+            f"{default_folder() / name}; fedmpi data fetch minilm puts one there) or a hub name that can be "
+            f"reached, got {name!r}: {type(error).__name__}: {first}"
         ) from error
