@@ -240,12 +240,17 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _data_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    data = commands.add_parser("data", help="get data sets")
+    data = commands.add_parser("data", help="get data sets, and show who holds what")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     fetch = actions.add_parser("fetch", help="download a data set and verify it")
     fetch.add_argument("name", help="e.g. fashion-mnist")
     fetch.add_argument("--to", type=Path, metavar="DIR", help="default: $FEDMPI_DATA or ~/.cache/fedmpi")
     fetch.set_defaults(run=_fetch)
+    show = actions.add_parser("show", help="show which client holds what")
+    show.add_argument("config", metavar="CONFIG", help="a YAML file")
+    show.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides; values are YAML")
+    show.add_argument("--plot", type=Path, metavar="PNG", help="the picture (default: <config>-clients.png)")
+    show.set_defaults(run=_show)
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
@@ -303,6 +308,23 @@ def _advise(arguments: argparse.Namespace) -> int:
     text = advise.advise(comm, shapes, candidates, say)
     if comm.rank == 0:
         print(text)
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from fedmpi import config as configuration
+    from fedmpi.analysis.holdings import holdings, plot, table
+    from fedmpi.tasks import data, partitions
+
+    config = configuration.load(arguments.config, arguments.overrides)
+    train, options = data.load(config.data.name, **config.data.options), config.partition.options
+    split = partitions.divide(config.partition.name, train.train, config.clients, config.seed, **options)
+    held = holdings(split.index_N, split.offset, train.train.y, train.classes)
+    title = f"{config.data.name}, partition {config.partition.name}"
+    path = arguments.plot or Path(f"{Path(arguments.config).stem}-clients.png")
+    print(f"{title}: {table(held)}")
+    plot(held, title, path)
+    print(f"picture: {path}")
     return 0
 
 

@@ -34,7 +34,6 @@ from fedmpi.spec import Spec
 from fedmpi.tasks import data, models, objectives, partitions
 
 _CHUNK_VALUES = 1 << 22  # gradients of so many numbers are held at a time
-_TEST_BATCH = 512
 
 
 def run(
@@ -157,10 +156,11 @@ class Simulation:
     def __init__(self, config: Config, comm: Comm) -> None:
         self.config, self.comm = config, comm
         self.observe: Callable[[Sent], None] = lambda sent: None
-        self.data = data.load(config.data.name, config.data.folder)
-        key = random.key(config.seed, stream="partition")
-        self.partition = partitions.split(
-            config.partition.name, self.data.train.y, config.clients, key, **config.partition.options
+        self.data = data.load(config.data.name, **config.data.options)
+        self.objective = objectives.OBJECTIVES[config.loss]
+        objectives.check(config.loss, self.data.train.y)
+        self.partition = partitions.divide(
+            config.partition.name, self.data.train, config.clients, config.seed, **config.partition.options
         )
         key = random.key(config.seed, stream="model")
         model: nn.Module = models.build(
@@ -183,7 +183,6 @@ class Simulation:
         self.rounds_per_epoch = self._passes_of_data() if workers else config.rounds_per_epoch
         kind = Workers if workers else TOPOLOGIES[config.topology]
         self.topology = kind(comm, self.method, theta_D, config.reproducible, peers)
-        self.objective = objectives.OBJECTIVES[config.loss]
         self.trainer = Trainer(model, self.spec, self.objective.loss, config.local, config.seed, workers)
         self.ledger = Ledger(config.clients)
         # Clients that keep state stay on the rank that keeps it.
@@ -389,15 +388,16 @@ class Simulation:
         model, test = self.trainer.model, self.data.test
         self.trainer.theta_D.copy_(self.topology.parameters())
         model.eval()
-        batches = torch.arange(len(test.y)).split(_TEST_BATCH)
+        batches = torch.arange(len(test.y)).split(self.config.test_batch)
         # A place a batch, of which each rank fills its own: the sum over ranks is exact in any order.
         sums = torch.zeros(2, len(batches), dtype=torch.float64)
         for b in range(self.comm.rank, len(batches), self.comm.size):
-            logits, y = model(test.x[batches[b]]), test.y[batches[b]]
-            sums[0, b] = self.objective.correct(logits, y)
-            sums[1, b] = self.objective.loss(logits, y).double() * len(y)
+            output, y = model(test.x[batches[b]]), test.y[batches[b]]
+            sums[0, b] = self.objective.correct(output, y)
+            sums[1, b] = self.objective.loss(output, y).double() * self.objective.count(y)
         self.comm.sum([sums])
-        return float(sums[0].sum()) / len(test.y), float(sums[1].sum()) / len(test.y)
+        count = self.objective.count(test.y)
+        return float(sums[0].sum()) / count, float(sums[1].sum()) / count
 
     @property
     def upload_bytes(self) -> int:
