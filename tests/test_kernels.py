@@ -1,0 +1,158 @@
+"""Compiled kernels against their torch references: equal to the bit, over odd sizes, strides, types, threads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedmpi import random
+from fedmpi.ops import fast, hadamard
+
+pytest.importorskip("numba")
+quick = settings(deadline=None, max_examples=40)
+keys = st.integers(-(2**63), 2**63 - 1)
+
+
+@contextmanager
+def smallest(size: int, threads: int = 1) -> Iterator[None]:
+    """Kernels from ``size`` numbers on, in so many threads."""
+    before = fast.SMALLEST
+    fast.SMALLEST = size
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        fast.SMALLEST = before
+        torch.set_num_threads(1)
+
+
+def by_kernel(function: Callable[..., Any], *arguments: Any, threads: int = 1) -> Any:
+    with smallest(0, threads):
+        return function(*arguments)
+
+
+def by_torch(function: Callable[..., Any], *arguments: Any) -> Any:
+    with smallest(sys.maxsize):
+        return function(*arguments)
+
+
+def normals(key: int, *shape: int) -> Tensor:
+    count = 1
+    for n in shape:
+        count *= n
+    return random.normal(random.key(key, stream="x"), count).view(shape)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal types, shapes and bits: 0.0 is not −0.0."""
+    bits = {torch.float32: torch.int32, torch.float64: torch.int64}.get(a.dtype, a.dtype)
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(bits), b.view(bits))
+
+
+# --- the gate ---------------------------------------------------------------------------------------
+
+
+def test_importing_fedmpi_does_not_import_numba() -> None:
+    code = (
+        "import sys, torch, fedmpi.cli, fedmpi.engine.rounds; from fedmpi.ops.hadamard import fwht; "
+        "fwht(torch.ones(1 << 12)); assert 'numba' not in sys.modules; "
+        "fwht(torch.ones(1 << 17)); assert 'numba' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_numba_torch_does_it() -> None:
+    code = (
+        "import sys, torch; sys.modules['numba'] = None; from fedmpi.ops import fast, hadamard; "
+        "x = torch.ones(1 << 17); assert fast.compiled('hadamard', x) is None; assert hadamard.fwht(x)[0] == 1 << 17"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_small_or_differentiable_tensors_stay_with_torch() -> None:
+    assert fast.compiled("hadamard", torch.zeros(fast.SMALLEST - 1)) is None
+    assert fast.compiled("hadamard", torch.zeros(fast.SMALLEST, requires_grad=True)) is None
+    assert fast.compiled("hadamard", torch.zeros(fast.SMALLEST, device="meta")) is None
+    assert fast.compiled("hadamard", torch.zeros(fast.SMALLEST)) is not None
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 1000])
+def test_run_does_every_item_once(threads: int, count: int) -> None:
+    done = torch.zeros(count, dtype=torch.int64)
+
+    def kernel(first: int, last: int, by: int) -> None:
+        done[first:last] += by
+
+    with smallest(0, threads):
+        fast.run(kernel, count, 3)
+    assert (done == 3).all()
+
+
+def test_an_error_in_any_thread_arrives() -> None:
+    def kernel(first: int, last: int) -> None:
+        if last == 100:
+            raise ValueError("the last piece")
+
+    with smallest(0, 3), pytest.raises(ValueError, match="the last piece"):
+        fast.run(kernel, 100)
+
+
+# --- Walsh–Hadamard ---------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 5), st.integers(0, 13), st.integers(1, 3), st.booleans(), keys)
+@quick
+def test_fwht(rows: int, log2: int, threads: int, strided: bool, key: int) -> None:
+    x = normals(key, rows, 2 << log2)[:, ::2] if strided else normals(key, rows, 1 << log2)
+    before = x.clone()
+    assert same(by_kernel(hadamard.fwht, x, threads=threads), hadamard.fwht_reference(x))
+    assert same(x, before)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1 << 16,), (1 << 17,), (3, 1 << 18), (2, 1, 1 << 19), (1 << 20,), (1 << 9, 256)]
+)
+def test_fwht_of_large_vectors(shape: tuple[int, ...]) -> None:
+    """Beyond a block: every number of stages in the last sweep."""
+    x = normals(1, *shape)
+    expected = hadamard.fwht_reference(x)
+    assert same(by_kernel(hadamard.fwht, x, threads=2), expected)
+    assert same(by_kernel(hadamard.fwht, x, x), expected), "in place"
+    assert same(x, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int32])
+def test_fwht_of_other_types(dtype: torch.dtype) -> None:
+    x = normals(2, 2, 512).mul(100).to(dtype)
+    got = by_kernel(hadamard.fwht, x)
+    assert got.dtype == dtype
+    assert torch.equal(got, hadamard.fwht_reference(x))
+
+
+def test_fwht_into_a_strided_tensor() -> None:
+    x, out = normals(3, 2, 1024), torch.zeros(2, 2048)
+    expected = hadamard.fwht_reference(x)
+    by_kernel(hadamard.fwht, x, out[:, ::2])
+    assert same(out[:, ::2].contiguous(), expected)
+    assert not out[:, 1::2].any()
+    assert same(by_torch(hadamard.fwht, x, out[:, ::2]).contiguous(), expected)
+
+
+def test_threads_that_play_ranks_may_be_in_kernels_at_once() -> None:
+    from fedmpi.comm import run_ranks
+
+    x = normals(4, 4, 1 << 14)
+    expected = hadamard.fwht_reference(x)
+    with smallest(0, 2):
+        results = run_ranks(4, lambda comm: [hadamard.fwht(x[comm.rank]) for _ in range(20)])
+    assert all(same(y, expected[rank]) for rank, ys in enumerate(results) for y in ys)
