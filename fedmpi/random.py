@@ -56,6 +56,12 @@ def _mix_tensor(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
+@lru_cache(maxsize=1)
+def constants() -> Tensor:
+    """The generator's three constants, int64, for compiled kernels that draw by themselves."""
+    return torch.tensor([_signed(c) for c in (_GOLDEN, _MIX_1, _MIX_2)], dtype=torch.int64)
+
+
 @lru_cache(maxsize=1024)
 def _stream(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmpi import random
-from fedmpi.ops import fast, hadamard
+from fedmpi.ops import bits, fast, hadamard
 
 pytest.importorskip("numba")
 quick = settings(deadline=None, max_examples=40)
@@ -156,3 +156,63 @@ def test_threads_that_play_ranks_may_be_in_kernels_at_once() -> None:
     with smallest(0, 2):
         results = run_ranks(4, lambda comm: [hadamard.fwht(x[comm.rank]) for _ in range(20)])
     assert all(same(y, expected[rank]) for rank, ys in enumerate(results) for y in ys)
+
+
+# --- bits -------------------------------------------------------------------------------------------
+
+rows_and_bits = st.tuples(st.integers(1, 4), st.integers(1, 400))
+
+
+@given(rows_and_bits, st.integers(1, 3), st.booleans(), keys)
+@quick
+def test_pack_and_unpack(shape: tuple[int, int], threads: int, strided: bool, key: int) -> None:
+    x = normals(key, shape[0], 2 * shape[1]) > 0
+    x = x[:, ::2] if strided else x[:, : shape[1]]
+    packed = by_kernel(bits.pack, x, threads=threads)
+    assert same(packed, bits.pack_reference(x))
+    assert same(by_kernel(bits.unpack, packed, shape[1], threads=threads), x.contiguous())
+    every_other = packed.repeat_interleave(2, 1)[:, ::2]
+    assert same(by_kernel(bits.unpack, every_other, shape[1]), x.contiguous())
+
+
+@given(rows_and_bits, st.integers(1, 3), st.booleans(), keys)
+@quick
+def test_signs(shape: tuple[int, int], threads: int, strided: bool, key: int) -> None:
+    """Zeros of either sign, infinities and NaN among them."""
+    g = normals(key, shape[0], 2 * shape[1]).round()
+    g[:, ::7] *= float("inf")  # NaN where it was 0
+    g = g[:, ::2] if strided else g[:, : shape[1]]
+    keys_C = random.keys(key, 0, torch.arange(shape[0]), "coins")
+    packed = by_kernel(bits.pack_signs, g, keys_C, threads=threads)
+    assert same(packed, bits.pack_signs_reference(g, keys_C))
+    for scale_C in (None, normals(key, shape[0])):
+        signs = by_kernel(bits.unpack_signs, packed, shape[1], scale_C, threads=threads)
+        assert same(signs, bits.unpack_signs_reference(packed, shape[1], scale_C))
+
+
+def test_signs_of_zeros_are_the_keys_coins() -> None:
+    keys_C = random.keys(5, 0, torch.arange(2), "coins")
+    packed = by_kernel(bits.pack_signs, torch.tensor([0.0, -0.0]).repeat(2, 100), keys_C)
+    assert torch.equal(bits.unpack_reference(packed, 200), random.coins(keys_C, 200))
+
+
+@given(st.integers(1, 40), st.integers(1, 9000), st.integers(1, 3), keys)
+@quick
+def test_majority(voters: int, size: int, threads: int, key: int) -> None:
+    rows = random.bits(random.key(key), (voters + 1) * size).view(torch.uint8)[: (voters + 1) * size]
+    packed_WB, tie_B = rows.view(voters + 1, size).split([voters, 1])
+    got = by_kernel(bits.majority, packed_WB, tie_B[0], threads=threads)
+    assert same(got, bits.majority_reference(packed_WB, tie_B[0]))
+
+
+@pytest.mark.parametrize("voters", [1, 2, 3, 4, 255, 256, 257])
+def test_majority_at_its_edges(voters: int) -> None:
+    """Every count of ones from none to all, against the definition; ties fall either way."""
+    packed_WB = bits.pack_reference(
+        torch.arange(voters)[:, None] < torch.arange(8 * 40)[None, :]
+    )  # column n: n ones
+    for tie in (0, 255):
+        got = by_kernel(bits.majority, packed_WB, torch.full((40,), tie, dtype=torch.uint8))
+        ones_N = torch.arange(8 * 40).clamp(max=voters)
+        expected = (2 * ones_N > voters) | ((2 * ones_N == voters) & bool(tie))
+        assert torch.equal(bits.unpack_reference(got[None], 8 * 40)[0], expected)

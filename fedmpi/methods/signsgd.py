@@ -50,17 +50,14 @@ class Sign(Compressor):
         if self.momentum:
             g_CD = self.momentum * state["momentum"] + (1 - self.momentum) * g_CD
             state = {"momentum": g_CD}
-        positive_CD, zero_CD = g_CD > 0, g_CD == 0
-        if bool(zero_CD.any()):
-            positive_CD |= zero_CD & random.coins(ctx.keys("sign of zero"), self.size)
-        arrays = {"signs": bits.pack(positive_CD)}
+        arrays = {"signs": bits.pack_signs(g_CD, ctx.keys("sign of zero"))}
         if self.scaled:
             arrays["scale"] = g_CD.abs().double().mean(1).float()
         return Message(arrays), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
-        v_CD = bits.unpack(message.arrays["signs"], self.size).to(torch.int8).mul_(2).sub_(1)
-        return (v_CD * message.arrays["scale"][:, None] if self.scaled else v_CD), peer
+        arrays = message.arrays
+        return bits.unpack_signs(arrays["signs"], self.size, arrays["scale"] if self.scaled else None), peer
 
 
 class VoteServer(Server):
@@ -114,8 +111,7 @@ class VoteServer(Server):
 
 
 def _step(theta_D: Tensor, signs_B: Tensor, lr: Tensor) -> Tensor:
-    positive_D = bits.unpack(signs_B[None], len(theta_D))[0]
-    return theta_D - torch.where(positive_D, lr, -lr)
+    return theta_D - bits.unpack_signs(signs_B[None], len(theta_D), lr[None])[0]
 
 
 def build(options: SignOptions, spec: Spec, setup: Setup) -> Method:
