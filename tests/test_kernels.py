@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmpi import random
-from fedmpi.ops import bits, fast, hadamard
+from fedmpi.ops import bits, fast, hadamard, select
 
 pytest.importorskip("numba")
 quick = settings(deadline=None, max_examples=40)
@@ -216,3 +216,50 @@ def test_majority_at_its_edges(voters: int) -> None:
         ones_N = torch.arange(8 * 40).clamp(max=voters)
         expected = (2 * ones_N > voters) | ((2 * ones_N == voters) & bool(tie))
         assert torch.equal(bits.unpack_reference(got[None], 8 * 40)[0], expected)
+
+
+# --- top-k ------------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 3), st.integers(16, 3000), st.integers(0, 4), st.integers(1, 3), st.booleans(), st.data()
+)
+@quick
+def test_top_k(rows: int, size: int, coarse: int, threads: int, strided: bool, data: st.DataObject) -> None:
+    """From all different to nearly all equal (``coarse``), some rows constant."""
+    k, key = data.draw(st.integers(1, size)), data.draw(keys)
+    x = normals(key, rows, 2 * size)
+    x = (x * 10.0 ** (2 - coarse)).round() if coarse else x
+    x[0] *= data.draw(st.sampled_from([1.0, 0.0, float("inf")]))  # 0 · inf: NaN is not asked for
+    x = x.nan_to_num(posinf=float("inf"), neginf=float("-inf"))
+    g = x[:, ::2] if strided else x[:, :size]
+    for few in {min(k, size // 16), k}:
+        if few:
+            assert same(by_kernel(select.top_k, g, few, threads=threads), select.top_k_reference(g, few))
+
+
+@pytest.mark.parametrize("k", [1, 50, 500, 6000])
+def test_top_k_of_sorted_and_clustered_vectors(k: int) -> None:
+    """Large ones all in one place, which a regular sample could miss; more than a block, a ragged end."""
+    x = normals(7, 100_003)
+    clustered = x.clone()
+    clustered[70_000 : 70_000 + k // 2] *= 1000
+    g = torch.stack([x, x.sort().values, clustered])
+    assert same(by_kernel(select.top_k, g, k, threads=2), select.top_k_reference(g, k))
+
+
+def test_top_k_survives_a_misleading_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A threshold that too few or nearly all reach: torch chooses."""
+    x = normals(8, 1, 5000)
+    for threshold in (100.0, 0.0):
+        monkeypatch.setattr(select, "_threshold", lambda g_D, k, t=threshold: t)
+        assert same(by_kernel(select.top_k, x, 100), select.top_k_reference(x, 100))
+
+
+def test_reach_finds_thresholds_and_nan() -> None:
+    from fedmpi.ops.compiled.select import reach
+
+    x = torch.tensor([0.5, -2.0, 1.0, float("nan"), -0.0, -1.0, 3.0])
+    assert reach(x, 1.0, 0, 7).tolist() == [1, 2, 3, 5, 6]
+    assert reach(x, 1.0, 6, 7) is None
+    assert reach(x, 1.0, 0, 4) is None
