@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmpi import random
-from fedmpi.ops import bits, fast, hadamard, select
+from fedmpi.ops import bits, fast, hadamard, select, sketch, subspace
 
 pytest.importorskip("numba")
 quick = settings(deadline=None, max_examples=40)
@@ -263,3 +263,62 @@ def test_reach_finds_thresholds_and_nan() -> None:
     assert reach(x, 1.0, 0, 7).tolist() == [1, 2, 3, 5, 6]
     assert reach(x, 1.0, 6, 7) is None
     assert reach(x, 1.0, 0, 4) is None
+
+
+# --- embeddings and sketches ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "dim", "clients"),
+    [(1 << 16, 1, 1), (70_001, 300, 3), (1 << 17, 9000, 2), (40_000, 37_000, 1), (66_000, 66_000, 1)],
+)
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_fastfood(size: int, dim: int, clients: int, factor: float) -> None:
+    """From one block of sums to sixteen; D a power of two, just above one, just below; d up to D."""
+    embedding = subspace.Fastfood(size, dim, random.key(5, client=dim), factor)
+    v, g = normals(size, clients, 2 * dim)[:, ::2], normals(dim, clients, 2 * size)[:, ::2]
+    for threads in (1, 3):
+        assert same(by_kernel(embedding.lift, v, threads=threads), by_torch(embedding.lift, v))
+        assert same(by_kernel(embedding.project, g, threads=threads), by_torch(embedding.project, g))
+
+
+@given(st.integers(1, 3), st.integers(1, 20_000), st.integers(1, 3), st.booleans(), st.data())
+@quick
+def test_hashed(clients: int, size: int, threads: int, strided: bool, data: st.DataObject) -> None:
+    dim, key = data.draw(st.integers(1, min(size, 3000))), data.draw(keys)
+    embedding = subspace.Hashed(size, dim, key, data.draw(st.sampled_from([1.0, 0.3])))
+    v, g = normals(key, clients, 2 * dim), normals(~key, clients, 2 * size)
+    v, g = (v[:, ::2], g[:, ::2]) if strided else (v[:, :dim], g[:, :size])
+    assert same(by_kernel(embedding.lift, v, threads=threads), by_torch(embedding.lift, v))
+    assert same(by_kernel(embedding.project, g, threads=threads), by_torch(embedding.project, g))
+
+
+@pytest.mark.parametrize("matrix", ["fastfood", "hashed"])
+def test_embeddings_of_no_clients_and_of_other_types(matrix: str) -> None:
+    embedding = subspace.MATRICES[matrix](1 << 16, 50, 9)
+    assert by_kernel(embedding.project, torch.zeros(0, 1 << 16)).shape == (0, 50)
+    assert by_kernel(embedding.lift, torch.zeros(0, 50)).shape == (0, 1 << 16)
+    g = normals(1, 1, 1 << 16).double()
+    assert same(by_kernel(embedding.project, g), by_torch(embedding.project, g))
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 6), st.integers(1, 5000), st.integers(1, 700), st.integers(1, 3), keys
+)
+@quick
+def test_count_sketch(clients: int, rows: int, size: int, columns: int, threads: int, key: int) -> None:
+    sketch_ = sketch.CountSketch(size, rows, columns, key)
+    g = normals(key, clients, 2 * size)[:, ::2]
+    encoded = by_torch(sketch_.encode, g)
+    assert same(by_kernel(sketch_.encode, g, threads=threads), encoded)
+    assert same(by_kernel(sketch_.estimate, encoded, threads=threads), by_torch(sketch_.estimate, encoded))
+
+
+def test_estimates_of_a_diverged_sketch_are_not_finite_either() -> None:
+    sketch_ = sketch.CountSketch(3000, 3, 50, 1)
+    v = normals(1, 1, 150)
+    v[0, ::3], v[0, ::5] = float("nan"), float("inf")
+    got, expected = by_kernel(sketch_.estimate, v), by_torch(sketch_.estimate, v)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+    assert got.isnan().any()

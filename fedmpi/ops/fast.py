@@ -26,10 +26,13 @@ SMALLEST = 1 << 17
 _PIECES = 4  # of the work, for each thread: a core that others use as well does fewer of them
 
 
-def compiled(name: str, *tensors: Tensor) -> ModuleType | None:
+def compiled(name: str, *tensors: Tensor, count: int | None = None) -> ModuleType | None:
     """The kernels of ``fedmpi.ops.compiled.<name>``; None where the torch reference has to do: without numba, for
-    tensors on a GPU, such as need a gradient, and few numbers (of the first tensor)."""
-    if tensors[0].numel() < SMALLEST or any(t.device.type != "cpu" or t.requires_grad for t in tensors):
+    tensors on a GPU, such as need a gradient, and less than ``SMALLEST`` numbers (``count``, else the first
+    tensor's)."""
+    if (tensors[0].numel() if count is None else count) < SMALLEST:
+        return None
+    if any(t.device.type != "cpu" or t.requires_grad for t in tensors):
         return None
     return _module(name)
 
