@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedmpi import random
-from fedmpi.ops import bits, fast, hadamard, select, sketch, subspace
+from fedmpi.ops import bits, fast, hadamard, select, sketch, subspace, sums
 
 pytest.importorskip("numba")
 quick = settings(deadline=None, max_examples=40)
@@ -322,3 +322,40 @@ def test_estimates_of_a_diverged_sketch_are_not_finite_either() -> None:
     assert torch.equal(got.isnan(), expected.isnan())
     assert torch.equal(got.nan_to_num(), expected.nan_to_num())
     assert got.isnan().any()
+
+
+# --- sums -------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 3), st.integers(1, 9000), st.integers(1, 3), st.booleans(), keys)
+@quick
+def test_dots(clients: int, size: int, threads: int, strided: bool, key: int) -> None:
+    v, w = normals(key, clients, 2 * size), normals(~key, clients, 2 * size)
+    v, w = (v[:, ::2], w[:, ::2]) if strided else (v[:, :size], w[:, size:])
+    got = by_kernel(sums.dots, v, w, threads=threads)
+    assert same(got, sums.dots_reference(v, w))
+    a, b = v.double(), w.double()
+    expected = torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)])
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-9)
+
+
+@given(st.integers(1, 5000), st.integers(1, 3), st.floats(0, 1), st.integers(-45, 22), keys)
+@quick
+def test_add_fixed(size: int, threads: int, weight: float, log2: int, key: int) -> None:
+    """Halves of the last place among them."""
+    v = normals(key, 2 * size).mul(2.0**log2).clamp(-(2.0**22), 2.0**22)[::2]
+    v[::3] = (v[::3] * 2.0**41).round() * 2.0**-41
+    totals = [random.bits(random.key(key), size) >> 2 for _ in range(2)]
+    assert by_kernel(sums.add_fixed, totals[0], v, weight, 2.0**22, threads=threads)
+    assert sums.add_fixed_reference(totals[1], v, weight, 2.0**22)
+    assert same(totals[0], totals[1])
+
+
+@pytest.mark.parametrize("bad", [1.5, -1.5, float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 1500, 2999])
+def test_add_fixed_refuses_what_is_too_large(bad: float, place: int) -> None:
+    v = torch.ones(3000)
+    assert by_kernel(sums.add_fixed, torch.zeros(3000, dtype=torch.int64), v, 1.0, 1.0)
+    v[place] = bad
+    for add in (sums.add_fixed, sums.add_fixed_reference):
+        assert not by_kernel(add, torch.zeros(3000, dtype=torch.int64), v, 1.0, 1.0)

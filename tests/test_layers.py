@@ -23,7 +23,7 @@ LAYERS = {
     "methods": BASE
     | {"method", "message", "spec", "ops", "optimizers", "validation"},  # never comm or engine
     "config": {"errors", "methods", "tasks", "optimizers", "validation"},
-    "engine": BASE | {"comm", "config", "method", "methods", "message", "spec", "tasks"},
+    "engine": BASE | {"comm", "config", "method", "methods", "message", "ops", "spec", "tasks"},
     "analysis": BASE | {"engine", "method", "methods", "message", "spec", "validation"},
     "doctor": {"comm", "errors"},
     "cli": {"analysis", "comm", "config", "doctor", "engine", "errors", "spec", "tasks"},

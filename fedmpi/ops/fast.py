@@ -11,6 +11,7 @@ process when two threads (ranks played by threads) are in a kernel at once, or d
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -23,7 +24,9 @@ from torch import Tensor
 
 # Below so many numbers torch stays: importing numba and loading a kernel takes a second, compiling some seconds.
 SMALLEST = 1 << 17
+KEPT = 1 << 30
 _PIECES = 4  # of the work, for each thread: a core that others use as well does fewer of them
+_own = threading.local()
 
 
 def compiled(name: str, *tensors: Tensor, count: int | None = None) -> ModuleType | None:
@@ -44,6 +47,21 @@ def _module(name: str) -> ModuleType | None:
     except ImportError:
         return None
     return import_module(f"fedmpi.ops.compiled.{name}")
+
+
+def scratch(rows: int, size: int) -> Tensor:
+    """An uninitialised float32 buffer ``(rows, size)``, this thread's until its next call.
+
+    The system hands out fresh memory page by page, which takes longer than two copies of it. Up to ``KEPT`` bytes
+    are kept for the next call.
+    """
+    count = rows * size
+    buffer: Tensor | None = getattr(_own, "buffer", None)
+    if buffer is None or len(buffer) < count:
+        _own.buffer = None  # freed before the larger one is asked for
+        buffer = torch.empty(count)
+        _own.buffer = buffer if 4 * count <= KEPT else None
+    return buffer[:count].view(rows, size)
 
 
 def run(kernel: Callable[..., None], count: int, *arguments: Any) -> None:

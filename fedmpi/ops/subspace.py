@@ -70,12 +70,12 @@ class Fastfood(Embedding):
             signs_N, weight_N, column_N = _fastfood_parts(self.n, self.m, self.key)
             x_CN = fwht(small_CM[:, column_N] * weight_N)
             return (x_CN * signs_N)[:, : self.size] * self.scale
-        x_CN = torch.empty(len(v_Cd), self.n)
+        x_CN = fast.scratch(len(v_Cd), self.n)
         fast.run(
             kernels.fastfood_spread, self.n // kernels.CHUNK, small_CM.numpy(), *self._drawn(), x_CN.numpy()
         )
         fwht(x_CN, x_CN)
-        return self._flipped(x_CN, self.size, self.scale)
+        return self._flip(x_CN, self.scale, torch.empty(len(v_Cd), self.size))
 
     def project(self, g_CD: Tensor) -> Tensor:
         kernels = self._kernels(g_CD)
@@ -84,7 +84,7 @@ class Fastfood(Embedding):
             x_CN = torch.nn.functional.pad(g_CD * signs_N[: self.size], (0, self.n - self.size))
             small_CM = _add_columns(fwht(x_CN), weight_N, column_N, self.m)
         else:
-            x_CN = self._flipped(g_CD.contiguous(), self.n, 1.0)
+            x_CN = self._flip(g_CD.contiguous(), 1.0, fast.scratch(len(g_CD), self.n))
             fwht(x_CN, x_CN)
             sums_BCM = torch.zeros(self.n // _block(self.n, self.m), len(g_CD), self.m)
             fast.run(kernels.fastfood_gather, len(sums_BCM), x_CN.numpy(), *self._drawn(), sums_BCM.numpy())
@@ -101,13 +101,12 @@ class Fastfood(Embedding):
         constants = random.half_normal_table().numpy(), random.constants().numpy()
         return random.key(self.key, stream="G"), rounds.numpy(), *constants
 
-    def _flipped(self, x_CX: Tensor, size: int, scale: float) -> Tensor:
-        """B x · scale, cut or filled with zeros to ``size``."""
-        kernels = fast.compiled("counters", x_CX, count=self.n)
+    def _flip(self, x_CX: Tensor, scale: float, out: Tensor) -> Tensor:
+        """``out`` = B x · scale, cut or filled with zeros to its length."""
+        kernels = self._kernels(x_CX)
         assert kernels is not None, "called where there are kernels"
-        out = torch.empty(len(x_CX), size)
         key, constants = random.key(self.key, stream="B"), random.constants().numpy()
-        chunks = -(-size // kernels.CHUNK)
+        chunks = -(-out.shape[1] // kernels.CHUNK)
         fast.run(kernels.flip, chunks, x_CX.numpy(), key, constants, np.float32(scale), out.numpy())
         return out
 
