@@ -107,6 +107,23 @@ def test_an_error_in_any_thread_arrives() -> None:
         fast.run(kernel, 100)
 
 
+def test_scratch_is_kept_for_its_thread_name_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedmpi.comm import run_ranks
+
+    cpu = torch.device("cpu")
+    first = fast.scratch("a", 2, 50, cpu)
+    assert first.shape == (2, 50)
+    assert fast.scratch("a", 3, 20, cpu).data_ptr() == first.data_ptr()
+    assert fast.scratch("b", 2, 50, cpu).data_ptr() != first.data_ptr()
+    places = run_ranks(3, lambda comm: fast.scratch("a", 2, 50, cpu).data_ptr())
+    assert len(set(places)) == 3
+    assert fast.scratch("a", 2, 51, cpu).shape == (2, 51)
+    monkeypatch.setattr(fast, "KEPT", 400)
+    kept, lost = fast.scratch("c", 10, 10, cpu), fast.scratch("d", 1, 101, cpu)
+    assert fast.scratch("c", 10, 10, cpu).data_ptr() == kept.data_ptr()
+    assert fast.scratch("d", 1, 101, cpu).data_ptr() != lost.data_ptr()
+
+
 # --- Walsh–Hadamard ---------------------------------------------------------------------------------
 
 

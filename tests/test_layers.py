@@ -25,8 +25,9 @@ LAYERS = {
     "config": {"errors", "methods", "tasks", "optimizers", "validation"},
     "engine": BASE | {"comm", "config", "method", "methods", "message", "ops", "spec", "tasks"},
     "analysis": BASE | {"engine", "method", "methods", "message", "spec", "validation"},
+    "bench": BASE | {"ops"},
     "doctor": {"comm", "errors"},
-    "cli": {"analysis", "comm", "config", "doctor", "engine", "errors", "spec", "tasks"},
+    "cli": {"analysis", "bench", "comm", "config", "doctor", "engine", "errors", "spec", "tasks"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -14,7 +14,7 @@ from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, Round, Server, State
 from fedmpi.methods.base import Entry, FeedbackOptions, MeanServer, Setup
 from fedmpi.methods.feedback import Feedback
-from fedmpi.ops import bits
+from fedmpi.ops import bits, fast
 from fedmpi.spec import Spec
 
 
@@ -111,7 +111,8 @@ class VoteServer(Server):
 
 
 def _step(theta_D: Tensor, signs_B: Tensor, lr: Tensor) -> Tensor:
-    return theta_D - bits.unpack_signs(signs_B[None], len(theta_D), lr[None])[0]
+    step_1D = fast.scratch("signs", 1, len(theta_D), theta_D.device)
+    return theta_D - bits.unpack_signs(signs_B[None], len(theta_D), lr[None], step_1D)[0]
 
 
 def build(options: SignOptions, spec: Spec, setup: Setup) -> Method:

@@ -73,13 +73,17 @@ def pack_signs_reference(g_CN: Tensor, keys_C: Tensor) -> Tensor:
     return pack_reference(positive_CN)
 
 
-def unpack_signs(bytes_CB: Tensor, n: int, scale_C: Tensor | None = None) -> Tensor:
-    """Packed signs as int8 ±1 ``(C, n)``; with float32 ``scale_C``, as ± a row's scale."""
+def unpack_signs(
+    bytes_CB: Tensor, n: int, scale_C: Tensor | None = None, out_CN: Tensor | None = None
+) -> Tensor:
+    """Packed signs as int8 ±1 ``(C, n)``; with float32 ``scale_C``, as ± a row's scale. In ``out_CN`` (contiguous,
+    of that type), where it is given."""
     dtype = torch.int8 if scale_C is None else torch.float32
-    out_CN = torch.empty(len(bytes_CB), n, dtype=dtype, device=bytes_CB.device)
+    if out_CN is None:
+        out_CN = torch.empty(len(bytes_CB), n, dtype=dtype, device=bytes_CB.device)
     kernels = fast.compiled("bits", out_CN)
     if kernels is None:
-        return unpack_signs_reference(bytes_CB, n, scale_C)
+        return out_CN.copy_(unpack_signs_reference(bytes_CB, n, scale_C))
     plus_C = torch.ones(len(bytes_CB), dtype=dtype) if scale_C is None else scale_C.contiguous()
     kernels.unpack(bytes_CB.contiguous(), plus_C, -plus_C, out_CN)
     return out_CN

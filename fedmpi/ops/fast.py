@@ -26,7 +26,6 @@ from torch import Tensor
 SMALLEST = 1 << 17
 KEPT = 1 << 30
 _PIECES = 4  # of the work, for each thread: a core that others use as well does fewer of them
-_own = threading.local()
 
 
 def compiled(name: str, *tensors: Tensor, count: int | None = None) -> ModuleType | None:
@@ -49,18 +48,29 @@ def _module(name: str) -> ModuleType | None:
     return import_module(f"fedmpi.ops.compiled.{name}")
 
 
-def scratch(rows: int, size: int) -> Tensor:
-    """An uninitialised float32 buffer ``(rows, size)``, this thread's until its next call.
+class _Own(threading.local):
+    """What each thread keeps for itself."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.device], Tensor] = {}
+
+
+_own = _Own()
+
+
+def scratch(name: str, rows: int, size: int, device: torch.device) -> Tensor:
+    """An uninitialised float32 buffer ``(rows, size)``, this thread's until its next call with this name.
 
     The system hands out fresh memory page by page, which takes longer than two copies of it. Up to ``KEPT`` bytes
     are kept for the next call.
     """
-    count = rows * size
-    buffer: Tensor | None = getattr(_own, "buffer", None)
+    count, key = rows * size, (name, device)
+    buffer = _own.buffers.pop(key, None)
     if buffer is None or len(buffer) < count:
-        _own.buffer = None  # freed before the larger one is asked for
-        buffer = torch.empty(count)
-        _own.buffer = buffer if 4 * count <= KEPT else None
+        del buffer  # freed before a larger one is asked for
+        buffer = torch.empty(count, device=device)
+    if 4 * len(buffer) <= KEPT:
+        _own.buffers[key] = buffer
     return buffer[:count].view(rows, size)
 
 

@@ -26,9 +26,14 @@ class Embedding(ABC):
     def __init__(self, size: int, dim: int, key: int, factor: float = 1.0) -> None:
         self.size, self.dim, self.key, self.factor = size, dim, key, factor
 
+    def lift(self, v_Cd: Tensor, out: Tensor | None = None) -> Tensor:
+        """A v for each row: ``(C, D)``, float32; in ``out``, contiguous, where that is given."""
+        result_CD = v_Cd.new_empty(len(v_Cd), self.size) if out is None else out
+        self._lift(v_Cd, result_CD)
+        return result_CD
+
     @abstractmethod
-    def lift(self, v_Cd: Tensor) -> Tensor:
-        """A v for each row: ``(C, D)``."""
+    def _lift(self, v_Cd: Tensor, out_CD: Tensor) -> None: ...
 
     @abstractmethod
     def project(self, g_CD: Tensor) -> Tensor:
@@ -42,8 +47,8 @@ class Dense(Embedding):
         super().__init__(size, dim, key, factor)
         self.matrix_Dd = _dense_matrix(size, dim, key) * (factor / math.sqrt(dim))
 
-    def lift(self, v_Cd: Tensor) -> Tensor:
-        return v_Cd @ self.matrix_Dd.T
+    def _lift(self, v_Cd: Tensor, out_CD: Tensor) -> None:
+        torch.matmul(v_Cd, self.matrix_Dd.T, out=out_CD)
 
     def project(self, g_CD: Tensor) -> Tensor:
         return g_CD @ self.matrix_Dd
@@ -63,19 +68,20 @@ class Fastfood(Embedding):
         self.m = 1 << (dim - 1).bit_length()
         self.scale = factor / math.sqrt(self.n * dim)
 
-    def lift(self, v_Cd: Tensor) -> Tensor:
+    def _lift(self, v_Cd: Tensor, out_CD: Tensor) -> None:
         small_CM = fwht(torch.nn.functional.pad(v_Cd, (0, self.m - self.dim)))
         kernels = self._kernels(v_Cd)
         if kernels is None:
             signs_N, weight_N, column_N = _fastfood_parts(self.n, self.m, self.key)
             x_CN = fwht(small_CM[:, column_N] * weight_N)
-            return (x_CN * signs_N)[:, : self.size] * self.scale
-        x_CN = fast.scratch(len(v_Cd), self.n)
+            torch.mul((x_CN * signs_N)[:, : self.size], self.scale, out=out_CD)
+            return
+        x_CN = fast.scratch("fastfood", len(v_Cd), self.n, v_Cd.device)
         fast.run(
             kernels.fastfood_spread, self.n // kernels.CHUNK, small_CM.numpy(), *self._drawn(), x_CN.numpy()
         )
         fwht(x_CN, x_CN)
-        return self._flip(x_CN, self.scale, torch.empty(len(v_Cd), self.size))
+        self._flip(x_CN, self.scale, out_CD)
 
     def project(self, g_CD: Tensor) -> Tensor:
         kernels = self._kernels(g_CD)
@@ -84,7 +90,9 @@ class Fastfood(Embedding):
             x_CN = torch.nn.functional.pad(g_CD * signs_N[: self.size], (0, self.n - self.size))
             small_CM = _add_columns(fwht(x_CN), weight_N, column_N, self.m)
         else:
-            x_CN = self._flip(g_CD.contiguous(), 1.0, fast.scratch(len(g_CD), self.n))
+            x_CN = self._flip(
+                g_CD.contiguous(), 1.0, fast.scratch("fastfood", len(g_CD), self.n, g_CD.device)
+            )
             fwht(x_CN, x_CN)
             sums_BCM = torch.zeros(self.n // _block(self.n, self.m), len(g_CD), self.m)
             fast.run(kernels.fastfood_gather, len(sums_BCM), x_CN.numpy(), *self._drawn(), sums_BCM.numpy())
@@ -126,17 +134,16 @@ class Hashed(Embedding):
     parameters, no transform. The count-sketch of one row (Charikar et al. 2002; Weinberger et al. 2009).
     """
 
-    def lift(self, v_Cd: Tensor) -> Tensor:
+    def _lift(self, v_Cd: Tensor, out_CD: Tensor) -> None:
         kernels = self._kernels(v_Cd)
         if kernels is None:
             column_D, sign_D = _hashed_parts(self.size, self.dim, self.key)
-            return v_Cd[:, column_D] * sign_D * self.factor
-        out_CD, chunks = torch.empty(len(v_Cd), self.size), -(-self.size // kernels.CHUNK)
-        factor = np.float32(self.factor)
+            torch.mul(v_Cd[:, column_D] * sign_D, self.factor, out=out_CD)
+            return
+        factor, chunks = np.float32(self.factor), -(-self.size // kernels.CHUNK)
         fast.run(
             kernels.hashed_lift, chunks, v_Cd.contiguous().numpy(), *self._drawn(), factor, out_CD.numpy()
         )
-        return out_CD
 
     def project(self, g_CD: Tensor) -> Tensor:
         kernels = self._kernels(g_CD)
