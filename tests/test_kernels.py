@@ -18,7 +18,7 @@ from fedmpi import random
 from fedmpi.ops import bits, fast, hadamard, select, sketch, subspace, sums
 
 pytest.importorskip("numba")
-quick = settings(deadline=None, max_examples=40)
+quick = settings(deadline=None, max_examples=15)
 keys = st.integers(-(2**63), 2**63 - 1)
 
 
@@ -76,6 +76,15 @@ def test_without_numba_torch_does_it() -> None:
         "x = torch.ones(1 << 17); assert fast.compiled('hadamard', x) is None; assert hadamard.fwht(x)[0] == 1 << 17"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_kernel_that_cannot_be_cached_works_all_the_same() -> None:
+    """As in an installation, a home and a temporary folder that are all read-only: numba finds no place."""
+    from fedmpi.ops.compiled.base import kernel
+
+    names: dict[str, Any] = {}
+    exec("def twice(x):\n    return 2 * x", names)
+    assert kernel(names["twice"])(3) == 6
 
 
 def test_small_or_differentiable_tensors_stay_with_torch() -> None:
@@ -213,7 +222,7 @@ def test_signs_of_zeros_are_the_keys_coins() -> None:
     assert torch.equal(bits.unpack_reference(packed, 200), random.coins(keys_C, 200))
 
 
-@given(st.integers(1, 40), st.integers(1, 9000), st.integers(1, 3), keys)
+@given(st.integers(1, 12), st.integers(1, 9000), st.integers(1, 3), keys)
 @quick
 def test_majority(voters: int, size: int, threads: int, key: int) -> None:
     rows = random.bits(random.key(key), (voters + 1) * size).view(torch.uint8)[: (voters + 1) * size]
@@ -289,10 +298,9 @@ def test_reach_finds_thresholds_and_nan() -> None:
     ("size", "dim", "clients"),
     [(1 << 16, 1, 1), (70_001, 300, 3), (1 << 17, 9000, 2), (40_000, 37_000, 1), (66_000, 66_000, 1)],
 )
-@pytest.mark.parametrize("factor", [1.0, 0.3])
-def test_fastfood(size: int, dim: int, clients: int, factor: float) -> None:
+def test_fastfood(size: int, dim: int, clients: int) -> None:
     """From one block of sums to sixteen; D a power of two, just above one, just below; d up to D."""
-    embedding = subspace.Fastfood(size, dim, random.key(5, client=dim), factor)
+    embedding = subspace.Fastfood(size, dim, random.key(5, client=dim), 0.3)
     v, g = normals(size, clients, 2 * dim)[:, ::2], normals(dim, clients, 2 * size)[:, ::2]
     for threads in (1, 3):
         assert same(by_kernel(embedding.lift, v, threads=threads), by_torch(embedding.lift, v))

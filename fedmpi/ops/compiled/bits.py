@@ -169,17 +169,19 @@ def _majority(first: int, last: int, packed: Bytes, tie: Bytes, out: Bytes) -> N
                     plane[i] ^= carry[i]
                     carry[i] = both
             if (voter + 1) >> used:
-                planes[used] = carry
+                for i in range(count):
+                    planes[used, i] = carry[i]
                 used += 1
-        more[:], equal[:] = 0, 255
+        for i in range(count):
+            more[i], equal[i] = 0, 255
         for p in range(used - 1, -1, -1):  # compare with half the voters, from the highest plane down
             plane, flip = planes[p], np.uint8(0 if (voters // 2 >> p) & 1 else 255)
             for i in range(count):
                 more[i] |= equal[i] & plane[i] & flip
                 equal[i] &= plane[i] ^ flip
-        if voters % 2 == 0:
-            more[:count] |= equal[:count] & tie[begin : begin + count]
-        out[begin : begin + count] = more[:count]
+        even = np.uint8(0 if voters % 2 else 255)
+        for i in range(count):
+            out[begin + i] = more[i] | (equal[i] & tie[begin + i] & even)
 
 
 def pack(bits_CN: Tensor, out_CB: Tensor) -> None:

@@ -124,7 +124,8 @@ def flip(first: int, last: int, x: Floats, key: int, c: Ints, scale: np.float32,
             source, target = x[row, begin : begin + count], out[row, begin : begin + CHUNK]
             for t in range(count):
                 target[t] = source[t] * (scale if coins[t] else -scale)
-            target[count:] = 0
+            for t in range(count, len(target)):
+                target[t] = 0
 
 
 @kernel
@@ -209,7 +210,8 @@ def sketch_estimate(
                         high[t] = a + b if unordered else b if less else a
             middle, target = seen[rows // 2], out[row, begin : begin + count]
             if rows % 2:
-                target[:] = middle[:count]
+                for t in range(count):
+                    target[t] = middle[t]
             else:
                 below = seen[rows // 2 - 1]
                 for t in range(count):

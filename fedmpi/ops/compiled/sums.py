@@ -38,7 +38,8 @@ def dots(first: int, last: int, v: Floats, w: Floats, out: Doubles) -> None:
         for i in range(len(a)):
             x, y = np.float64(a[i]), np.float64(b[i])
             vw[i], vv[i], ww[i] = x * y, x * x, y * y
-        vw[len(a) :], vv[len(a) :], ww[len(a) :] = 0, 0, 0
+        for i in range(len(a), BLOCK):
+            vw[i], vv[i], ww[i] = 0, 0, 0
         out[0, block], out[1, block], out[2, block] = _fold(vw), _fold(vv), _fold(ww)
 
 
