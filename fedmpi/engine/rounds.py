@@ -24,12 +24,13 @@ from fedmpi.engine.ledger import Bytes, Ledger, ratios
 from fedmpi.engine.progress import Display
 from fedmpi.engine.record import Record
 from fedmpi.engine.store import ClientStore, Kept, fits, make_store
-from fedmpi.engine.sums import LARGEST, from_fixed, to_fixed
+from fedmpi.engine.sums import LARGEST
 from fedmpi.engine.topology import TOPOLOGIES, Workers
 from fedmpi.errors import ConfigError, FedMPIError, NumericalError
 from fedmpi.message import Message, from_bytes, to_bytes
 from fedmpi.method import Compressor, Context, Round, State
 from fedmpi.methods.base import Setup
+from fedmpi.ops.sums import from_fixed, to_fixed
 from fedmpi.spec import Spec
 from fedmpi.tasks import data, models, objectives, partitions
 
