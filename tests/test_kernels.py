@@ -384,3 +384,25 @@ def test_add_fixed_refuses_what_is_too_large(bad: float, place: int) -> None:
     v[place] = bad
     for add in (sums.add_fixed, sums.add_fixed_reference):
         assert not by_kernel(add, torch.zeros(3000, dtype=torch.int64), v, 1.0, 1.0)
+
+
+# --- shapes that do not fit: an error, never memory that is not theirs --------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: bits.unpack_signs(torch.zeros(1, 10, dtype=torch.uint8), 1000),
+        lambda: bits.majority(torch.zeros(3, 100, dtype=torch.uint8), torch.zeros(50, dtype=torch.uint8)),
+        lambda: sums.dots(torch.zeros(1, 5000), torch.zeros(1, 4000)),
+        lambda: sums.add_fixed(torch.zeros(100, dtype=torch.int64), torch.zeros(5000), 1.0, 1.0),
+        lambda: subspace.Fastfood(1 << 16, 10, 1).project(torch.zeros(1, 100)),
+        lambda: subspace.Hashed(1 << 16, 10, 1).lift(torch.zeros(1, 9)),
+        lambda: subspace.Hashed(1 << 16, 10, 1).lift(torch.zeros(1, 10), torch.zeros(1, 9)),
+        lambda: sketch.CountSketch(5000, 3, 10, 1).encode(torch.zeros(1, 6000)),
+        lambda: hadamard.fwht(torch.zeros(1024), torch.zeros(512)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(call: Callable[[], Any]) -> None:
+    with pytest.raises((RuntimeError, ValueError)):
+        by_kernel(call)

@@ -41,7 +41,7 @@ def unpack(bytes_CB: Tensor, n: int) -> Tensor:
     lead = bytes_CB.shape[:-1]
     out_CN = torch.empty(*lead, n, dtype=torch.uint8, device=bytes_CB.device)
     kernels = fast.compiled("bits", out_CN)
-    if kernels is None or not out_CN.numel():
+    if kernels is None or not out_CN.numel() or bytes_CB.shape[-1] != nbytes(n):
         return unpack_reference(bytes_CB, n)
     one_C = torch.ones(lead.numel(), dtype=torch.uint8)
     kernels.unpack(bytes_CB.contiguous(), one_C, 1 - one_C, out_CN)
@@ -58,7 +58,7 @@ def pack_signs(g_CN: Tensor, keys_C: Tensor) -> Tensor:
     """The signs of each row, packed: 1 for a positive entry, 0 for a negative one (and NaN), and where it is 0 the
     coin that :func:`fedmpi.random.coins` gives the row's key. No pass over the vector but this one."""
     kernels = fast.compiled("bits", g_CN) if g_CN.dtype == torch.float32 else None
-    if kernels is None:
+    if kernels is None or len(keys_C) != len(g_CN):
         return pack_signs_reference(g_CN, keys_C)
     packed_CB = torch.empty(len(g_CN), nbytes(g_CN.shape[1]), dtype=torch.uint8)
     kernels.pack_signs(g_CN.contiguous(), keys_C.contiguous(), random.constants(), packed_CB)
@@ -82,7 +82,8 @@ def unpack_signs(
     if out_CN is None:
         out_CN = torch.empty(len(bytes_CB), n, dtype=dtype, device=bytes_CB.device)
     kernels = fast.compiled("bits", out_CN)
-    if kernels is None:
+    fit = bytes_CB.shape[1] == nbytes(n) and (scale_C is None or len(scale_C) == len(bytes_CB))
+    if kernels is None or not fit:
         return out_CN.copy_(unpack_signs_reference(bytes_CB, n, scale_C))
     plus_C = torch.ones(len(bytes_CB), dtype=dtype) if scale_C is None else scale_C.contiguous()
     kernels.unpack(bytes_CB.contiguous(), plus_C, -plus_C, out_CN)
@@ -98,7 +99,7 @@ def unpack_signs_reference(bytes_CB: Tensor, n: int, scale_C: Tensor | None = No
 def majority(packed_WB: Tensor, tie_B: Tensor) -> Tensor:
     """The bits ``(B,)`` that more than half of W packed rows have; where just half have it, that of ``tie_B``."""
     kernels = fast.compiled("bits", packed_WB, tie_B)
-    if kernels is None:
+    if kernels is None or packed_WB.shape[1:] != tie_B.shape:
         return majority_reference(packed_WB, tie_B)
     out_B = torch.empty_like(tie_B, memory_format=torch.contiguous_format)
     kernels.majority(packed_WB.contiguous(), tie_B.contiguous(), out_B)

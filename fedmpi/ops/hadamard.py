@@ -24,7 +24,7 @@ def fwht(x: Tensor, out: Tensor | None = None) -> Tensor:
     if n & (n - 1) or n == 0:
         raise ValueError(f"x: expected a last axis of a power of two, got {n}")
     kernels = fast.compiled("hadamard", x) if x.dtype == torch.float32 else None
-    if kernels is None or n < kernels.SMALLEST:
+    if kernels is None or n < kernels.SMALLEST or (out is not None and out.shape != x.shape):
         return fwht_reference(x) if out is None else out.copy_(fwht_reference(x))
     result = out if out is not None and out.is_contiguous() else torch.empty(x.shape)
     kernels.fwht(x.contiguous(), result)

@@ -44,6 +44,8 @@ class CountSketch:
           index_N: int64, different coordinates.
         """
         kernels = fast.compiled("counters", g_CN) if index_N is None and g_CN.dtype == torch.float32 else None
+        if index_N is None and g_CN.shape[1] != self.size:
+            raise ValueError(f"g: expected rows of D = {self.size} numbers, got {g_CN.shape[1]}")
         if kernels is not None:
             sums_CRT = torch.zeros(len(g_CN), self.rows, 2 * self.columns)
             drawn = *self._keys(), self.columns, random.constants().numpy()

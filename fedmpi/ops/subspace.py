@@ -28,6 +28,10 @@ class Embedding(ABC):
 
     def lift(self, v_Cd: Tensor, out: Tensor | None = None) -> Tensor:
         """A v for each row: ``(C, D)``, float32; in ``out``, contiguous, where that is given."""
+        if v_Cd.shape[1] != self.dim:
+            raise ValueError(f"v: expected rows of d = {self.dim} numbers, got {v_Cd.shape[1]}")
+        if out is not None and (out.shape != (len(v_Cd), self.size) or not out.is_contiguous()):
+            raise ValueError(f"out: expected {(len(v_Cd), self.size)}, contiguous, got {tuple(out.shape)}")
         result_CD = v_Cd.new_empty(len(v_Cd), self.size) if out is None else out
         self._lift(v_Cd, result_CD)
         return result_CD
@@ -35,9 +39,14 @@ class Embedding(ABC):
     @abstractmethod
     def _lift(self, v_Cd: Tensor, out_CD: Tensor) -> None: ...
 
-    @abstractmethod
     def project(self, g_CD: Tensor) -> Tensor:
         """Aᵀ g for each row: ``(C, d)``."""
+        if g_CD.shape[1] != self.size:
+            raise ValueError(f"g: expected rows of D = {self.size} numbers, got {g_CD.shape[1]}")
+        return self._project(g_CD)
+
+    @abstractmethod
+    def _project(self, g_CD: Tensor) -> Tensor: ...
 
 
 class Dense(Embedding):
@@ -50,7 +59,7 @@ class Dense(Embedding):
     def _lift(self, v_Cd: Tensor, out_CD: Tensor) -> None:
         torch.matmul(v_Cd, self.matrix_Dd.T, out=out_CD)
 
-    def project(self, g_CD: Tensor) -> Tensor:
+    def _project(self, g_CD: Tensor) -> Tensor:
         return g_CD @ self.matrix_Dd
 
 
@@ -83,7 +92,7 @@ class Fastfood(Embedding):
         fwht(x_CN, x_CN)
         self._flip(x_CN, self.scale, out_CD)
 
-    def project(self, g_CD: Tensor) -> Tensor:
+    def _project(self, g_CD: Tensor) -> Tensor:
         kernels = self._kernels(g_CD)
         if kernels is None:
             signs_N, weight_N, column_N = _fastfood_parts(self.n, self.m, self.key)
@@ -100,7 +109,7 @@ class Fastfood(Embedding):
         return fwht(small_CM)[:, : self.dim] * self.scale
 
     def _kernels(self, x: Tensor) -> ModuleType | None:
-        usable = x.dtype == torch.float32 and self.n >= random.SORT_BELOW and len(x)
+        usable = x.dtype == torch.float32 and self.n >= random.SORT_BELOW and x.numel()
         return fast.compiled("counters", x, count=self.n) if usable else None
 
     def _drawn(self) -> tuple[Any, ...]:
@@ -145,7 +154,7 @@ class Hashed(Embedding):
             kernels.hashed_lift, chunks, v_Cd.contiguous().numpy(), *self._drawn(), factor, out_CD.numpy()
         )
 
-    def project(self, g_CD: Tensor) -> Tensor:
+    def _project(self, g_CD: Tensor) -> Tensor:
         kernels = self._kernels(g_CD)
         if kernels is None:
             column_D, sign_D = _hashed_parts(self.size, self.dim, self.key)
@@ -157,7 +166,7 @@ class Hashed(Embedding):
         return _in_order(sums_BCd) * self.factor
 
     def _kernels(self, x: Tensor) -> ModuleType | None:
-        usable = x.dtype == torch.float32 and len(x)
+        usable = x.dtype == torch.float32 and x.numel()
         return fast.compiled("counters", x, count=self.size) if usable else None
 
     def _drawn(self) -> tuple[Any, ...]:

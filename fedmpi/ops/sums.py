@@ -20,7 +20,7 @@ def dots(v_CS: Tensor, w_CS: Tensor) -> Tensor:
     Products are exact; they are added up in float64 as a tree of blocks of 1024.
     """
     kernels = fast.compiled("sums", v_CS, w_CS)
-    if kernels is None or v_CS.dtype != torch.float32 or w_CS.dtype != torch.float32:
+    if kernels is None or v_CS.shape != w_CS.shape or {v_CS.dtype, w_CS.dtype} != {torch.float32}:
         return dots_reference(v_CS, w_CS)
     blocks_3CB = torch.empty(3, len(v_CS), -(-v_CS.shape[1] // kernels.BLOCK), dtype=torch.float64)
     for c, (v_S, w_S) in enumerate(zip(v_CS.contiguous(), w_CS.contiguous(), strict=True)):
@@ -58,7 +58,8 @@ def from_fixed(values: Tensor) -> Tensor:
 def add_fixed(total_S: Tensor, v_S: Tensor, weight: float, largest: float) -> bool:
     """total += to_fixed(v · weight). False, and a total of no use, if some |v · weight| is not ≤ ``largest``."""
     kernels = fast.compiled("sums", v_S, total_S)
-    if kernels is None or v_S.dtype != torch.float32 or not total_S.is_contiguous():
+    fit = v_S.shape == total_S.shape and total_S.is_contiguous()
+    if kernels is None or v_S.dtype != torch.float32 or not fit:
         return add_fixed_reference(total_S, v_S, weight, largest)
     fits = torch.empty(-(-len(v_S) // kernels.BLOCK), dtype=torch.bool)
     arguments = v_S.contiguous().numpy(), weight, 2.0**_FRACTION, largest, total_S.numpy(), fits.numpy()
