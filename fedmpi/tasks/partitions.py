@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from fedmpi import random
@@ -52,7 +52,9 @@ class LabelsOptions(Options):
 
 class DirichletOptions(Options):
     alpha: float = Field(0.5, ge=1e-6, le=1e6, description="the smaller, the fewer labels a client holds")
-    minimum: PositiveInt = Field(1, description="samples that every client holds at least")
+    minimum: NonNegativeInt = Field(
+        1, description="samples that every client holds at least; a client with 0 never sends a message"
+    )
 
 
 def split(name: str, labels_N: Tensor, clients: int, key: int, **options: object) -> Partition:
