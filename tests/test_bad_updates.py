@@ -209,8 +209,8 @@ def test_a_round_that_did_nothing_is_said_and_recorded(
 
 
 def test_data_parallel_training_stops() -> None:
+    values = {**SMALL, "mode": "data_parallel", "on_bad_update": "reject", "local": {"lr": 0.1}}
     with pytest.raises(ConfigError, match=r"on_bad_update: expected stop .* with mode: data_parallel"):
-        values = {**SMALL, "mode": "data_parallel", "on_bad_update": "reject", "local": {"lr": 0.1}}
         config.parse({**values, "cohort": None})
 
 

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fedmpi.engine.manifest import read
 from fedmpi.engine.progress import human
 from fedmpi.engine.record import write_aside
-from fedmpi.errors import ConfigError, DataError
+from fedmpi.errors import CheckpointError, ConfigError, DataError
 
 _NOTHING = "-"  # where a run has no such number: never evaluated, or nothing was sent
 # Okabe and Ito's colours, which colour-blind people tell apart, without yellow (too pale on white).
@@ -178,9 +179,9 @@ def _load(folder: Path, name: str) -> _Run:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        return read(path).decode("utf-8")
+    except CheckpointError as error:  # also a link or a pipe: what lies in a run's folder may be anybody's
+        raise DataError(str(error)) from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: expected UTF-8 text") from None
 
