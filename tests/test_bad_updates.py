@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +27,7 @@ from fedmpi.methods import METHODS
 from fedmpi.tasks.data import Split
 
 from .codecs import codec, context
-from .conftest import SMALL
+from .conftest import JOBS, SMALL, Mpi
 from .jobs.runs import both_ends_agree
 
 REJECT = {**SMALL, "on_bad_update": "reject", "reproducible": True}
@@ -192,7 +195,7 @@ def test_other_ranks_follow_an_aggregator_that_got_nothing(schedule: str) -> Non
 
 
 def test_a_round_that_did_nothing_is_said_and_recorded(
-    tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     init = Simulation.__init__
 
@@ -206,6 +209,24 @@ def test_a_round_that_did_nothing_is_said_and_recorded(
     said = capsys.readouterr()
     assert "round 1: no message that counts, the model stays as it was" in said.err + said.out
     assert '"loss": null' in (tmp_path / "out" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+@pytest.mark.parametrize("topology", ["allreduce", "aggregator"])
+@pytest.mark.parametrize("name", SOME)
+def test_processes_reject_alike(name: str, topology: str, mpi: Mpi, tmp_path: Path) -> None:
+    values = {**REJECT, "method": SOME[name], "topology": topology}
+    alone = simulate(values)
+    poison(alone, [BAD])
+    for t in range(5):
+        alone.round(t)
+    digest = hashlib.sha256(alone.topology.parameters().numpy().tobytes()).hexdigest()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    done = mpi(3, str(JOBS / "poison.py"), str(tmp_path / "config.yaml"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    assert lines == [f"rank {r}: rejected {alone.counts['rejected']}, {digest}" for r in range(3)]
 
 
 def test_data_parallel_training_stops() -> None:

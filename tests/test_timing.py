@@ -7,16 +7,19 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from fedmpi import config, random
+from fedmpi.analysis.report import report
 from fedmpi.comm import run_ranks, solo
 from fedmpi.engine.clients import cohort
 from fedmpi.engine.rounds import Simulation, run
 from fedmpi.errors import ConfigError
 
-from .conftest import SMALL
+from .conftest import SMALL, Mpi, run_jobs
 from .jobs.runs import outcome
 
 TIME = {"compute": 0.01, "upload": 1.0, "download": 8.0}
@@ -116,6 +119,22 @@ def test_a_late_client_keeps_what_it_had_and_ranks_agree(method: Any, topology: 
             assert result[name] == alone[name], name
 
 
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_processes_agree_on_time(mpi: Mpi, tmp_path: Path) -> None:
+    values = {**SMALL, "reproducible": True, "dropout": 0.1, "time": {**SPREAD, "first": 3, "deadline": 0.6}}
+    methods = ("lookback", "signsgd", {"name": "powersgd", "feedback": True})
+    jobs = [
+        {**values, "method": method, "topology": topology}
+        for method in methods
+        for topology in ("allreduce", "aggregator")
+    ]
+    for job, answer in zip(jobs, run_jobs(mpi, 3, jobs, tmp_path), strict=True):
+        alone = outcome(job, solo())
+        for name in ("sha256", "simulated_seconds", "late", "upload_bytes", "messages"):
+            assert answer[name] == alone[name], (job, name)
+
+
 def test_simulated_seconds_survive_a_resume(tmp_path: Path) -> None:
     values = {**SMALL, "method": "lookback", "time": {**SPREAD, "first": 3}, "checkpoint": {"rounds": 3}}
     whole = run(config.parse(values), solo(), tmp_path / "whole", quiet=True)
@@ -131,6 +150,29 @@ def test_simulated_seconds_survive_a_resume(tmp_path: Path) -> None:
 
     assert lines("part") == lines("whole")
     assert sum(lines("whole")) == pytest.approx(whole["simulated_seconds"])
+
+
+def test_a_report_shows_simulated_seconds_at_their_bandwidth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config.parse({**SMALL, "time": TIME, "evaluate_every": 1}), solo(), tmp_path / "timed", quiet=True)
+    run(config.parse(SMALL), solo(), tmp_path / "plain", quiet=True)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    text = report([tmp_path / "timed", tmp_path / "plain"], tmp_path / "out")
+    header, _, timed, plain = (line.split() for line in text.splitlines()[:4])
+    assert header[-2:] == ["simulated", "s"]
+    lines = [json.loads(line) for line in (tmp_path / "timed" / "metrics.jsonl").read_text().splitlines()]
+    seconds = np.cumsum([line["simulated_seconds"] for line in lines])
+    assert timed[-1] == f"{seconds[-1]:.1f}"
+    assert plain[-1] == "-"
+    _, _, axes = figures[0].axes
+    assert axes.get_xlabel() == "simulated seconds (Mb/s: 1.0 up, 8.0 down)"
+    (drawn,) = axes.get_lines()
+    assert np.allclose(drawn.get_xdata(), seconds)
+    assert list(drawn.get_ydata()) == [line["accuracy"] for line in lines]
+    report([tmp_path / "plain"], tmp_path / "out")
+    assert len(figures[1].axes) == 2, "nothing without simulated time"
 
 
 def test_wrong_times_are_named() -> None:

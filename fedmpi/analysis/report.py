@@ -100,6 +100,7 @@ class _Summary(BaseModel):
     total_ratio: float | None
     values_only: dict[str, float | None] = {}
     seconds: float
+    simulated_seconds: float | None = None
     seed: int
     ranks: int = 1
     comm: str = ""
@@ -111,11 +112,13 @@ class _Round(BaseModel):
     round: int
     accuracy: float | None
     upload_bytes: int
+    simulated_seconds: float = 0.0
 
 
 class _Point(NamedTuple):
     rounds: int
     uploaded: int
+    seconds: float  # simulated; 0 where they were not
     accuracy: float
 
 
@@ -128,6 +131,7 @@ class _Run:
       name: short, and no other run's.
       twin: equal for runs that differ in nothing but the seed.
       points: the evaluated rounds.
+      link: the simulated bandwidth; "" where none was.
     """
 
     folder: Path
@@ -135,6 +139,7 @@ class _Run:
     twin: str
     summary: _Summary
     points: list[_Point]
+    link: str
 
 
 def _is_report(folder: Path) -> bool:
@@ -168,13 +173,16 @@ def _load(folder: Path, name: str) -> _Run:
     if len(rounds) != summary.rounds:
         raise DataError(f"{metrics}: expected {summary.rounds} lines, a line a round, got {len(rounds)}")
     uploaded = accumulate(line.upload_bytes for line in rounds)
+    seconds = accumulate(line.simulated_seconds for line in rounds)
     points = [
-        _Point(line.round + 1, total, line.accuracy)
-        for line, total in zip(rounds, uploaded, strict=True)
+        _Point(line.round + 1, total, clock, line.accuracy)
+        for line, total, clock in zip(rounds, uploaded, seconds, strict=True)
         if line.accuracy is not None
     ]
+    time = config.get("time")
+    link = f"{time.get('upload')} up, {time.get('download')} down" if isinstance(time, dict) else ""
     config.pop("seed", None)
-    return _Run(folder, name, json.dumps(config, sort_keys=True, default=str), summary, points)
+    return _Run(folder, name, json.dumps(config, sort_keys=True, default=str), summary, points, link)
 
 
 def _read(path: Path) -> str:
@@ -254,6 +262,7 @@ _COLUMNS = (
     _Column("total ratio", lambda run: run.summary.total_ratio, ratio),
     _Column("scalars", _scalars, _percent, always=False),
     _Column("seconds", lambda run: run.summary.seconds, lambda seconds: f"{seconds:.1f}"),
+    _Column("simulated s", lambda run: run.summary.simulated_seconds, lambda s: f"{s:.1f}", always=False),
 )
 _VALUE_COLUMNS = (
     _Column("upload ratio", _values_only("upload_ratio"), ratio),
@@ -343,7 +352,8 @@ def _words(paths: Iterable[Path]) -> str:
 
 
 def _picture(groups: list[list[_Run]]) -> bytes:
-    """A PNG of accuracy by round and by uploaded bytes; runs that differ in the seed only look the same."""
+    """A PNG of accuracy by round, by uploaded bytes and, of the runs that have them, by simulated seconds; runs that
+    differ in the seed only look the same."""
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, PercentFormatter
@@ -353,8 +363,10 @@ def _picture(groups: list[list[_Run]]) -> bytes:
         _label(g) if d else f"{_label(g)} (never evaluated)" for g, d in zip(groups, drawn, strict=True)
     ]
     across = max(1, min(len(labels), 120 // (max(map(len, labels)) + 6)))
-    figure = Figure(figsize=(12, 5 + 0.25 * -(-len(labels) // across)), dpi=100, layout="constrained")
-    by_round, by_bytes = figure.subplots(1, 2, sharey=True)
+    links = sorted({run.link for group in groups for run in group if run.link})
+    size = (18 if links else 12, 5 + 0.25 * -(-len(labels) // across))
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    by_round, by_bytes, *by_clock = figure.subplots(1, 3 if links else 2, sharey=True)
     handles = []
     for i, group in enumerate(groups):
         look: dict[str, Any] = {
@@ -370,6 +382,8 @@ def _picture(groups: list[list[_Run]]) -> bytes:
             by_round.plot([point.rounds for point in run.points], accuracy, **style)
             sent = [point for point in run.points if point.uploaded]  # a logarithm has no zero
             by_bytes.plot([point.uploaded for point in sent], [point.accuracy for point in sent], **style)
+            for axes in by_clock if run.link else ():
+                axes.plot([point.seconds for point in run.points], accuracy, **style)
 
     by_round.set(xlabel="round", ylabel="accuracy on the test set (%)", title="Accuracy by round")
     by_bytes.set(xlabel="uploaded by all clients (bytes, logarithmic)", title="Accuracy by uploaded bytes")
@@ -380,7 +394,10 @@ def _picture(groups: list[list[_Run]]) -> bytes:
     by_bytes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 500 else (1,)))
     by_bytes.xaxis.set_minor_locator(NullLocator() if high / low < 500 else LogLocator(subs=range(2, 10)))
     by_bytes.xaxis.set_major_formatter(EngFormatter(unit="B"))
-    for axes in (by_round, by_bytes):
+    for axes in by_clock:
+        axes.set(xlabel=f"simulated seconds (Mb/s: {'; '.join(links)})", title="Accuracy by simulated time")
+        axes.tick_params(labelleft=True)
+    for axes in (by_round, by_bytes, *by_clock):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     by_bytes.tick_params(labelleft=True)
