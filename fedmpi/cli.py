@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedmpi.analysis import commands as analysis
 from fedmpi.errors import FedMPIError
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _report_arguments(commands)
     _data_arguments(commands)
     _advise_arguments(commands)
+    analysis.add(commands)
+    _bench_arguments(commands)
     doctor = commands.add_parser(
         "doctor", help="show what MPI, torch, GPUs and launcher are here, and try them"
     )
@@ -91,15 +94,11 @@ def _train_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParse
         help="continue the run in DIR (default: --out, else the last of this CONFIG in runs/) from its last "
         "checkpoint; with --out a run that has none yet starts",
     )
-    train.add_argument("--local-ranks", type=_positive, default=1, metavar="N", help="run N ranks as threads")
+    train.add_argument(
+        "--local-ranks", type=analysis.positive, default=1, metavar="N", help="run N ranks as threads"
+    )
     train.add_argument("--quiet", action="store_true", help="no progress, only errors")
     train.set_defaults(run=_train)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return int(text)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -200,7 +199,9 @@ def _run_folder(arguments: argparse.Namespace) -> Path:
 
 def _methods_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     listing = commands.add_parser("methods", help="list the methods, their options and what they cost")
-    listing.add_argument("--params", type=_positive, metavar="D", help="measure bytes for D parameters")
+    listing.add_argument(
+        "--params", type=analysis.positive, metavar="D", help="measure bytes for D parameters"
+    )
     listing.add_argument("--model", metavar="MODEL", help="measure bytes for a model on 3x32x32 images")
     listing.add_argument(
         "names",
@@ -240,12 +241,17 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _data_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    data = commands.add_parser("data", help="get data sets")
+    data = commands.add_parser("data", help="get data sets, and show who holds what")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     fetch = actions.add_parser("fetch", help="download a data set and verify it")
     fetch.add_argument("name", help="e.g. fashion-mnist")
     fetch.add_argument("--to", type=Path, metavar="DIR", help="default: $FEDMPI_DATA or ~/.cache/fedmpi")
     fetch.set_defaults(run=_fetch)
+    show = actions.add_parser("show", help="show which client holds what")
+    show.add_argument("config", metavar="CONFIG", help="a YAML file")
+    show.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides; values are YAML")
+    show.add_argument("--plot", type=Path, metavar="PNG", help="the picture (default: <config>-clients.png)")
+    show.set_defaults(run=_show)
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
@@ -265,7 +271,7 @@ def _advise_arguments(commands: argparse._SubParsersAction[argparse.ArgumentPars
         "method is fastest. Start it as the job is started: mpirun, srun or torchrun.",
     )
     size = advise.add_mutually_exclusive_group()
-    size.add_argument("--params", type=_positive, metavar="N", help="parameters (default: 11000000)")
+    size.add_argument("--params", type=analysis.positive, metavar="N", help="parameters (default: 11000000)")
     size.add_argument(
         "--model", metavar="MODEL", help="the layers of a model on 3x32x32 images, e.g. resnet9"
     )
@@ -304,6 +310,58 @@ def _advise(arguments: argparse.Namespace) -> int:
     if comm.rank == 0:
         print(text)
     return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from fedmpi import config as configuration
+    from fedmpi.analysis.holdings import holdings, plot, table
+    from fedmpi.tasks import data, partitions
+
+    config = configuration.load(arguments.config, arguments.overrides)
+    train, options = data.load(config.data.name, **config.data.options), config.partition.options
+    split = partitions.divide(config.partition.name, train.train, config.clients, config.seed, **options)
+    held = holdings(split.index_N, split.offset, train.train.y, train.classes)
+    title = f"{config.data.name}, partition {config.partition.name}"
+    path = arguments.plot or Path(f"{Path(arguments.config).stem}-clients.png")
+    print(f"{title}: {table(held)}")
+    plot(held, title, path)
+    print(f"picture: {path}")
+    return 0
+
+
+def _bench_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser("bench", help="measure speeds, as ratios to a reference in the same run")
+    kinds = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    kernels = kinds.add_parser("kernels", help="the kernels, against copying the vector they work on")
+    kernels.add_argument("--size", type=_log2, default=27, metavar="LOG2", help="of 2^LOG2 numbers (27)")
+    kernels.add_argument(
+        "--threads", type=analysis.positive, metavar="N", help="torch's threads (default: torch's)"
+    )
+    kernels.add_argument("--repeats", type=analysis.positive, default=5, metavar="N", help="turns a case (5)")
+    kernels.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    kernels.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
+    kernels.set_defaults(run=_bench_kernels)
+
+
+def _log2(text: str) -> int:
+    if not text.isdigit() or not 17 <= int(text) <= 32:
+        raise argparse.ArgumentTypeError(f"expected the power of two, from 17 to 32, got {text!r}")
+    return int(text)
+
+
+def _bench_kernels(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from fedmpi.bench.kernels import run
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    table = run(arguments.size, arguments.repeats)
+    print(table.json() if arguments.json else table.text())
+    missed = table.missed() if arguments.check else []
+    if missed:
+        print(f"fedmpi: missed: {', '.join(missed)}", file=sys.stderr)
+    return 1 if missed else 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ from fedmpi import methods
 from fedmpi.errors import ConfigError
 from fedmpi.methods.base import Options
 from fedmpi.optimizers import Name, Optimizer
+from fedmpi.tasks import own
 from fedmpi.tasks.data import DATA
 from fedmpi.tasks.models import MODELS
 from fedmpi.tasks.objectives import OBJECTIVES
@@ -40,9 +41,13 @@ class Choice(BaseModel):
     options: dict[str, Any] = {}
 
 
-def _chooser(where: str, table: Any) -> BeforeValidator:
+def _chooser(where: str, table: Any, imports: bool = False) -> BeforeValidator:
+    """A row of ``table``, or with ``imports`` also an import path, whose options its own function checks."""
+
     def parse(value: Any) -> Choice:
         value = {"name": value} if isinstance(value, str) else value
+        if imports and isinstance(value, dict) and own.is_path(str(value.get("name"))):
+            return Choice(name=value["name"], options={k: v for k, v in value.items() if k != "name"})
         name = choose(where, value, table)
         try:
             options = table[name].options.model_validate({k: v for k, v in value.items() if k != "name"})
@@ -54,18 +59,14 @@ def _chooser(where: str, table: Any) -> BeforeValidator:
 
 
 _flat = PlainSerializer(lambda choice: {"name": choice.name, **choice.options})
-_Model = Annotated[Choice, _chooser("model", MODELS), _flat]
+_Data = Annotated[Choice, _chooser("data", DATA, imports=True), _flat]
+_Model = Annotated[Choice, _chooser("model", MODELS, imports=True), _flat]
 _Partition = Annotated[Choice, _chooser("partition", PARTITIONS), _flat]
 _Method = Annotated[SerializeAsAny[Options], BeforeValidator(methods.parse)]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataConfig(_Section):
-    name: Literal[tuple(DATA)] = Field(description="the data set")  # type: ignore[valid-type]
-    folder: str | None = Field(None, description="where it lies (default: $FEDMPI_DATA, ~/.cache/fedmpi)")
 
 
 class Local(_Section):
@@ -167,7 +168,7 @@ class CheckpointConfig(_Section):
 class Config(_Section):
     """A run. The command line's ``key.path=value`` overrides any of these."""
 
-    data: DataConfig
+    data: _Data
     model: _Model
     mode: Literal["federated", "data_parallel"] = Field(
         "federated",
@@ -218,6 +219,7 @@ class Config(_Section):
     )
     seed: int = Field(0, ge=0, lt=2**63)
     evaluate_every: int = Field(1, ge=1, description="rounds between evaluations on the test set")
+    test_batch: int = Field(512, ge=1, description="test samples that are held at a time")
     threads: int | None = Field(
         None,
         ge=1,
@@ -228,7 +230,7 @@ class Config(_Section):
     def _mode(self) -> Config:
         if self.mode == "federated":
             if not self.clients:
-                raise ValueError("clients: expected at least 1, got none")
+                raise ValueError("clients: required, not given")
             return self
         wrong = {
             "cohort": (self.cohort is None, "none (every rank trains in every round)"),

@@ -29,7 +29,8 @@ _MASK = (1 << 64) - 1
 
 # Below this length a permutation sorts 64-bit words (uniform over all permutations up to the
 # generator); from it on it is a keyed bijection, which needs no memory and no sort.
-_SORT_BELOW = 1 << 16
+SORT_BELOW = 1 << 16
+_ROUNDS = 6  # of the bijection: an odd multiplier, an offset and a xor-shift each
 
 
 def _signed(x: int) -> int:
@@ -54,6 +55,12 @@ def _mix_tensor(x: Tensor) -> Tensor:
     x = (x ^ _shift(x, 30)) * _signed(_MIX_1)
     x = (x ^ _shift(x, 27)) * _signed(_MIX_2)
     return x ^ _shift(x, 31)
+
+
+@lru_cache(maxsize=1)
+def constants() -> Tensor:
+    """The generator's three constants, int64, for compiled kernels that draw by themselves."""
+    return torch.tensor([_signed(c) for c in (_GOLDEN, _MIX_1, _MIX_2)], dtype=torch.int64)
 
 
 @lru_cache(maxsize=1024)
@@ -102,10 +109,9 @@ def integers(key: int | Tensor, n: int, high: int, device: torch.device | None =
     return (_shift(bits(key, n, device=device), 32) * high) >> 32
 
 
-def coins(key: int | Tensor, n: int, device: torch.device | None = None, start: int = 0) -> Tensor:
-    """``n`` fair coins, bool; coin i is bit ``i % 64`` of word ``i // 64``. They begin with coin ``start``, a
-    multiple of 64."""
-    words = bits(key, -(-n // 64), start // 64, device=device)
+def coins(key: int | Tensor, n: int, device: torch.device | None = None) -> Tensor:
+    """``n`` fair coins, bool; coin i is bit ``i % 64`` of word ``i // 64``."""
+    words = bits(key, -(-n // 64), device=device)
     shifts = torch.arange(64, device=words.device)
     return ((words[..., None] >> shifts) & 1).flatten(-2)[..., :n].bool()
 
@@ -120,7 +126,7 @@ _FIXED = 30  # fractional bits of its fixed-point entries
 
 
 @lru_cache(maxsize=1)
-def _half_normal_table() -> Tensor:
+def half_normal_table() -> Tensor:
     """Quantiles of |N(0,1)|: entry (e, j) belongs to the upper-tail mass 2^(e-32) · (1 + j/2^8)."""
     normal = NormalDist()
     mass = [2.0 ** (e - 32) * (1 + j / 2**_TABLE_BITS) for e in range(31) for j in range(2**_TABLE_BITS)]
@@ -140,19 +146,24 @@ def normal(key: int | Tensor, n: int, device: torch.device | None = None) -> Ten
     as_double = x.double().view(torch.int64)
     cell = (as_double >> (52 - _TABLE_BITS)) - (1023 << _TABLE_BITS)
     fraction = (as_double >> (52 - _TABLE_BITS - 23)) & ((1 << 23) - 1)
-    table = _half_normal_table().to(words.device)
+    table = half_normal_table().to(words.device)
     low, high = table[cell], table[cell + 1]
     value = low * (1 << 23) + (high - low) * fraction  # < 2^56: exact in integers
     magnitude = (value >> 12).double() * 2.0 ** -(_FIXED + 11)
     return torch.where((words & 1).bool(), magnitude, -magnitude).float()
 
 
-def _bijection(x: Tensor, key: int, log2: int) -> Tensor:
-    """A keyed bijection of [0, 2^log2): rounds of an odd multiplier, an offset and a xor-shift."""
+def bijection(key: int, log2: int) -> Tensor:
+    """A keyed bijection of [0, 2^log2) as int64: mask, shift, then a multiplier and an offset for each round of
+    x ← (x · multiplier + offset) & mask; x ← x ^ (x >> shift)."""
     mask, shift = (1 << log2) - 1, (log2 + 1) // 2
-    for r in range(6):
-        multiplier = (_mix(key + (2 * r + 1) * _GOLDEN) & mask) | 1
-        offset = _mix(key + (2 * r + 2) * _GOLDEN) & mask
+    draws = [_mix(key + (i + 1) * _GOLDEN) & mask for i in range(2 * _ROUNDS)]
+    return torch.tensor([mask, shift, *(draw | (i % 2 == 0) for i, draw in enumerate(draws))])
+
+
+def _bijection(x: Tensor, key: int, log2: int) -> Tensor:
+    mask, shift, *rounds = bijection(key, log2).tolist()
+    for multiplier, offset in zip(rounds[::2], rounds[1::2], strict=True):
         x = (x * multiplier + offset) & mask
         x = x ^ (x >> shift)
     return x
@@ -170,7 +181,7 @@ def sample(key: int, n: int, k: int, device: torch.device | None = None) -> Tens
     """
     if not 0 <= k <= n:
         raise ValueError(f"k: expected 0 to n = {n}, got {k}")
-    if n < _SORT_BELOW:
+    if n < SORT_BELOW:
         return bits(key, n, device=device).argsort(stable=True)[:k]
     log2 = (n - 1).bit_length()
     x = _bijection(torch.arange(k, dtype=torch.int64, device=device), key, log2)

@@ -44,7 +44,8 @@ def _line(problem: Any, model: type[BaseModel], where: str) -> str:
     if problem["type"] == "missing":
         return f"{path}: required, not given"
     message = problem["msg"].replace("Input should be", "expected").replace("Value error, ", "")
-    return f"{path}: {message}, got {problem['input']!r}"
+    # A check of several keys together names them itself; its input is the whole section.
+    return f"{path}: {message}, got {problem['input']!r}" if path else message
 
 
 def _fields(model: type[BaseModel], keys: list[str]) -> list[str]:

@@ -2,8 +2,8 @@
 # Lint, format, types and tests, from a fresh machine with Python 3.10+:
 #     ./launch/test.sh [--full] [pytest arguments]
 # --full runs the tests marked "slow" too (and sets FEDMPI_FULL=1). Everything is installed into .venv, a second MPI
-# (MPICH) into .mpich, named to the tests by FEDMPI_MPICH; root gets Slurm from the system's packages. All steps run;
-# the exit code is 0 only if all passed.
+# (MPICH) into .mpich, named to the tests by FEDMPI_MPICH; root gets Slurm from the system's packages; Horovod is built
+# once, which takes minutes. All steps run; the exit code is 0 only if all passed.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -14,6 +14,7 @@ cd "$ROOT"
 ensure_venv mpi,test,dev,hf
 ensure_mpich || echo "warning: no MPICH here; the tests that need it will be skipped" >&2
 ensure_slurm || echo "warning: no Slurm here; the tests that need it will be skipped" >&2
+"$ROOT/launch/install-horovod.sh" || echo "warning: no Horovod here; its tests will be skipped (with CI=true: fail)" >&2
 mpi_env "$(cores)" # the tests start mpirun themselves
 
 failed=()

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from fedmpi.errors import ConfigError, DataError
 from fedmpi.tasks import data as data_module
 from fedmpi.tasks import fetch as fetch_module
-from fedmpi.tasks.data import INSTALLED, STEMS, default_folder, find_idx, load, read_idx
+from fedmpi.tasks.data import INSTALLED, default_folder, load
 from fedmpi.tasks.fetch import PUBLISHED, Published, Unpacked, fetch
+from fedmpi.tasks.readers.idx import STEMS, find_idx, read_idx
 
 
 def idx(array: np.ndarray) -> bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from .conftest import JOBS, find_mpi
 from .jobs import ddp_checks
@@ -75,6 +76,16 @@ def answers(launch: str, folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {launch: tmp_path_factory.mktemp("ddp") for launch in LAUNCHES}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_the_hook_with_gradients_on_a_gpu(tmp_path: Path) -> None:
+    """Two processes share the device; messages are made on the host."""
+    answer = tmp_path / "answer.json"
+    done = torchrun(2, str(JOBS / "ddp_checks.py"), str(answer), "group", "cuda")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not [text for text in json.loads(answer.read_text()).values() if text]
 
 
 # One launch stays on one worker of pytest-xdist, whoever steals: it answers for all checks.

@@ -28,7 +28,7 @@ def wrong(**changes: Any) -> str:
 
 
 def test_unknown_keys_list_the_valid_ones_and_suggest_the_nearest() -> None:
-    assert "rouds: unknown key; did you mean 'rounds'? valid: data, model, clients" in wrong(rouds=3)
+    assert "rouds: unknown key; did you mean 'rounds'? valid: data, model, mode, clients" in wrong(rouds=3)
     message = wrong(local={"lr": 0.1, "step": 2})
     assert "local.step: unknown key; did you mean 'steps'? valid: lr, steps, epochs, batch" in message
     message = wrong(method={"name": "topk", "ration": 0.1})

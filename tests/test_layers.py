@@ -23,12 +23,25 @@ LAYERS = {
     "methods": BASE
     | {"method", "message", "spec", "ops", "optimizers", "validation"},  # never comm or engine
     "config": {"errors", "methods", "tasks", "optimizers", "validation"},
-    "engine": BASE | {"comm", "config", "method", "methods", "message", "spec", "tasks"},
-    "analysis": BASE | {"engine", "method", "methods", "message", "spec", "validation"},
+    "engine": BASE | {"comm", "config", "method", "methods", "message", "ops", "spec", "tasks"},
+    "analysis": BASE
+    | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks", "validation"},
     "integrations": BASE
     | {"comm", "engine", "message", "method", "methods", "spec", "validation"},  # never what runs a job
+    "bench": BASE | {"ops"},
     "doctor": {"comm", "errors"},
-    "cli": {"integrations", "analysis", "comm", "config", "doctor", "engine", "errors", "spec", "tasks"},
+    "cli": {
+        "integrations",
+        "analysis",
+        "bench",
+        "comm",
+        "config",
+        "doctor",
+        "engine",
+        "errors",
+        "spec",
+        "tasks",
+    },
     "__main__": {"cli"},
     "__init__": {"integrations"},  # on demand
 }

@@ -164,17 +164,16 @@ def test_a_file_trains_two_ranks(
     overrides = ["rounds=6"]
     if comm == "gloo":  # on a machine without NCCL, or with as many GPUs as ranks, alike
         overrides.append("comm=gloo")
-        cluster.env |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "GLOO_SOCKET_IFNAME": "lo",
-        }  # the nodes' names are in no DNS
+        # The nodes' names are in no DNS.
+        cluster.env |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     job = cluster.submit(file, path, *overrides, options=options)
+    expected = model_of(path, tmp_path, *overrides)
     cluster.finish(job)
     summary, model = cluster.outcome(f"slurm-{job}")
     assert summary["ranks"] == 2
     assert all(summary["clients_by_rank"])
     assert comm in summary["comm"]
-    assert model == model_of(path, tmp_path, *overrides)
+    assert model == expected
 
 
 def test_an_array_sweeps_settings(cluster: Cluster, tmp_path: Path) -> None:
@@ -197,7 +196,7 @@ def test_an_interrupted_job_starts_again_and_ends_with_the_same_model(
 ) -> None:
     """Preemption is Slurm's own requeue, with SIGTERM; before the time limit the ranks get --signal, and the file
     requeues the job. The job has a node to itself, so that it is the only one that is preempted."""
-    path = write_config(tmp_path, rounds=200, evaluate_every=200, local={"lr": 0.1, "steps": 30, "batch": 20})
+    path = write_config(tmp_path, rounds=200, evaluate_every=200, local={"lr": 0.1, "steps": 8, "batch": 20})
     node = cluster.nodes[-1]
     job = cluster.submit("requeue.sbatch", path, options=("--ntasks=2", "--exclusive", f"--nodelist={node}"))
     metrics = tmp_path / "runs" / f"slurm-{job}" / "metrics.jsonl"
@@ -206,13 +205,14 @@ def test_an_interrupted_job_starts_again_and_ends_with_the_same_model(
         cluster("srun", "--partition=urgent", f"--nodelist={node}", "--exclusive", "--ntasks=1", "true")
     else:
         cluster("scancel", "--signal=USR1", job)
+    expected = model_of(path, tmp_path)
     cluster.finish(job)
     assert "Restarts=1 " in cluster("scontrol", "show", "job", job)
     assert re.search(r"continuing after round \d+ of 200", cluster.output())
     assert len(metrics.read_text().splitlines()) == 200
     summary, model = cluster.outcome(f"slurm-{job}")
     assert summary["ranks"] == 2
-    assert model == model_of(path, tmp_path)
+    assert model == expected
 
 
 @pytest.mark.slow

@@ -25,18 +25,17 @@ from fedmpi.engine.ledger import Bytes, Ledger, ratios
 from fedmpi.engine.progress import Display
 from fedmpi.engine.record import Record
 from fedmpi.engine.store import ClientStore, Kept, fits, make_store
-from fedmpi.engine.sums import from_fixed, to_fixed
 from fedmpi.engine.timing import Clock
 from fedmpi.engine.topology import Workers
 from fedmpi.errors import ConfigError, FedMPIError, NumericalError
 from fedmpi.message import Message, from_bytes, row_nbytes, to_bytes
 from fedmpi.method import Compressor, Context, Round, State
 from fedmpi.methods.base import Setup
+from fedmpi.ops.sums import from_fixed, to_fixed
 from fedmpi.spec import Spec
 from fedmpi.tasks import data, models, objectives, partitions
 
 _CHUNK_VALUES = 1 << 22  # gradients of so many numbers are held at a time
-_TEST_BATCH = 512
 
 
 def run(
@@ -141,15 +140,31 @@ class _Call(NamedTuple):
     chunks: Sequence[Tensor]  # this rank's positions, so many as are held at a time
 
 
+class Sent(NamedTuple):
+    """What some clients computed and made of it, as an observer sees it."""
+
+    codec: Compressor
+    update: Update
+    before: State  # the clients' state when they compressed
+    message: Message
+    ctx: Context
+
+
 class Simulation:
-    """One rank's whole state between rounds."""
+    """One rank's whole state between rounds.
+
+    Attributes:
+      observe: is shown everything that this rank's clients send.
+    """
 
     def __init__(self, config: Config, comm: Comm) -> None:
         self.config, self.comm = config, comm
-        self.data = data.load(config.data.name, config.data.folder)
-        key = random.key(config.seed, stream="partition")
-        self.partition = partitions.split(
-            config.partition.name, self.data.train.y, config.clients, key, **config.partition.options
+        self.observe: Callable[[Sent], None] = lambda sent: None
+        self.data = data.load(config.data.name, **config.data.options)
+        self.objective = objectives.OBJECTIVES[config.loss]
+        objectives.check(config.loss, self.data.train.y)
+        self.partition = partitions.divide(
+            config.partition.name, self.data.train, config.clients, config.seed, **config.partition.options
         )
         if config.mode == "data_parallel" and int(self.partition.sizes.min()) == 0:
             raise ConfigError("partition.minimum: expected at least 1 with mode: data_parallel, got 0")
@@ -174,7 +189,6 @@ class Simulation:
         self.rounds_per_epoch = self._passes_of_data() if workers else config.rounds_per_epoch
         kind = Workers if workers else ordered.topology(config, self.method)
         self.topology = kind(comm, self.method, theta_D, config.reproducible, peers)
-        self.objective = objectives.OBJECTIVES[config.loss]
         self.trainer = Trainer(model, self.spec, self.objective.loss, config.local, config.seed, workers)
         self.ledger = Ledger(config.clients)
         self.clock = self._clock()
@@ -445,6 +459,7 @@ class Simulation:
                 ctx = ctx.select(rows)
         if not len(positions):
             return positions
+        self.observe(Sent(codec, update, before, message, ctx))
         self.topology.take(positions, message, before, ctx)
         status.upload += self.ledger.uploads(ctx.clients_C, message)
         if codec is self.method.up:
@@ -459,15 +474,16 @@ class Simulation:
         model, test = self.trainer.model, self.data.test
         self.trainer.theta_D.copy_(self.topology.parameters())
         model.eval()
-        batches = torch.arange(len(test.y)).split(_TEST_BATCH)
+        batches = torch.arange(len(test.y)).split(self.config.test_batch)
         # A place a batch, of which each rank fills its own: the sum over ranks is exact in any order.
         sums = torch.zeros(2, len(batches), dtype=torch.float64)
         for b in range(self.comm.rank, len(batches), self.comm.size):
-            logits, y = model(test.x[batches[b]]), test.y[batches[b]]
-            sums[0, b] = self.objective.correct(logits, y)
-            sums[1, b] = self.objective.loss(logits, y).double() * len(y)
+            output, y = model(test.x[batches[b]]), test.y[batches[b]]
+            sums[0, b] = self.objective.correct(output, y)
+            sums[1, b] = self.objective.loss(output, y).double() * self.objective.count(y)
         self.comm.sum([sums])
-        return float(sums[0].sum()) / len(test.y), float(sums[1].sum()) / len(test.y)
+        count = self.objective.count(test.y)
+        return float(sums[0].sum()) / count, float(sums[1].sum()) / count
 
     @property
     def upload_bytes(self) -> int:

@@ -12,19 +12,9 @@ from torch import Tensor
 
 from fedmpi.comm.base import Comm
 from fedmpi.errors import NumericalError
+from fedmpi.ops.sums import add_fixed, from_fixed
 
-_FRACTION = 40
 LARGEST = 2.0**22
-
-
-def to_fixed(values: Tensor) -> Tensor:
-    """float64 → int64 multiples of 2^-40."""
-    return (values * 2.0**_FRACTION).round().to(torch.int64)
-
-
-def from_fixed(values: Tensor) -> Tensor:
-    """int64 multiples of 2^-40 → float64."""
-    return values.double() * 2.0**-_FRACTION
 
 
 def largest_term(terms: int) -> float:
@@ -56,13 +46,11 @@ class Sum:
             self.total_S += v_CS.sum(0, dtype=self.total_S.dtype)
         elif self.exact:
             for v_S, weight in zip(v_CS, weights_C.tolist(), strict=True):
-                weighted_S = v_S.double() * weight
-                largest = float(weighted_S.abs().amax()) if len(weighted_S) else 0.0
-                if not largest <= self.largest:
+                if not add_fixed(self.total_S, v_S, weight, self.largest):
+                    largest = float((v_S.double() * weight).abs().amax())
                     raise NumericalError(
                         f"reproducible: expected weighted values up to {self.largest:.3g}, got {largest:.3g}"
                     )
-                self.total_S += to_fixed(weighted_S)
         else:
             for v_S, weight in zip(v_CS, weights_C.tolist(), strict=True):
                 self.total_S.add_(v_S, alpha=weight)

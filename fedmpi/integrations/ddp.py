@@ -55,7 +55,7 @@ class _Bucket:
             self.ready.record()
 
 
-class _Job:
+class Job:
     """One method's reducer, or the ones that ``auto`` tries."""
 
     def __init__(self, shapes: Shapes, method: AnyMethod, comm: Comm, settings: dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ class _Job:
 class State:
     """What :func:`attach` returns: the job's view of its compression."""
 
-    def __init__(self, job: _Job, names: Mapping[Tensor, str], scaler: Scaler | None) -> None:
+    def __init__(self, job: Job, names: Mapping[Tensor, str], scaler: Scaler | None) -> None:
         self._job, self._names, self._scaler = job, names, scaler
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="fedmpi")
         self._left: list[set[str]] = []
@@ -237,7 +237,7 @@ def attach(
     parameters = {
         name: p for name, p in ddp.module.named_parameters() if p.requires_grad and name not in ignored
     }
-    job = _Job(_shapes(parameters), method, _comm(ddp.process_group, comm), settings)
+    job = Job(_shapes(parameters), method, _comm(ddp.process_group, comm), settings)
     state = State(job, {p: name for name, p in parameters.items()}, scaler)
     try:
         ddp.register_comm_hook(state, _hook)
@@ -301,24 +301,12 @@ class Sync:
         self._scaler = scaler
         if isinstance(comm, str):
             comm = _comm(None, comm)
-        self._job = _Job(_shapes(self._parameters), method, comm, settings)
+        self._job = Job(_shapes(self._parameters), method, comm, settings)
 
-    @torch.no_grad()
     def __call__(self) -> None:
         """Replace each parameter's gradient by the mean over all ranks (a missing one counts as zero)."""
         scale = self._scaler.get_scale() if self._scaler else 1.0
-        reducer = self._job.between_steps()
-        for index, group in enumerate(reducer.groups):
-            for name, view in group.views.items():
-                p = self._parameters[name]
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-                view.copy_(p.grad).div_(scale)
-            reducer.reduce(index)
-            for name, view in group.views.items():
-                gradient = self._parameters[name].grad
-                assert gradient is not None
-                gradient.copy_(view * scale)
+        self._job.between_steps().average(self._parameters, scale)
 
     def stats(self) -> dict[str, Any]:
         """Steps, bytes and seconds so far on this rank."""

@@ -55,6 +55,20 @@ class Settings(BaseModel):
         "auto", description="how messages meet: sum, gather, merge, owner (fedmpi/engine/exchange.py)"
     )
 
+    @classmethod
+    def of(cls, **settings: Any) -> Settings:
+        """Raises:
+        ConfigError: an unknown setting, or a value of the wrong type or range.
+        """
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            raise ConfigError(describe(error, cls)) from None
+
+    def exact(self, shape: tuple[int, ...]) -> bool:
+        """A tensor of this shape is averaged exactly."""
+        return self.exact_below > 0 and (len(shape) < 2 or math.prod(shape) < self.exact_below)
+
 
 class Group:
     """Parameters that are compressed as one vector.
@@ -206,10 +220,7 @@ class Reducer:
           ConfigError: settings or options that are wrong, or a method that cannot be a drop-in.
           CommError: the ranks disagree on any of this.
         """
-        try:
-            self.settings = Settings.model_validate(settings)
-        except ValidationError as error:
-            raise ConfigError(describe(error, Settings)) from None
+        self.settings = Settings.of(**settings)
         self.options, self.comm = methods.parse(method), comm
         self._agree(shapes)
         exact, compressed = self._split(shapes)
@@ -247,8 +258,7 @@ class Reducer:
 
     def _split(self, shapes: Shapes) -> tuple[Shapes, Shapes]:
         """The parameters that go exactly, and the others."""
-        below = self.settings.exact_below
-        exact = {n: s for n, s in shapes.items() if below and (len(s) < 2 or math.prod(s) < below)}
+        exact = {n: s for n, s in shapes.items() if self.settings.exact(s)}
         return exact, {n: s for n, s in shapes.items() if n not in exact}
 
     def _parts(self, shapes: Shapes) -> list[dict[str, tuple[int, ...]]]:
@@ -286,6 +296,26 @@ class Reducer:
         self.step += usable
         self.skipped += not usable
         self._results.clear()
+
+    @torch.no_grad()
+    def average(self, parameters: Mapping[str, Tensor], scale: float = 1.0) -> None:
+        """One step: replace each parameter's gradient by the mean over all ranks; a missing one counts as zero.
+
+        Args:
+          parameters: by name, those of ``shapes``.
+          scale: what the gradients are multiplied by (a GradScaler's): what is kept must not change with it.
+        """
+        for index, group in enumerate(self.groups):
+            for name, view in group.views.items():
+                p = parameters[name]
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+                view.copy_(p.grad).div_(scale)
+            self.reduce(index)
+            for name, view in group.views.items():
+                gradient = parameters[name].grad
+                assert gradient is not None
+                gradient.copy_(view * scale)
 
     def stats(self) -> dict[str, Any]:
         """What all steps so far came to on this rank: bytes and seconds."""

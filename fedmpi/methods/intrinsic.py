@@ -27,6 +27,7 @@ from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, Round, Server, State, nest, unnest
 from fedmpi.methods.base import Entry, Options, Setup
+from fedmpi.ops import fast
 from fedmpi.ops.subspace import MATRICES, Embedding
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
@@ -74,9 +75,10 @@ class Subspaces:
     def lift(self, v_CS: Tensor, epoch: int) -> Tensor:
         """Σ_k A^(k) v^(k) for each row, ``(C, D)``."""
         total_CD = v_CS.new_zeros(len(v_CS), self.size)
+        lifted_CD = fast.scratch("lifted", len(v_CS), self.size, v_CS.device)
         for k, v_Cd in enumerate(v_CS.split(self.dim, 1)):
             if bool(v_Cd.any()):
-                total_CD += self.at(epoch, k).lift(v_Cd)
+                total_CD += self.at(epoch, k).lift(v_Cd, lifted_CD)
         return total_CD
 
 

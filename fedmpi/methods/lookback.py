@@ -21,6 +21,7 @@ from fedmpi.method import Compressor, Context, Method, State, believed, nest, un
 from fedmpi.methods.base import Entry, FeedbackOptions, Options, Setup
 from fedmpi.methods.dense import DenseOptions
 from fedmpi.methods.feedback import Feedback
+from fedmpi.ops.sums import dots
 from fedmpi.spec import Spec
 
 
@@ -140,8 +141,7 @@ class LookBack(Compressor):
         v_CS, _ = self.inner.decompress(message, believed(self.inner, before), ctx)
         v_CS = v_CS.float()
         # float64: in float32 the cancellation in 1 − cos² would hide every α below about 0.02.
-        v, lb = v_CS.double(), self._load(state, ctx).double()
-        dot_C, vv_C, ll_C = (v * lb).sum(1), (v * v).sum(1), (lb * lb).sum(1)
+        dot_C, vv_C, ll_C = dots(v_CS, self._load(state, ctx))
         sin2_C = (1 - dot_C * dot_C / (vv_C * ll_C)).clamp(0, 1)
         rho_C = (dot_C / ll_C).float()  # infinite where l is too short for a float32 to say how often it fits
         scalar_C = (vv_C > 0) & (ll_C > 0) & (sin2_C <= self._threshold(vv_C, ctx)) & rho_C.isfinite()
@@ -152,7 +152,7 @@ class LookBack(Compressor):
         for name, array in sent.arrays.items():
             arrays[f"inner.{name}"] = array
             rows = sent.lengths.get(name, torch.ones_like(full))
-            lengths[f"inner.{name}"] = torch.zeros(len(v), dtype=torch.int64).index_copy(0, full, rows)
+            lengths[f"inner.{name}"] = torch.zeros(len(v_CS), dtype=torch.int64).index_copy(0, full, rows)
         new = {**self._store(state, full, v_CS[full], sent), **nest(after)}
         return Message(arrays, lengths), new
 

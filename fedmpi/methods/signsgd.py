@@ -14,7 +14,7 @@ from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, Round, Server, State
 from fedmpi.methods.base import Entry, FeedbackOptions, MeanServer, Setup
 from fedmpi.methods.feedback import Feedback
-from fedmpi.ops import bits
+from fedmpi.ops import bits, fast
 from fedmpi.spec import Spec
 
 
@@ -55,31 +55,28 @@ class Sign(Compressor):
         if self.momentum:
             g_CD = self.momentum * state["momentum"] + (1 - self.momentum) * g_CD
             state = {"momentum": g_CD}
-        positive_CD, zero_CD = g_CD > 0, g_CD == 0
-        if bool(zero_CD.any()):
-            positive_CD |= zero_CD & random.coins(ctx.keys("sign of zero"), self.size)
-        arrays = {"signs": bits.pack(positive_CD)}
+        arrays = {"signs": bits.pack_signs(g_CD, ctx.keys("sign of zero"))}
         if self.scaled:
             arrays["scale"] = g_CD.abs().double().mean(1).float()
         return Message(arrays), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
-        v_CD = bits.unpack(message.arrays["signs"], self.size).to(torch.int8).mul_(2).sub_(1)
-        return (v_CD * message.arrays["scale"][:, None] if self.scaled else v_CD), peer
+        arrays = message.arrays
+        return bits.unpack_signs(arrays["signs"], self.size, arrays["scale"] if self.scaled else None), peer
 
     def merge(self, rows_WN: Tensor, start: int, round: Round) -> Tensor:
-        n = 8 * rows_WN.shape[1]
-        votes_n = bits.unpack(rows_WN, n).sum(0, dtype=torch.int32).mul_(2).sub_(len(rows_WN))
-        return bits.pack(majority(votes_n, round, 8 * start)[None])[0]
+        size = rows_WN.shape[1]
+        # The coins of random.coins, packed as they are: bit i % 64 of word i // 64.
+        ties_n = random.bits(round.key("tie"), -(-size // 8), start // 8).view(torch.uint8)[:size]
+        return bits.majority(rows_WN, ties_n)
 
 
-def majority(votes_n: Tensor, round: Round, start: int = 0) -> Tensor:
-    """Where the sum of ±1 is positive; a tie is the coin of its index, the same for everybody. The first vote is that
-    of parameter ``start``, a multiple of 64."""
-    positive_n, tie_n = votes_n > 0, votes_n == 0
-    if bool(tie_n.any()):
-        positive_n |= tie_n & random.coins(round.key("tie"), len(votes_n), start=start)
-    return positive_n
+def majority(votes_D: Tensor, round: Round) -> Tensor:
+    """Where the sum of ±1 is positive; a tie is the coin of its index, the same for everybody."""
+    positive_D, tie_D = votes_D > 0, votes_D == 0
+    if bool(tie_D.any()):
+        positive_D |= tie_D & random.coins(round.key("tie"), len(votes_D))
+    return positive_D
 
 
 class VoteServer(Server):
@@ -137,8 +134,8 @@ class VoteServer(Server):
 
 
 def _step(theta_D: Tensor, signs_B: Tensor, lr: Tensor) -> Tensor:
-    positive_D = bits.unpack(signs_B[None], len(theta_D))[0]
-    return theta_D - torch.where(positive_D, lr, -lr)
+    step_1D = fast.scratch("signs", 1, len(theta_D), theta_D.device)
+    return theta_D - bits.unpack_signs(signs_B[None], len(theta_D), lr[None], step_1D)[0]
 
 
 def build(options: SignOptions, spec: Spec, setup: Setup) -> Method:

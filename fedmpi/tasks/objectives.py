@@ -1,6 +1,8 @@
-"""What a model is trained for: a loss (mean over the batch) and the count behind its metric.
+"""What a model is trained for: a loss (mean over what counts) and the count behind its metric.
 
-Shape suffixes: B samples, K classes.
+What counts is a sample for classes and points, a pixel or a token for those of them that are not IGNORE.
+
+Shape suffixes: B samples, K classes, L tokens, V words of the vocabulary, P values.
 """
 
 from __future__ import annotations
@@ -8,16 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedmpi.errors import ConfigError
+from fedmpi.tasks.dataset import IGNORE
+
+NEAR = 0.02  # of a picture's side: a landmark so near is right
+
 
 class Objective(NamedTuple):
-    """Both functions take the model's output and the targets, and work under ``torch.func.vmap``."""
+    """The functions take the model's output and the targets, and work under ``torch.func.vmap``."""
 
-    loss: Callable[[Tensor, Tensor], Tensor]  # mean over the batch, float, shape ()
-    correct: Callable[[Tensor, Tensor], Tensor]  # how many are right, int64, shape (): sums over batches
+    loss: Callable[[Tensor, Tensor], Tensor]  # mean over what counts, float, shape ()
+    correct: Callable[[Tensor, Tensor], Tensor]  # how much is right, int64, shape (): sums over batches
     summary: str
+    count: Callable[[Tensor], int]  # how much counts, from the targets alone
+    dtype: torch.dtype = torch.int64  # of the targets
+    dims: int = 1  # of the targets, the samples included
 
 
 def cross_entropy(logits_BK: Tensor, y_B: Tensor) -> Tensor:
@@ -25,11 +36,103 @@ def cross_entropy(logits_BK: Tensor, y_B: Tensor) -> Tensor:
     return F.cross_entropy(logits_BK, y_B)
 
 
+def squared_hinge(scores_BK: Tensor, y_B: Tensor) -> Tensor:
+    """Mean over samples of Σ_k max(0, 1 − t_k·score_k)², t_k = 1 for k = y and −1 else: a linear SVM, one class
+    against the rest, with the squared hinge."""
+    t_BK = 2 * F.one_hot(y_B, scores_BK.shape[-1]).to(scores_BK.dtype) - 1
+    return (1 - t_BK * scores_BK).clamp(min=0).square().sum(-1).mean()
+
+
 def top1(logits_BK: Tensor, y_B: Tensor) -> Tensor:
     """How many samples have their largest logit at ``y``, int64 ``()``; a tie counts for the first class."""
     return (logits_BK.argmax(-1) == y_B).sum()
 
 
+def squared_error(output_BP: Tensor, y_BP: Tensor) -> Tensor:
+    """Mean of the squared differences."""
+    return F.mse_loss(output_BP, y_BP)
+
+
+def near(output_BP: Tensor, y_BP: Tensor) -> Tensor:
+    """How many values are within :data:`NEAR` of their targets, int64 ``()``."""
+    return ((output_BP - y_BP).abs() <= NEAR).sum()
+
+
+def pixels(logits_BKHW: Tensor, y_BHW: Tensor) -> Tensor:
+    """Cross entropy over the pixels that count."""
+    total = F.cross_entropy(logits_BKHW, y_BHW, ignore_index=IGNORE, reduction="sum")
+    return total / (y_BHW != IGNORE).sum().clamp(min=1)
+
+
+def pixels_right(logits_BKHW: Tensor, y_BHW: Tensor) -> Tensor:
+    """How many pixels have the right class, int64 ``()``."""
+    return (logits_BKHW.argmax(1) == y_BHW).sum()
+
+
+def next_token(logits_BLV: Tensor, y_BL: Tensor) -> Tensor:
+    """Cross entropy of each token that counts given those before it, in nats; its exponential is the perplexity.
+
+    Logits may end before the targets do, where no token of the batch counts any more.
+    """
+    following = _following(logits_BLV, y_BL)
+    total = F.cross_entropy(
+        logits_BLV[:, :-1].flatten(0, 1), following.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return total / (following != IGNORE).sum().clamp(min=1)
+
+
+def tokens_right(logits_BLV: Tensor, y_BL: Tensor) -> Tensor:
+    """How many tokens are the likeliest after those before them, int64 ``()``."""
+    return (logits_BLV[:, :-1].argmax(-1) == _following(logits_BLV, y_BL)).sum()
+
+
+def _following(logits_BLV: Tensor, y_BL: Tensor) -> Tensor:
+    return y_BL[:, 1 : logits_BLV.shape[1]]
+
+
+def _samples(y: Tensor) -> int:
+    return len(y)
+
+
+def _counted(y: Tensor) -> int:
+    return int((y != IGNORE).sum())
+
+
+def _counted_after(y_BL: Tensor) -> int:
+    return _counted(y_BL[:, 1:])
+
+
 OBJECTIVES: dict[str, Objective] = {
-    "cross_entropy": Objective(cross_entropy, top1, "softmax cross entropy; metric: top-1 accuracy"),
+    "cross_entropy": Objective(
+        cross_entropy, top1, "softmax cross entropy; metric: top-1 accuracy", _samples
+    ),
+    "squared_hinge": Objective(
+        squared_hinge, top1, "one class against the rest, a linear SVM's; metric: top-1 accuracy", _samples
+    ),
+    "squared_error": Objective(
+        squared_error,
+        near,
+        f"of values (landmarks); metric: share within {NEAR}",
+        torch.Tensor.numel,
+        torch.float32,
+        2,
+    ),
+    "pixels": Objective(
+        pixels, pixels_right, "cross entropy a pixel; metric: share of pixels", _counted, dims=3
+    ),
+    "next_token": Objective(
+        next_token, tokens_right, "language modelling; metric: share of tokens", _counted_after, dims=2
+    ),
 }
+
+
+def check(name: str, y: Tensor) -> None:
+    """ConfigError when the objective ``name`` cannot have the targets ``y``; names those that can."""
+    row = OBJECTIVES[name]
+    if (y.dtype, y.dim()) == (row.dtype, row.dims):
+        return
+    fitting = [other for other, o in OBJECTIVES.items() if (y.dtype, y.dim()) == (o.dtype, o.dims)]
+    raise ConfigError(
+        f"loss: {name} expects targets of {row.dims} dimensions and {row.dtype}, the data have {y.dim()} and "
+        f"{y.dtype}; fitting: {', '.join(fitting) or 'none'}"
+    )

@@ -9,7 +9,7 @@ Shape suffixes: N samples, C clients, n labels of a client, S slots (a label at 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -18,6 +18,7 @@ from torch import Tensor
 from fedmpi import random
 from fedmpi.errors import ConfigError
 from fedmpi.tasks import Options, choose, parse_options
+from fedmpi.tasks.dataset import Split
 
 
 class Partition(NamedTuple):
@@ -57,14 +58,28 @@ class DirichletOptions(Options):
     )
 
 
-def split(name: str, labels_N: Tensor, clients: int, key: int, **options: object) -> Partition:
+class NaturalOptions(Options):
+    """None."""
+
+
+class PowerOptions(Options):
+    exponent: float = Field(
+        1.0, ge=0, le=8, description="the i-th largest client's size is in proportion to i to minus this"
+    )
+    minimum: PositiveInt = Field(1, description="samples that every client holds at least")
+
+
+def split(
+    name: str, labels_N: Tensor, clients: int, key: int, groups_N: Tensor | None = None, **options: object
+) -> Partition:
     """The partition ``name`` of samples with labels ``labels_N`` (int64) among ``clients``.
 
     Args:
       name: a row of :data:`PARTITIONS`.
-      labels_N: one label a sample.
+      labels_N: one label a sample; where it is no label (values, pixels, tokens), only its length counts.
       clients: how many, 1 to N.
       key: an integer of :func:`fedmpi.random.key`.
+      groups_N: int64, whose sample each is, if the data say so.
       options: fields of the row's options.
 
     Raises:
@@ -76,7 +91,19 @@ def split(name: str, labels_N: Tensor, clients: int, key: int, **options: object
         raise ConfigError(
             f"partition {name}: clients: expected 1 to {len(labels_N)} (the samples), got {clients}"
         )
+    if row.needs == "labels" and (labels_N.dim() != 1 or labels_N.dtype != torch.int64):
+        raise ConfigError(f"partition {name}: expected data with a class a sample; these have other targets")
+    if row.needs == "groups":
+        if groups_N is None:
+            raise ConfigError(f"partition {name}: expected data that say whose each sample is; these do not")
+        labels_N = groups_N
     return row.split(labels_N, clients, key, checked)
+
+
+def divide(name: str, train: Split, clients: int, seed: int, **options: object) -> Partition:
+    """The partition of a run with this seed: :func:`split` of its training set."""
+    key = random.key(seed, stream="partition")
+    return split(name, train.y, clients, key, train.groups, **options)
 
 
 def iid(labels_N: Tensor, clients: int, key: int, options: IidOptions) -> Partition:
@@ -144,18 +171,51 @@ def dirichlet(labels_N: Tensor, clients: int, key: int, options: DirichletOption
     return _group(_fill_up(owner_N, clients, n, key), clients, key)
 
 
+def natural(groups_N: Tensor, clients: int, key: int, options: NaturalOptions) -> Partition:
+    """Everybody's samples stay together. With as many clients as groups each client is one; with fewer, random
+    groups share a client, in numbers that differ by at most one."""
+    values, group_N = groups_N.unique(return_inverse=True)
+    if clients > len(values):
+        raise ConfigError(
+            f"partition natural: clients: expected at most {len(values)} (as many as the data name), got {clients}"
+        )
+    owner = _shuffled(key, len(values), "groups") % clients
+    return _group(owner[group_N], clients, key)
+
+
+def power(labels_N: Tensor, clients: int, key: int, options: PowerOptions) -> Partition:
+    """Random samples, and sizes by a power law (Zipf's), dealt to the clients at random."""
+    n, samples = options.minimum, len(labels_N)
+    if n * clients > samples:
+        raise ConfigError(
+            f"partition power: minimum: expected at most {samples // clients} "
+            f"({samples} samples for {clients} clients), got {n}"
+        )
+    # Fixed point, as in dirichlet().
+    bits = min(30, 62 - clients.bit_length() - samples.bit_length())
+    weight_C = (torch.arange(1, clients + 1).double() ** -options.exponent * 2**bits).round().long()
+    weight_C = weight_C[_shuffled(key, clients, "sizes")]
+    cut_C = weight_C.cumsum(0) * (samples - n * clients) // weight_C.sum()
+    size_C = cut_C.diff(prepend=cut_C.new_zeros(1)) + n
+    offset = torch.cat((size_C.new_zeros(1), size_C.cumsum(0)))
+    return Partition(_shuffled(key, samples, "order"), offset)
+
+
 class PartitionKind(NamedTuple):
     options: type[Options]
-    split: Callable[[Tensor, int, int, Any], Partition]  # (labels_N, clients, key, options)
+    split: Callable[[Tensor, int, int, Any], Partition]  # (labels_N or groups_N, clients, key, options)
     summary: str
+    needs: Literal["nothing", "labels", "groups"]
 
 
 PARTITIONS: dict[str, PartitionKind] = {
-    "iid": PartitionKind(IidOptions, iid, "random, equal sizes"),
-    "labels": PartitionKind(LabelsOptions, labels, "a fixed number of labels a client"),
+    "iid": PartitionKind(IidOptions, iid, "random, equal sizes", "nothing"),
+    "labels": PartitionKind(LabelsOptions, labels, "a fixed number of labels a client", "labels"),
     "dirichlet": PartitionKind(
-        DirichletOptions, dirichlet, "label proportions from a Dirichlet distribution"
+        DirichletOptions, dirichlet, "label proportions from a Dirichlet distribution", "labels"
     ),
+    "natural": PartitionKind(NaturalOptions, natural, "as the data say: by writer, person, …", "groups"),
+    "power": PartitionKind(PowerOptions, power, "random, sizes by a power law", "nothing"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Checks of the DDP hook, one after the other in one launch of real processes: ddp_checks.py ANSWER [COMM].
+"""Checks of the DDP hook, one after the other in one launch of real processes: ddp_checks.py ANSWER [COMM [DEVICE]].
 
 Each check builds its own models; rank 0 writes {check: "" or what went wrong on any rank}.
 """
@@ -27,7 +27,7 @@ import fedmpi
 from fedmpi.errors import CommError, ConfigError
 from fedmpi.methods import METHODS
 
-COMM = "group"
+COMM, DEVICE = "group", "cpu"
 CHECKS: dict[str, Callable[[], None]] = {}
 TOPK = {"name": "topk", "ratio": 0.05, "feedback": True}
 
@@ -56,12 +56,13 @@ class Net(nn.Module):
 def batch(step: int, rank: int | None = None) -> tuple[Tensor, Tensor]:
     rank = dist.get_rank() if rank is None else rank
     generator = torch.Generator().manual_seed(1000 * step + rank)
-    return torch.randn(8, 1, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator)
+    x, y = torch.randn(8, 1, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator)
+    return x.to(DEVICE), y.to(DEVICE)
 
 
 def hooked(method: Any, model: nn.Module | None = None, ddp: dict[str, Any] | None = None, **settings: Any):
     """A module with the hook, and the hook's state."""
-    module = DDP(model or Net(), **(ddp or {}))
+    module = DDP((model or Net()).to(DEVICE), **(ddp or {}))
     return module, fedmpi.ddp.attach(module, method, comm=COMM, **{"exact_below": 100, **settings})
 
 
@@ -101,7 +102,7 @@ def close(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]], atol: float) -
 
 
 def replicas_are_equal(module: nn.Module) -> None:
-    mine = torch.cat([p.detach().float().flatten() for p in module.parameters()])
+    mine = torch.cat([p.detach().float().flatten() for p in module.parameters()]).cpu()
     others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(others, mine)
     assert all(torch.equal(other, mine) for other in others)
@@ -114,7 +115,7 @@ def refuses(kind: type[Exception], words: str, call: Callable[[], object]) -> No
 
 @check
 def a_lossless_setting_is_the_plain_hook() -> None:
-    plain = DDP(Net())
+    plain = DDP(Net().to(DEVICE))
     plain.register_comm_hook(None, allreduce_hook)
     expected = steps(plain, 3)
     for method in (
@@ -128,7 +129,7 @@ def a_lossless_setting_is_the_plain_hook() -> None:
         close(steps(hooked(method)[0], 3), expected, 1e-5)
     options = {"name": "intrinsic", "dim": 640, "matrix": "dense", "orthonormal": True}
     narrow = nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False))
-    reference = DDP(copy.deepcopy(narrow))
+    reference = DDP(copy.deepcopy(narrow).to(DEVICE))
     close(steps(hooked(options, narrow)[0], 3), steps(reference, 3), 1e-4)
 
 
@@ -174,7 +175,7 @@ def only_the_synchronised_sum_is_compressed() -> None:
         backward(module, 2)
         return gradients(module)
 
-    reference = accumulate(DDP(Net()))
+    reference = accumulate(DDP(Net().to(DEVICE)))
     module, state = hooked("dense")
     close([accumulate(module)], [reference], 1e-5)
     assert state.stats()["steps"] == 1
@@ -183,7 +184,7 @@ def only_the_synchronised_sum_is_compressed() -> None:
 @check
 def a_skipped_step_leaves_what_is_kept() -> None:
     """Mixed precision's inf on one rank: no rank's residual, counter or seed moves, and the scale does not matter."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**12, growth_interval=2)
     module, state = hooked(TOPK, scaler=scaler)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
     got = []
@@ -229,7 +230,7 @@ class Partly(nn.Module):
 @check
 def unused_frozen_and_half_parameters() -> None:
     options = {"find_unused_parameters": True}
-    expected = steps(DDP(Partly(), **options), 3)
+    expected = steps(DDP(Partly().to(DEVICE), **options), 3)
     module, _ = hooked("dense", Partly(), options)
     got = steps(module, 3)
     assert [g.keys() for g in got] == [e.keys() for e in expected]
@@ -261,7 +262,7 @@ def interrupted_is_uninterrupted() -> None:
 def sync_is_the_hook_without_overlap() -> None:
     method = {"name": "fetchsgd", "rows": 3, "columns": 2000, "k": 500}
     expected = steps(hooked(method)[0], 4)
-    module = DDP(Net())
+    module = DDP(Net().to(DEVICE))
     average = fedmpi.sync(module, method, comm=COMM, exact_below=100)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
     got = []
@@ -321,9 +322,9 @@ def an_error_inside_the_hook_ends_the_pass() -> None:
 
 
 def main() -> None:
-    global COMM
+    global COMM, DEVICE
     torch.set_num_threads(1)
-    COMM = sys.argv[2] if len(sys.argv) > 2 else "group"
+    COMM, DEVICE = [*sys.argv[2:], *["group", "cpu"][len(sys.argv) - 2 :]]
     fedmpi.ddp.init_process_group("gloo")
     wrong = {}
     for name, function in CHECKS.items():

@@ -1,0 +1,232 @@
+"""The command line of the analyses: ``fedmpi analyze``, ``fedmpi sweep`` and ``fedmpi claims``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedmpi.config import Config
+
+_Commands = Any  # argparse's own type for add_subparsers() is private
+
+
+def add(commands: _Commands) -> None:
+    """Add the commands to the parser's."""
+    analyze = commands.add_parser("analyze", help="figures and numbers on a model, data and a method")
+    actions = analyze.add_subparsers(dest="action", required=True, metavar="ANALYSIS")
+    _subspace_arguments(actions)
+    _positions_arguments(actions)
+    _inversion_arguments(actions)
+    _sweep_arguments(commands)
+    _claims_arguments(commands)
+
+
+def positive(text: str) -> int:
+    """An argument's value; argparse says what is wrong with it."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides; values are YAML")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder (runs/<analysis>-<config>)")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="write the few numbers of a claim here")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only errors")
+
+
+def _load(arguments: argparse.Namespace) -> Config:
+    from fedmpi import config
+
+    return config.load(arguments.config, arguments.overrides)
+
+
+def _finish(arguments: argparse.Namespace, out: Path, summary: dict[str, Any]) -> int:
+    """Say what was found and where it is."""
+    from fedmpi.analysis.page import dump, write
+
+    if arguments.results is not None:
+        write(arguments.results, dump(summary), "--results")
+    for name, value in summary.items():
+        if not isinstance(value, (dict, list)):
+            print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+    print(f"Written: {out / f'{arguments.action}.html'} and what it holds")
+    return 0
+
+
+def _out(arguments: argparse.Namespace) -> Path:
+    return arguments.out or Path("runs") / f"{arguments.action}-{Path(arguments.config).stem}"
+
+
+def _subspace_arguments(actions: _Commands) -> None:
+    subspace = actions.add_parser(
+        "subspace", help="N-PCA of the gradients, principal gradients, consecutive gradients"
+    )
+    _common(subspace)
+    subspace.add_argument("--measure", choices=("variance", "singular"), default="variance")
+    subspace.add_argument(
+        "--center",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="principal gradients of the centred gradients (the numbers are reported both ways)",
+    )
+    subspace.add_argument("--schedule", choices=("constant", "linear", "cosine"), default="constant")
+    subspace.add_argument("--memmap", action="store_true", help="keep the gradients in a file, not in memory")
+    subspace.set_defaults(run=_subspace)
+
+
+def _subspace(arguments: argparse.Namespace) -> int:
+    from fedmpi.analysis.subspace import analyze
+
+    out = _out(arguments)
+    options = {
+        name: getattr(arguments, name) for name in ("measure", "center", "schedule", "memmap", "quiet")
+    }
+    return _finish(arguments, out, analyze(_load(arguments), out, **options))
+
+
+def _positions_arguments(actions: _Commands) -> None:
+    positions = actions.add_parser(
+        "positions", help="where the largest gradients lie: how often each is chosen, overlap scores"
+    )
+    _common(positions)
+    positions.add_argument("--m", type=positive, metavar="M", help="positions of the first epoch (D / 10)")
+    positions.add_argument("--r", type=positive, metavar="R", help="rTop-k's candidates (10 k)")
+    positions.add_argument(
+        "--epochs", type=_numbers, default=(1, 10, 20, 30), metavar="E,E,…", help="shown (1,10,20,30)"
+    )
+    positions.add_argument(
+        "--reference",
+        choices=("aggregate", "worker"),
+        default="aggregate",
+        help="whose first epoch gives the top m",
+    )
+    positions.add_argument("--rounds-per-epoch", type=positive, metavar="N", help="(clients / cohort)")
+    positions.set_defaults(run=_positions)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(positive(part) for part in text.split(","))
+
+
+def _positions(arguments: argparse.Namespace) -> int:
+    from fedmpi.analysis.positions import analyze
+
+    out = _out(arguments)
+    names = ("m", "r", "epochs", "reference", "rounds_per_epoch", "quiet")
+    options = {name: getattr(arguments, name) for name in names}
+    return _finish(arguments, out, analyze(_load(arguments), out, **options))
+
+
+def _inversion_arguments(actions: _Commands) -> None:
+    inversion = actions.add_parser("inversion", help="reconstruct images from clients' messages")
+    _common(inversion)
+    inversion.add_argument(
+        "--methods",
+        metavar="METHOD;…",
+        help="names or YAML options with semicolons between: 'dense; {name: topk, ratio: 0.1}' (all)",
+    )
+    inversion.add_argument("--images", type=positive, default=2, metavar="N", help="images attacked (2)")
+    inversion.add_argument("--iterations", type=positive, default=200, metavar="N", help="(200)")
+    inversion.add_argument("--optimizer", choices=("lbfgs", "adam"), default="lbfgs")
+    inversion.add_argument(
+        "--clip", type=float, metavar="C", help="also attack gradients clipped to length C"
+    )
+    inversion.add_argument(
+        "--noise", type=float, default=0.0, metavar="σ", help="with --clip: and noise of deviation σ·C"
+    )
+    inversion.set_defaults(run=_inversion)
+
+
+def _inversion(arguments: argparse.Namespace) -> int:
+    import yaml
+
+    from fedmpi.analysis.inversion import analyze
+    from fedmpi.errors import ConfigError
+
+    out = _out(arguments)
+    try:
+        chosen = [yaml.safe_load(part) for part in (arguments.methods or "").split(";") if part.strip()]
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"--methods: expected names or {{name: …}} with semicolons between: {error}"
+        ) from None
+    names = ("images", "iterations", "optimizer", "clip", "noise", "quiet")
+    options = {name: getattr(arguments, name) for name in names}
+    return _finish(arguments, out, analyze(_load(arguments), out, chosen, **options))
+
+
+def _sweep_arguments(commands: _Commands) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="run a grid of values and seeds, and report",
+        description="Run a grid of values and seeds and report. Finished runs are not run again. Under mpirun all "
+        "ranks work on one run at a time, or on N with --side-by-side N; in a Slurm job array each task "
+        "takes its share.",
+    )
+    sweep.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
+    sweep.add_argument("over", type=Path, metavar="OVER", help="a YAML file: seeds, cases, over")
+    sweep.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of CONFIG")
+    sweep.add_argument("--out", type=Path, metavar="DIR", help="the folder (runs/sweep-<over>)")
+    sweep.add_argument("--results", type=Path, metavar="FILE", help="write the points' figures here, too")
+    sweep.add_argument(
+        "--side-by-side", type=positive, default=1, metavar="N", help="runs at a time, under mpirun"
+    )
+    sweep.add_argument("--quiet", action="store_true", help="no progress, only errors")
+    sweep.set_defaults(run=_sweep)
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from fedmpi.analysis.page import dump, write
+    from fedmpi.analysis.sweep import sweep
+    from fedmpi.comm import connect
+    from fedmpi.errors import FedMPIError, Stopped
+
+    comm = connect()
+    out = arguments.out or Path("runs") / f"sweep-{arguments.over.stem}"
+    options = (arguments.side_by_side, arguments.quiet)
+    try:
+        text, results = sweep(arguments.config, arguments.over, arguments.overrides, out, comm, *options)
+    except Stopped as stopped:
+        if comm.rank == 0:
+            print(f"fedmpi: {stopped}; the same command goes on from there", file=sys.stderr, flush=True)
+        return os.EX_TEMPFAIL
+    except FedMPIError:
+        if comm.rank == 0:  # all ranks share it: it is said once
+            raise
+        return 2
+    if comm.rank == 0:
+        print(text)
+        if results is not None and arguments.results is not None:
+            write(arguments.results, dump(results), "--results")
+    return 1 if results is not None and results["failed"] else 0
+
+
+def _claims_arguments(commands: _Commands) -> None:
+    claims = commands.add_parser("claims", help="the papers' claims beside the figures of result files")
+    claims.add_argument("claims", type=Path, metavar="CLAIMS", help="e.g. configs/claims/claims.yaml")
+    claims.add_argument(
+        "--results", type=Path, default=Path("configs/results"), metavar="DIR", help="(%(default)s)"
+    )
+    claims.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the Markdown here, not to the terminal"
+    )
+    claims.set_defaults(run=_claims)
+
+
+def _claims(arguments: argparse.Namespace) -> int:
+    from fedmpi.analysis.claims import table
+    from fedmpi.analysis.page import write
+
+    text = table(arguments.claims, arguments.results)
+    if arguments.out is None:
+        print(text, end="")
+    else:
+        write(arguments.out, text.encode(), "--out")
+        print(f"Written: {arguments.out}")
+    return 0

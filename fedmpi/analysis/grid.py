@@ -1,0 +1,132 @@
+"""The grid of a sweep: OVER.yaml, its points and their runs.
+
+    seeds: [0, 1, 2]                         # or a number: 3 is the same
+    cases:                                   # overrides that go together, by name
+      vanilla: {method: dense}
+      δ = 0.2: {method: {name: lookback, threshold: 0.2}}
+    over:                                    # every combination of these, for each case
+      partition: [iid, {name: labels, labels_per_client: 3}]
+
+``cases`` and ``over`` may be left out. Keys are those of a configuration, with dots.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fedmpi import config as configuration
+from fedmpi.config import Config
+from fedmpi.errors import ConfigError
+from fedmpi.validation import describe
+
+_LONGEST = 80  # characters of a folder's name
+
+
+class Over(BaseModel):
+    """What OVER.yaml holds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seeds: list[int] = Field([0], min_length=1, description="the runs of each point; a number n is 0 … n − 1")
+    cases: dict[str, dict[str, Any]] = Field({"": {}}, min_length=1, description="named overrides")
+    over: dict[str, list[Any]] = Field({}, description="key.path: values, all combinations")
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _count(cls, value: Any) -> Any:
+        return list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("over")
+    @classmethod
+    def _some(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for key, values in value.items():
+            if not values:
+                raise ValueError(f"{key}: expected at least one value")
+        return value
+
+
+class Job(NamedTuple):
+    """One run of a sweep: a point and a seed."""
+
+    label: str  # the point's
+    case: str
+    values: dict[str, Any]  # those of ``over``
+    seed: int
+    config: Config
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}, seed {self.seed}"
+
+
+def read(path: Path) -> Over:
+    """OVER.yaml.
+
+    Raises:
+      ConfigError: it cannot be read, or a key or value in it is wrong.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"OVER: cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"OVER: {path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"OVER: {path}: expected a mapping of keys, got {type(values).__name__}")
+    try:
+        return Over.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(describe(error, Over, str(path))) from None
+
+
+def jobs(base: str | Path, over: Over, overrides: list[str], out: Path) -> list[Job]:
+    """Every run of the grid, the first seed of all points first.
+
+    Raises:
+      ConfigError: a point is no valid configuration (names it), or two points are called the same.
+    """
+    points = []
+    for case, fixed in over.cases.items():
+        for combination in itertools.product(*over.over.values()):
+            chosen = dict(zip(over.over, combination, strict=True))
+            shown = [_shown(key, value) for key, value in chosen.items()]
+            label = ", ".join([case, *shown] if case else shown) or "base"
+            points.append((label, case, chosen, {**fixed, **chosen}))
+    labels = [label for label, *_ in points]
+    folders = [_folder(label) for label in labels]
+    for names in (labels, folders):
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ConfigError(f"OVER: several points are called {sorted(twice)[0]!r}; name them in cases")
+    found = []
+    for seed in over.seeds:
+        for (label, case, values, changes), folder in zip(points, folders, strict=True):
+            words = [f"{key}={_yaml(value)}" for key, value in {**changes, "seed": seed}.items()]
+            try:
+                config = configuration.load(base, [*overrides, *words])
+            except ConfigError as error:
+                raise ConfigError(f"{label}, seed {seed}: {error}") from None
+            found.append(Job(label, case, values, seed, config, out / f"{folder}-seed{seed}"))
+    return found
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=1 << 20, allow_unicode=True)
+
+
+def _shown(key: str, value: Any) -> str:
+    """``threshold=0.2``; ``partition=labels(labels_per_client=3)``."""
+    if isinstance(value, dict) and "name" in value:
+        options = ", ".join(f"{k}={v}" for k, v in value.items() if k != "name")
+        value = f"{value['name']}({options})" if options else value["name"]
+    return f"{key.rpartition('.')[2]}={value}"
+
+
+def _folder(label: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "-", label).strip("-.")[:_LONGEST]

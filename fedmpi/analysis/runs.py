@@ -1,0 +1,156 @@
+"""Reads what a finished run left in its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fedmpi.engine import manifest
+from fedmpi.errors import CheckpointError, DataError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Summary(BaseModel):
+    """What of summary.json is shown."""
+
+    method: str
+    accuracy: float | None
+    rounds: int
+    messages: int
+    scalars: int | None = None
+    upload_bytes: int
+    download_bytes: int
+    upload_ratio: float | None
+    download_ratio: float | None
+    total_ratio: float | None
+    values_only: dict[str, float | None] = {}
+    seconds: float
+    simulated_seconds: float | None = None
+    seed: int
+    ranks: int = 1
+    comm: str = ""
+
+
+class _Round(BaseModel):
+    """What of a line of metrics.jsonl is drawn."""
+
+    round: int
+    accuracy: float | None
+    upload_bytes: int
+    download_bytes: int
+    simulated_seconds: float = math.nan
+
+
+class Point(NamedTuple):
+    """An evaluated round: rounds, bytes of all clients and simulated seconds (or NaN) so far, and the accuracy then."""
+
+    rounds: int
+    uploaded: int
+    downloaded: int
+    seconds: float
+    accuracy: float
+
+    @property
+    def total(self) -> int:
+        return self.uploaded + self.downloaded
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+      folder: as the user gave it.
+      name: short, and no other run's.
+      twin: equal for runs that differ in nothing but the seed.
+      points: the evaluated rounds.
+      link: the simulated bandwidth; "" where none was.
+    """
+
+    folder: Path
+    name: str
+    twin: str
+    summary: Summary
+    points: list[Point]
+    link: str
+
+
+def load(folder: Path, name: str) -> Run:
+    """The finished run in ``folder``, to be called ``name``.
+
+    Raises:
+      DataError: it is no run, or is unfinished or damaged.
+    """
+    if not folder.is_dir():
+        got = "got a file" if folder.exists() else "there is none"
+        raise DataError(f"{folder}: expected a run's folder, {got}")
+    if not (folder / "config.yaml").is_file():
+        inside = sorted(path.parent for path in folder.glob("*/config.yaml"))
+        hint = f"; there are runs inside it: {words(inside)}" if inside else ""
+        raise DataError(f"{folder} is no run: it has no config.yaml{hint}")
+    try:
+        config = yaml.safe_load(read(folder / "config.yaml"))
+    except yaml.YAMLError as error:
+        raise DataError(f"{folder / 'config.yaml'} is not YAML: {error}") from None
+    if not isinstance(config, dict):
+        raise DataError(f"{folder / 'config.yaml'}: expected a mapping of keys, got {type(config).__name__}")
+    metrics = folder / "metrics.jsonl"
+    if not (folder / "summary.json").exists():
+        done, rounds = read(metrics).count("\n") if metrics.exists() else 0, config.get("rounds", "?")
+        raise DataError(
+            f"{folder} is unfinished: it has no summary.json, and {done} of {rounds} rounds; it is still "
+            "in progress or was interrupted: wait for it, run it again or leave it out"
+        )
+    summary = parse(Summary, read(folder / "summary.json"), str(folder / "summary.json"))
+    lines = read(metrics).splitlines()
+    rounds = [parse(_Round, line, f"{metrics}, line {i}") for i, line in enumerate(lines, 1)]
+    if len(rounds) != summary.rounds:
+        raise DataError(f"{metrics}: expected {summary.rounds} lines, a line a round, got {len(rounds)}")
+    uploaded = accumulate(line.upload_bytes for line in rounds)
+    downloaded = accumulate(line.download_bytes for line in rounds)
+    seconds = accumulate(line.simulated_seconds for line in rounds)
+    points = [
+        Point(line.round + 1, up, down, clock, line.accuracy)
+        for line, up, down, clock in zip(rounds, uploaded, downloaded, seconds, strict=True)
+        if line.accuracy is not None
+    ]
+    time = config.get("time")
+    link = f"{time.get('upload')} Mb/s up, {time.get('download')} Mb/s down" if isinstance(time, dict) else ""
+    config.pop("seed", None)
+    return Run(folder, name, json.dumps(config, sort_keys=True, default=str), summary, points, link)
+
+
+def read(path: Path) -> str:
+    """A file's text; DataError that names it where it cannot be read."""
+    try:
+        return manifest.read(path).decode("utf-8")
+    except CheckpointError as error:  # also a link or a pipe: what lies in a run's folder may be anybody's
+        raise DataError(str(error)) from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: expected UTF-8 text") from None
+
+
+def parse(model: type[Model], text: str, where: str) -> Model:
+    """JSON as a checked ``model``; DataError that says ``where`` it is wrong."""
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        if problem["type"] == "json_invalid":
+            raise DataError(f"{where}: not JSON, cut off or damaged ({problem['ctx']['error']})") from None
+        raise DataError(f"{where}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+
+
+def words(paths: Iterable[Path]) -> str:
+    """Paths as words of a shell command."""
+    return " ".join(shlex.quote(str(path)) for path in paths)

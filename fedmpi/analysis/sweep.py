@@ -1,0 +1,276 @@
+"""``fedmpi sweep``: a grid of values and seeds, several runs side by side, and one report at the end.
+
+Each run has a folder of its own under the sweep's ``runs``. A run is finished when it has a summary.json and was
+made from the configuration that the sweep asks for now; only those that are not are run, from their last
+checkpoint where there is one. A run that fails leaves its message in error.txt and does not stop the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedmpi.analysis import grid, plots
+from fedmpi.analysis.grid import Job
+from fedmpi.analysis.page import Page, png, text_table
+from fedmpi.analysis.report import LEFT, RATIOS, columns_for, table
+from fedmpi.analysis.runs import Run, load, words
+from fedmpi.comm import Comm, together
+from fedmpi.comm.groups import split
+from fedmpi.engine.record import write_aside
+from fedmpi.engine.rounds import run
+from fedmpi.errors import ConfigError, FedMPIError, Stopped
+
+_ERROR = "error.txt"
+_KEPT = (  # of a run's summary, in the results
+    "accuracy",
+    "loss",
+    "upload_bytes",
+    "download_bytes",
+    "upload_ratio",
+    "download_ratio",
+    "total_ratio",
+    "scalars",
+    "scalar_tensors",
+    "messages",
+    "seconds",
+)
+
+
+def sweep(
+    base: Path,
+    over: Path,
+    overrides: list[str],
+    out: Path,
+    comm: Comm,
+    side_by_side: int = 1,
+    quiet: bool = False,
+) -> tuple[str, dict[str, Any] | None]:
+    """Run what is not finished yet of a grid; write ``report.md``, ``.html`` and pictures when all is.
+
+    Args:
+      base: the configuration that the points start from.
+      over: the grid (:mod:`fedmpi.analysis.grid`).
+      overrides: of the base, as on the command line.
+      out: the sweep's folder.
+      comm: every rank calls ``sweep`` alike.
+      side_by_side: groups of ranks with a run each; within a Slurm array, each task takes its share too.
+      quiet: show nothing.
+
+    Returns:
+      Text for the user, and the results (on rank 0, and only if no run is left to others).
+
+    Raises:
+      Stopped: a signal asked for it; the same command goes on from there.
+      FedMPIError: the grid is wrong, or ``out`` cannot be written; not for a run that fails.
+    """
+    with together(comm, "reading the sweep"):
+        todo = grid.jobs(base, grid.read(over), overrides, out / "runs")
+    group, number = split(comm, side_by_side)
+    task, tasks = slurm_array()
+    share = todo[task * side_by_side + number :: tasks * side_by_side]
+    tell = group.rank == 0 and not quiet
+    started, ran = time.monotonic(), 0
+    for i, job in enumerate(share):
+        state = _state(job, group)
+        if state == "finished":
+            continue
+        if tell:
+            left = (
+                f", about {(time.monotonic() - started) / ran * (len(share) - i):.0f} s left" if ran else ""
+            )
+            print(f"run {i + 1}/{len(share)}: {job.name}{left}", file=sys.stderr, flush=True)
+        _run(job, group, quiet=quiet or side_by_side > 1, resume=state == "begun")
+        ran += 1
+    comm.allgather(b"")  # the report waits for the slowest group
+    if comm.rank:
+        return "", None
+    return _conclude(todo, out, command(base, over, overrides, out))
+
+
+def slurm_array(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Which task of how many this is of a Slurm job array; (0, 1) outside of one.
+
+    Raises:
+      ConfigError: the array's numbers have gaps.
+    """
+    if "SLURM_ARRAY_TASK_ID" not in environ:
+        return 0, 1
+    first, step, count = (
+        int(environ.get(f"SLURM_ARRAY_TASK_{name}", default))
+        for name, default in (("MIN", "0"), ("STEP", "1"), ("COUNT", "1"))
+    )
+    task = (int(environ["SLURM_ARRAY_TASK_ID"]) - first) // step
+    if task >= count:
+        raise ConfigError(f"Slurm array: expected evenly spaced numbers, as in --array=0-{count - 1}")
+    return task, count
+
+
+def _state(job: Job, group: Comm) -> str:
+    """finished, begun or new, as rank 0 sees it: the others may not see its disk."""
+    if group.rank:
+        return group.broadcast(b"").decode()
+    same = False
+    with suppress(OSError, yaml.YAMLError):  # a damaged run is run again
+        same = yaml.safe_load((job.folder / "config.yaml").read_text()) == job.config.plain()
+    state = "new" if not same else "finished" if (job.folder / "summary.json").is_file() else "begun"
+    return group.broadcast(state.encode()).decode()
+
+
+def _run(job: Job, group: Comm, quiet: bool, resume: bool) -> None:
+    """One run, from its last checkpoint where it has one; what goes wrong in it is written down."""
+    error = ""
+    try:
+        run(job.config, group, job.folder, quiet=quiet, resume=resume)
+    except Stopped:  # by a signal, which is meant for the sweep
+        raise
+    except FedMPIError as problem:  # on all ranks of the group alike
+        error = str(problem)
+    except Exception as problem:
+        traceback.print_exc()
+        if group.size > 1:  # the others wait in a collective
+            print(f"fedmpi: {job.name}: rank {group.rank} failed; ending all", file=sys.stderr, flush=True)
+            group.abort()
+            raise
+        error = f"{type(problem).__name__}: {problem}"
+    with together(group, job.name):
+        if group.rank == 0:
+            _note(job, error)
+
+
+def _note(job: Job, error: str) -> None:
+    try:
+        if error:
+            print(f"fedmpi: {job.name} failed: {error}", file=sys.stderr, flush=True)
+            job.folder.mkdir(parents=True, exist_ok=True)
+            write_aside(job.folder / _ERROR, error.encode())
+        else:
+            (job.folder / _ERROR).unlink(missing_ok=True)
+    except OSError as problem:
+        raise ConfigError(f"--out: cannot write to {job.folder}: {problem.strerror or problem}") from None
+
+
+def command(base: Path, over: Path, overrides: Sequence[str], out: Path) -> str:
+    """The command line that makes the sweep again."""
+    return " ".join(["fedmpi sweep", words([base, over]), *map(str, overrides), "--out", words([out])])
+
+
+def _conclude(todo: list[Job], out: Path, made_by: str) -> tuple[str, dict[str, Any] | None]:
+    """The report of what is finished, unless some runs are still others' business."""
+    done = [job for job in todo if (job.folder / "summary.json").is_file()]
+    failed = {
+        j.name: (j.folder / _ERROR).read_text()
+        for j in todo
+        if j not in done and (j.folder / _ERROR).is_file()
+    }
+    missing = len(todo) - len(done) - len(failed)
+    if missing:
+        return f"{missing} of {len(todo)} runs are not finished: the task that finishes last reports", None
+    results = {"command": made_by, "points": _points(done), "failed": failed}
+    if not done:
+        return "Every run failed: nothing to report", results
+    groups: dict[str, list[Run]] = {}
+    for job in done:
+        groups.setdefault(job.label, []).append(load(job.folder, job.label))
+    rows = table(columns_for(one for group in groups.values() for one in group), list(groups.values()))
+    page = _page(groups, rows, _curves(done), failed, made_by)
+    written = page.write(out, "report", results)
+    lost = f"\n\nFailed: {len(failed)} of {len(todo)} runs: {'; '.join(failed)}" if failed else ""
+    return f"{text_table(rows, LEFT)}{lost}\n\nWritten: {', '.join(map(str, written))}", results
+
+
+def _points(done: list[Job]) -> list[dict[str, Any]]:
+    """The results: for each point what its runs came to, a list over seeds."""
+    points: dict[str, dict[str, Any]] = {}
+    for job in done:
+        summary = json.loads((job.folder / "summary.json").read_text())
+        point = points.setdefault(
+            job.label,
+            {
+                "label": job.label,
+                "case": job.case,
+                "values": job.values,
+                "rounds": summary["rounds"],
+                "params": summary["params"],
+                "seeds": [],
+            },
+        )
+        point["seeds"].append(job.seed)
+        for name in _KEPT:
+            if name in summary:
+                point.setdefault(name, []).append(summary[name])
+    return list(points.values())
+
+
+def _page(
+    groups: dict[str, list[Run]],
+    rows: list[list[str]],
+    curves: dict[str, bytes],
+    failed: dict[str, str],
+    made_by: str,
+) -> Page:
+    page = Page("Sweep")
+    page.text("Mean ± standard error over seeds. " + RATIOS)
+    page.table(rows, LEFT)
+    panels = (plots.ROUNDS, plots.UPLOADED, plots.DOWNLOADED, plots.TOTAL)
+    page.picture(
+        "accuracy",
+        plots.accuracy_picture(groups, panels, band=True),
+        "Accuracy by round and by uploaded, downloaded and total bytes; bands are a standard error",
+    )
+    for name, picture in curves.items():
+        page.picture(f"accuracy-by-{name.rpartition('.')[2]}", picture, f"Accuracy by `{name}`")
+    if failed:
+        page.heading("Failed runs")
+        page.table([["run", "error"], *([name, error] for name, error in failed.items())], left=2)
+    page.heading("How to get this again")
+    page.code(made_by)
+    return page
+
+
+def _curves(done: list[Job]) -> dict[str, bytes]:
+    """Accuracy against each key of ``over`` with three or more numbers as values, by key."""
+    keys = {key for job in done for key, value in job.values.items() if _number(value)}
+    pictures = {}
+    for key in sorted(keys):
+        lines: dict[str, dict[float, list[float]]] = {}
+        for job in done:
+            accuracy = json.loads((job.folder / "summary.json").read_text())["accuracy"]
+            others = {k: v for k, v in job.values.items() if k != key}
+            name = ", ".join([job.case, *(f"{k.rpartition('.')[2]}={v}" for k, v in others.items())])
+            if _number(job.values.get(key)) and accuracy == accuracy:
+                lines.setdefault(name.strip(", "), {}).setdefault(job.values[key], []).append(accuracy)
+        if max((len(line) for line in lines.values()), default=0) > 2:
+            pictures[key] = _curve(key, lines)
+    return pictures
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _curve(key: str, lines: dict[str, dict[float, list[float]]]) -> bytes:
+    picture = plots.figure(7, 5)
+    axes = picture.subplots()
+    for i, (name, by_value) in enumerate(lines.items()):
+        x = sorted(by_value)
+        mean, error = zip(*(plots.mean_error(by_value[value]) for value in x), strict=True)
+        percent = [[100 * v for v in values] for values in (mean, error)]
+        axes.errorbar(x, percent[0], percent[1], marker="o", capsize=3, label=name or None, **plots.look(i))
+    every = {value for line in lines.values() for value in line}
+    if min(every) > 0 and max(every) / min(every) > 20:
+        axes.set_xscale("log")
+    axes.set(xlabel=key, ylabel="accuracy on the test set (%)", title=f"Accuracy by {key.rpartition('.')[2]}")
+    if any(lines):
+        axes.legend(frameon=False)
+    plots.tidy(axes)
+    return png(picture)

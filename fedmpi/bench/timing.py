@@ -1,0 +1,144 @@
+"""Timing a case in turns with its reference, and the table that comes of it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from fedmpi.bench.waivers import WAIVERS
+
+Work = Callable[[], object]
+
+
+class Spread(NamedTuple):
+    """A median between its quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """One value is its own quartiles."""
+        several = values if len(values) > 1 else 2 * list(values)
+        low, median, high = statistics.quantiles(several, n=4, method="inclusive")
+        return cls(low, median, high)
+
+
+class Row(NamedTuple):
+    """One case.
+
+    Attributes:
+      seconds, reference: of the case, and of what it is compared with.
+      ratio: seconds / reference, of turns that follow each other.
+      target: the ratio to stay below; None where there is none.
+    """
+
+    name: str
+    seconds: Spread
+    reference: Spread
+    ratio: Spread
+    target: float | None
+
+    @property
+    def met(self) -> bool:
+        return self.target is None or self.ratio.median <= self.target
+
+
+def measure(name: str, work: Work, reference: Work, target: float | None, repeats: int) -> Row:
+    """Time ``work`` between two turns of ``reference``, ``repeats`` times after one that does not count, so that what
+    else the machine does weighs on both alike."""
+    work()
+    reference()
+    references, seconds = [clock(reference)], []
+    for _ in range(repeats):
+        seconds.append(clock(work))
+        references.append(clock(reference))
+    pairs = zip(seconds, references, references[1:], strict=False)
+    ratios = [own / ((before + after) / 2) for own, before, after in pairs]
+    return Row(name, Spread.of(seconds), Spread.of(references), Spread.of(ratios), target)
+
+
+def clock(work: Work) -> float:
+    """Seconds, by the device's own events where there is a GPU."""
+    if not torch.cuda.is_available():
+        begin = time.perf_counter()
+        work()
+        return time.perf_counter() - begin
+    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin_event.record()
+    work()
+    end_event.record()
+    end_event.synchronize()
+    milliseconds: float = begin_event.elapsed_time(end_event)
+    return milliseconds / 1000
+
+
+class Table(NamedTuple):
+    """A benchmark's outcome.
+
+    Attributes:
+      bench: its name on the command line.
+      facts: what was measured on what.
+      against: what the reference is.
+    """
+
+    bench: str
+    facts: dict[str, str | int]
+    against: str
+    rows: list[Row]
+
+    def verdict(self, row: Row) -> str:
+        if row.target is None:
+            return ""
+        if row.met:
+            return "met"
+        return "waived" if f"{self.bench}/{row.name}" in WAIVERS else "MISSED"
+
+    def missed(self) -> list[str]:
+        """Cases whose target is neither met nor waived."""
+        return [row.name for row in self.rows if self.verdict(row) == "MISSED"]
+
+    def text(self) -> str:
+        """Medians, with quartiles in brackets."""
+        head = ("case", "ms", f"× {self.against}", "target", "")
+        lines = [
+            (
+                row.name,
+                f"{1e3 * row.seconds.median:.2f} [{1e3 * row.seconds.low:.2f} … {1e3 * row.seconds.high:.2f}]",
+                f"{row.ratio.median:.2f} [{row.ratio.low:.2f} … {row.ratio.high:.2f}]",
+                "" if row.target is None else f"≤ {row.target:g}",
+                self.verdict(row),
+            )
+            for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+        table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in (head, *lines)]
+        facts = ", ".join(f"{name} {value}" for name, value in self.facts.items())
+        notes = [
+            f"{row.name} is waived: {waiver.figure}; {waiver.reason}; bound: {waiver.bound}"
+            for row in self.rows
+            if (waiver := WAIVERS.get(f"{self.bench}/{row.name}")) and not row.met
+        ]
+        return "\n".join([f"{self.bench}: {facts}", *table, *notes])
+
+    def json(self) -> str:
+        rows = [
+            {
+                "case": row.name,
+                "seconds": row.seconds._asdict(),
+                "reference_seconds": row.reference._asdict(),
+                "ratio": row.ratio._asdict(),
+                "target": row.target,
+                "verdict": self.verdict(row),
+            }
+            for row in self.rows
+        ]
+        return json.dumps(
+            {"bench": self.bench, **self.facts, "against": self.against, "rows": rows}, indent=2
+        )

@@ -1,0 +1,108 @@
+"""When and how compiled kernels run in place of their torch references.
+
+Every kernel returns the very bits of its reference, whatever the number of threads: both add up in the same fixed
+order. So it is no part of a result whether numba is installed, how many threads a rank has, or on which side of
+``SMALLEST`` a vector lies, and ``reproducible`` runs need not ask.
+
+Kernels hold no GIL and get their threads here, not from numba's ``parallel``: its threading layers abort the
+process when two threads (ranks played by threads) are in a kernel at once, or die with a fork.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Below so many numbers torch stays: importing numba and loading a kernel takes a second, compiling some seconds.
+SMALLEST = 1 << 17
+KEPT = 1 << 30
+_PIECES = 4  # of the work, for each thread: a core that others use as well does fewer of them
+
+
+def compiled(name: str, *tensors: Tensor, count: int | None = None) -> ModuleType | None:
+    """The kernels of ``fedmpi.ops.compiled.<name>``; None where the torch reference has to do: without numba, for
+    tensors on a GPU, such as need a gradient, and less than ``SMALLEST`` numbers (``count``, else the first
+    tensor's)."""
+    if (tensors[0].numel() if count is None else count) < SMALLEST:
+        return None
+    if any(t.device.type != "cpu" or t.requires_grad for t in tensors):
+        return None
+    return _module(name)
+
+
+@lru_cache
+def _module(name: str) -> ModuleType | None:
+    try:
+        import_module("numba")  # missing, or made for another numpy
+    except ImportError:
+        return None
+    return import_module(f"fedmpi.ops.compiled.{name}")
+
+
+class _Own(threading.local):
+    """What each thread keeps for itself."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.device], Tensor] = {}
+
+
+_own = _Own()
+
+
+def scratch(name: str, rows: int, size: int, device: torch.device) -> Tensor:
+    """An uninitialised float32 buffer ``(rows, size)``, this thread's until its next call with this name.
+
+    The system hands out fresh memory page by page, which takes longer than two copies of it. Up to ``KEPT`` bytes
+    are kept for the next call.
+    """
+    count, key = rows * size, (name, device)
+    buffer = _own.buffers.pop(key, None)
+    if buffer is None or len(buffer) < count:
+        del buffer  # freed before a larger one is asked for
+        buffer = torch.empty(count, device=device)
+    if 4 * len(buffer) <= KEPT:
+        _own.buffers[key] = buffer
+    return buffer[:count].view(rows, size)
+
+
+def run(kernel: Callable[..., None], count: int, *arguments: Any) -> None:
+    """``kernel(first, last, *arguments)`` over all of ``range(count)``, in torch's number of threads.
+
+    The items of the range must be independent of each other.
+    """
+    threads = min(torch.get_num_threads(), count)
+    if threads <= 1:
+        kernel(0, count, *arguments)
+        return
+    pieces = min(count, _PIECES * threads)
+    todo = [(i * count // pieces, (i + 1) * count // pieces) for i in reversed(range(pieces))]
+
+    def work() -> None:
+        while True:
+            try:
+                first, last = todo.pop()  # atomic
+            except IndexError:
+                return
+            kernel(first, last, *arguments)
+
+    others = [_pool(threads).submit(work) for _ in range(threads - 1)]
+    work()
+    for other in others:
+        other.result()
+
+
+@lru_cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "kernel")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork

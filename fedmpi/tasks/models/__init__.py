@@ -1,0 +1,77 @@
+"""Models by name, built with the initial values of a key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fedmpi.errors import ConfigError
+from fedmpi.tasks import Options, choose, own, parse_options
+from fedmpi.tasks.models import images, language
+from fedmpi.tasks.models.images import Shape
+from fedmpi.tasks.models.initial import check_supported, initialize
+
+__all__ = ["MODELS", "Model", "Shape", "build", "check_supported", "initialize"]
+
+USAGE = "build(shape: tuple[int, ...], classes: int, **options) -> torch.nn.Module"
+
+
+class Model(NamedTuple):
+    options: type[Options]
+    build: Callable[[Shape, int, Any], nn.Module]  # (shape, classes, options)
+    summary: str
+    seeded: bool = False  # has its own initial values or stored ones: torch's generator is seeded meanwhile
+
+
+MODELS: dict[str, Model] = {
+    "linear": Model(
+        images.LinearOptions, images.linear, "one affine map: softmax regression, or a linear SVM"
+    ),
+    "fcn": Model(images.FcnOptions, images.fcn, "one hidden layer"),
+    "cnn": Model(images.CnnOptions, images.cnn, "two convolutions and a hidden layer"),
+    "cnn4": Model(images.Cnn4Options, images.cnn4, "four convolutions and a hidden layer"),
+    "lenet": Model(images.LenetOptions, images.lenet, "two 5×5 convolutions and two hidden layers"),
+    "resnet9": Model(images.ResNet9Options, images.resnet9, "ResNet-9 without batch norm"),
+    "resnet18": Model(images.ResNet18Options, images.resnet18, "ResNet-18 with GroupNorm"),
+    "vgg19": Model(images.VggOptions, images.vgg19, "VGG-19 with GroupNorm"),
+    "unet": Model(images.UnetOptions, images.unet, "a small U-Net: a class a pixel"),
+    "encoder": Model(language.EncoderOptions, language.encoder, "BERT's kind and a linear layer", True),
+    "decoder": Model(language.DecoderOptions, language.decoder, "GPT-2's kind: the next token", True),
+}
+
+
+def build(name: str, shape: Shape, classes: int, key: int, **options: object) -> nn.Module:
+    """The model ``name`` on the CPU, with the initial values of ``key`` (see :func:`initialize`).
+
+    Models of transformers and your own fill themselves: then torch's generator is seeded with ``key`` for as
+    long, so that their values are the same on every rank, with the same version of torch.
+
+    Args:
+      name: a row of :data:`MODELS`, or the import path of your own ``build(shape, classes, **options)``.
+      shape: one sample's shape, e.g. ``Data.shape``.
+      classes: the number of outputs.
+      key: an integer of :func:`fedmpi.random.key`.
+      options: fields of the row's options.
+
+    Raises:
+      ConfigError: an unknown name or option, or an option's wrong value; names the valid ones.
+    """
+    if own.is_path(name):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key % 2**63)
+            module = own.call("model.name", name, shape, classes, options=options, usage=USAGE)
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"model.name: {name} returned a {type(module).__name__}, expected {USAGE}")
+        return module
+    row = choose("model", name, MODELS)
+    checked = parse_options(f"model {name}", row.options, options)
+    if row.seeded:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key % 2**63)
+            return row.build(shape, classes, checked)
+    with torch.device("meta"):  # torch's own initial values would draw from its global generator
+        module = row.build(shape, classes, checked)
+    return initialize(module.to_empty(device="cpu"), key)

@@ -1,0 +1,72 @@
+"""Initial values that are the same on any machine, and what layers a model may have."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+from torch import nn
+
+from fedmpi import random
+from fedmpi.errors import ConfigError
+
+_UNIFORM = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ONES = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def initialize(module: nn.Module, key: int) -> nn.Module:
+    """Fills every parameter of ``module`` in place as a function of ``key`` and the parameter's name.
+
+    Weights and biases of linear and convolutional layers are uniform in ±1/√fan_in, the distribution
+    that torch gives them (``kaiming_uniform_`` with a = √5); norm layers are 1 and 0. The 24-bit
+    uniforms times two minus one are exact in float32, so one rounding is left, the same anywhere.
+
+    Raises:
+      ConfigError: a parameter of a layer that has no rule here.
+    """
+    for prefix, layer in module.named_modules():
+        own = dict(layer.named_parameters(recurse=False))
+        if isinstance(layer, _ONES):
+            fills = {name: torch.full(p.shape, float(name == "weight")) for name, p in own.items()}
+        elif isinstance(layer, _UNIFORM):
+            bound = 1 / sqrt(layer.weight[0].numel())  # not **: a power may differ in its last bit
+            fills = {
+                name: _uniform(random.key(key, stream=f"{prefix}.{name}".lstrip(".")), p, bound)
+                for name, p in own.items()
+            }
+        elif own:
+            raise ConfigError(f"{_title(prefix, layer)}: no rule for the initial values of {', '.join(own)}")
+        else:
+            continue
+        with torch.no_grad():
+            for name, p in own.items():
+                p.copy_(fills[name])
+    return module
+
+
+def _uniform(key: int, like: torch.Tensor, bound: float) -> torch.Tensor:
+    return random.uniform(key, like.numel()).mul_(2).sub_(1).mul_(bound).view(like.shape)
+
+
+def check_supported(module: nn.Module) -> None:
+    """ConfigError that names a layer with batch or running statistics (BatchNorm) or dropout.
+
+    Running statistics are state that changes outside the parameters, and a batch's statistics make a
+    sum of gradients over clients differ from the gradient of the pooled batch.
+    """
+    for prefix, layer in module.named_modules():
+        if isinstance(layer, _BATCH_NORM) or getattr(layer, "running_mean", None) is not None:
+            raise ConfigError(
+                f"{_title(prefix, layer)}: layers with batch or running statistics are not supported; "
+                "use torch.nn.GroupNorm"
+            )
+        if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p:
+            raise ConfigError(
+                f"{_title(prefix, layer)}: dropout is not supported, because its masks would differ from run to "
+                "run; set its p to 0"
+            )
+
+
+def _title(prefix: str, layer: nn.Module) -> str:
+    return f"module {prefix or '(the root)'} ({type(layer).__name__})"

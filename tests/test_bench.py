@@ -1,0 +1,105 @@
+"""``fedmpi bench``: what it prints, and when --check fails. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from fedmpi import cli
+from fedmpi.bench import kernels, timing
+from fedmpi.bench.timing import Row, Spread, Table, measure
+from fedmpi.bench.waivers import WAIVERS, Waiver
+
+
+def row(name: str, ratio: float, target: float | None) -> Row:
+    one = Spread(1.0, 1.0, 1.0)
+    return Row(name, one, one, Spread(ratio, ratio, ratio), target)
+
+
+def table(*rows: Row) -> Table:
+    return Table("kernels", {"numbers": "2^17"}, "memcpy", list(rows))
+
+
+def test_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WAIVERS, "kernels/waived", Waiver("7 on a laptop", "one core", "8 bytes a number"))
+    found = table(row("at it", 5, 5), row("above", 5.01, 5), row("waived", 7, 5), row("free", 99, None))
+    assert [found.verdict(r) for r in found.rows] == ["met", "MISSED", "waived", ""]
+    assert found.missed() == ["above"]
+    assert "waived is waived: 7 on a laptop; one core; bound: 8 bytes a number" in found.text()
+
+
+def test_a_waiver_of_a_met_target_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WAIVERS, "kernels/fine", Waiver("7", "why", "bound"))
+    found = table(row("fine", 4, 5))
+    assert found.verdict(found.rows[0]) == "met"
+    assert "waived" not in found.text()
+
+
+@pytest.mark.parametrize(("ratio", "code"), [(1.0, 0), (3.0, 1)])
+def test_check_sets_the_exit_code(
+    ratio: float, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "run", lambda *_: table(row("FWHT", ratio, 2.0)))
+    assert cli.main(["bench", "kernels", "--check"]) == code
+    assert ("missed: FWHT" in capsys.readouterr().err) == bool(code)
+    assert cli.main(["bench", "kernels"]) == 0
+
+
+def test_measure_takes_turns_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every turn is compared with the mean of the references before and after it; the first turns do not count."""
+    order: list[str] = []
+    seconds = iter([1.0, 6.0, 3.0, 8.0, 1.0])
+
+    def clock(work: Any) -> float:
+        work()
+        return next(seconds)
+
+    monkeypatch.setattr(timing, "clock", clock)
+    found = measure("x", partial(order.append, "work"), partial(order.append, "copy"), 2.0, 2)
+    assert order == ["work", "copy", "copy", "work", "copy", "work", "copy"]
+    assert (found.ratio.low, found.ratio.median, found.ratio.high) == (3.25, 3.5, 3.75)  # of 6/2 and 8/2
+    assert found.seconds.median == 7.0
+    assert found.reference.median == 1.0
+    assert not found.met
+
+
+def test_bench_kernels_for_real(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        command = ["bench", "kernels", "--size", "17", "--repeats", "1", "--threads", "2"]
+        assert cli.main([*command, "--json"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["bench"], answer["numbers"], answer["threads"]) == ("kernels", "2^17", 2)
+    assert [r["case"] for r in answer["rows"]] == list(kernels.CASES)
+    assert {r["case"]: r["target"] for r in answer["rows"] if r["target"]} == {
+        "FWHT": 15,
+        "Fastfood project": 40,
+        "Fastfood lift": 40,
+        "hashed project": 8,
+        "hashed lift": 8,
+        "sign pack": 1,
+        "sign unpack": 1,
+        "top 0.1 %": 5,
+    }
+    assert all(r["seconds"]["median"] > 0 and r["ratio"]["median"] > 0 for r in answer["rows"])
+
+
+@pytest.mark.parametrize("size", ["16", "33", "many", "-3"])
+def test_a_wrong_size_is_named(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "kernels", f"--size={size}"])
+    assert f"expected the power of two, from 17 to 32, got '{size}'" in capsys.readouterr().err
+
+
+def test_more_than_the_memory_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels.os, "sysconf", lambda name: 1 << 10)
+    assert cli.main(["bench", "kernels", "--size", "20"]) == 2
+    assert "--size: 2^20 numbers need 24 MiB of memory, there are 1" in capsys.readouterr().err

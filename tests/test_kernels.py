@@ -1,0 +1,386 @@
+"""Compiled kernels against their torch references: equal to the bit, over odd sizes, strides, types, threads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedmpi import random
+from fedmpi.ops import bits, fast, hadamard, select, sketch, subspace, sums
+
+pytest.importorskip("numba")
+quick = settings(deadline=None, max_examples=15)
+keys = st.integers(-(2**63), 2**63 - 1)
+
+
+@contextmanager
+def smallest(size: int, threads: int = 1) -> Iterator[None]:
+    """Kernels from ``size`` numbers on, in so many threads."""
+    before = fast.SMALLEST
+    fast.SMALLEST = size
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        fast.SMALLEST = before
+        torch.set_num_threads(1)
+
+
+def by_kernel(function: Callable[..., Any], *arguments: Any, threads: int = 1) -> Any:
+    with smallest(0, threads):
+        return function(*arguments)
+
+
+def by_torch(function: Callable[..., Any], *arguments: Any) -> Any:
+    with smallest(sys.maxsize):
+        return function(*arguments)
+
+
+def normals(key: int, *shape: int) -> Tensor:
+    count = 1
+    for n in shape:
+        count *= n
+    return random.normal(random.key(key, stream="x"), count).view(shape)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal types, shapes and bits: 0.0 is not −0.0."""
+    bits = {torch.float32: torch.int32, torch.float64: torch.int64}.get(a.dtype, a.dtype)
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(bits), b.view(bits))
+
+
+# --- the gate ---------------------------------------------------------------------------------------
+
+
+def test_importing_fedmpi_does_not_import_numba() -> None:
+    code = (
+        "import sys, torch, fedmpi.cli, fedmpi.engine.rounds; from fedmpi.ops.hadamard import fwht; "
+        "fwht(torch.ones(1 << 12)); assert 'numba' not in sys.modules; "
+        "fwht(torch.ones(1 << 17)); assert 'numba' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_numba_torch_does_it() -> None:
+    code = (
+        "import sys, torch; sys.modules['numba'] = None; from fedmpi.ops import fast, hadamard; "
+        "x = torch.ones(1 << 17); assert fast.compiled('hadamard', x) is None; assert hadamard.fwht(x)[0] == 1 << 17"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_kernel_that_cannot_be_cached_works_all_the_same() -> None:
+    """As in an installation, a home and a temporary folder that are all read-only: numba finds no place."""
+    from fedmpi.ops.compiled.base import kernel
+
+    names: dict[str, Any] = {}
+    exec("def twice(x):\n    return 2 * x", names)
+    assert kernel(names["twice"])(3) == 6
+
+
+def test_small_or_differentiable_tensors_stay_with_torch() -> None:
+    assert fast.compiled("hadamard", torch.zeros(fast.SMALLEST - 1)) is None
+    assert fast.compiled("hadamard", torch.zeros(fast.SMALLEST, requires_grad=True)) is None
+    assert fast.compiled("hadamard", torch.zeros(fast.SMALLEST, device="meta")) is None
+    assert fast.compiled("hadamard", torch.zeros(fast.SMALLEST)) is not None
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 1000])
+def test_run_does_every_item_once(threads: int, count: int) -> None:
+    done = torch.zeros(count, dtype=torch.int64)
+
+    def kernel(first: int, last: int, by: int) -> None:
+        done[first:last] += by
+
+    with smallest(0, threads):
+        fast.run(kernel, count, 3)
+    assert (done == 3).all()
+
+
+def test_an_error_in_any_thread_arrives() -> None:
+    def kernel(first: int, last: int) -> None:
+        if last == 100:
+            raise ValueError("the last piece")
+
+    with smallest(0, 3), pytest.raises(ValueError, match="the last piece"):
+        fast.run(kernel, 100)
+
+
+def test_scratch_is_kept_for_its_thread_name_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedmpi.comm import run_ranks
+
+    cpu = torch.device("cpu")
+    first = fast.scratch("a", 2, 50, cpu)
+    assert first.shape == (2, 50)
+    assert fast.scratch("a", 3, 20, cpu).data_ptr() == first.data_ptr()
+    assert fast.scratch("b", 2, 50, cpu).data_ptr() != first.data_ptr()
+    buffers = run_ranks(3, lambda comm: fast.scratch("a", 2, 50, cpu))  # held, so that no place is used twice
+    assert len({buffer.data_ptr() for buffer in buffers}) == 3
+    assert fast.scratch("a", 2, 51, cpu).shape == (2, 51)
+    monkeypatch.setattr(fast, "KEPT", 400)
+    kept, lost = fast.scratch("c", 10, 10, cpu), fast.scratch("d", 1, 101, cpu)
+    assert fast.scratch("c", 10, 10, cpu).data_ptr() == kept.data_ptr()
+    assert fast.scratch("d", 1, 101, cpu).data_ptr() != lost.data_ptr()
+
+
+# --- Walsh–Hadamard ---------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 5), st.integers(0, 13), st.integers(1, 3), st.booleans(), keys)
+@quick
+def test_fwht(rows: int, log2: int, threads: int, strided: bool, key: int) -> None:
+    x = normals(key, rows, 2 << log2)[:, ::2] if strided else normals(key, rows, 1 << log2)
+    before = x.clone()
+    assert same(by_kernel(hadamard.fwht, x, threads=threads), hadamard.fwht_reference(x))
+    assert same(x, before)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1 << 16,), (1 << 17,), (3, 1 << 18), (2, 1, 1 << 19), (1 << 20,), (1 << 9, 256)]
+)
+def test_fwht_of_large_vectors(shape: tuple[int, ...]) -> None:
+    """Beyond a block: every number of stages in the last sweep."""
+    x = normals(1, *shape)
+    expected = hadamard.fwht_reference(x)
+    assert same(by_kernel(hadamard.fwht, x, threads=2), expected)
+    assert same(by_kernel(hadamard.fwht, x, x), expected), "in place"
+    assert same(x, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int32])
+def test_fwht_of_other_types(dtype: torch.dtype) -> None:
+    x = normals(2, 2, 512).mul(100).to(dtype)
+    got = by_kernel(hadamard.fwht, x)
+    assert got.dtype == dtype
+    assert torch.equal(got, hadamard.fwht_reference(x))
+
+
+def test_fwht_into_a_strided_tensor() -> None:
+    x, out = normals(3, 2, 1024), torch.zeros(2, 2048)
+    expected = hadamard.fwht_reference(x)
+    by_kernel(hadamard.fwht, x, out[:, ::2])
+    assert same(out[:, ::2].contiguous(), expected)
+    assert not out[:, 1::2].any()
+    assert same(by_torch(hadamard.fwht, x, out[:, ::2]).contiguous(), expected)
+
+
+def test_threads_that_play_ranks_may_be_in_kernels_at_once() -> None:
+    from fedmpi.comm import run_ranks
+
+    x = normals(4, 4, 1 << 14)
+    expected = hadamard.fwht_reference(x)
+    with smallest(0, 2):
+        results = run_ranks(4, lambda comm: [hadamard.fwht(x[comm.rank]) for _ in range(20)])
+    assert all(same(y, expected[rank]) for rank, ys in enumerate(results) for y in ys)
+
+
+# --- bits -------------------------------------------------------------------------------------------
+
+rows_and_bits = st.tuples(st.integers(1, 4), st.integers(1, 400))
+
+
+@given(rows_and_bits, st.integers(1, 3), st.booleans(), keys)
+@quick
+def test_pack_and_unpack(shape: tuple[int, int], threads: int, strided: bool, key: int) -> None:
+    x = normals(key, shape[0], 2 * shape[1]) > 0
+    x = x[:, ::2] if strided else x[:, : shape[1]]
+    packed = by_kernel(bits.pack, x, threads=threads)
+    assert same(packed, bits.pack_reference(x))
+    assert same(by_kernel(bits.unpack, packed, shape[1], threads=threads), x.contiguous())
+    every_other = packed.repeat_interleave(2, 1)[:, ::2]
+    assert same(by_kernel(bits.unpack, every_other, shape[1]), x.contiguous())
+
+
+@given(rows_and_bits, st.integers(1, 3), st.booleans(), keys)
+@quick
+def test_signs(shape: tuple[int, int], threads: int, strided: bool, key: int) -> None:
+    """Zeros of either sign, infinities and NaN among them."""
+    g = normals(key, shape[0], 2 * shape[1]).round()
+    g[:, ::7] *= float("inf")  # NaN where it was 0
+    g = g[:, ::2] if strided else g[:, : shape[1]]
+    keys_C = random.keys(key, 0, torch.arange(shape[0]), "coins")
+    packed = by_kernel(bits.pack_signs, g, keys_C, threads=threads)
+    assert same(packed, bits.pack_signs_reference(g, keys_C))
+    for scale_C in (None, normals(key, shape[0])):
+        signs = by_kernel(bits.unpack_signs, packed, shape[1], scale_C, threads=threads)
+        assert same(signs, bits.unpack_signs_reference(packed, shape[1], scale_C))
+
+
+def test_signs_of_zeros_are_the_keys_coins() -> None:
+    keys_C = random.keys(5, 0, torch.arange(2), "coins")
+    packed = by_kernel(bits.pack_signs, torch.tensor([0.0, -0.0]).repeat(2, 100), keys_C)
+    assert torch.equal(bits.unpack_reference(packed, 200), random.coins(keys_C, 200))
+
+
+@given(st.integers(1, 12), st.integers(1, 9000), st.integers(1, 3), keys)
+@quick
+def test_majority(voters: int, size: int, threads: int, key: int) -> None:
+    rows = random.bits(random.key(key), (voters + 1) * size).view(torch.uint8)[: (voters + 1) * size]
+    packed_WB, tie_B = rows.view(voters + 1, size).split([voters, 1])
+    got = by_kernel(bits.majority, packed_WB, tie_B[0], threads=threads)
+    assert same(got, bits.majority_reference(packed_WB, tie_B[0]))
+
+
+@pytest.mark.parametrize("voters", [1, 2, 3, 4, 255, 256, 257])
+def test_majority_at_its_edges(voters: int) -> None:
+    """Every count of ones from none to all, against the definition; ties fall either way."""
+    packed_WB = bits.pack_reference(
+        torch.arange(voters)[:, None] < torch.arange(8 * 40)[None, :]
+    )  # column n: n ones
+    for tie in (0, 255):
+        got = by_kernel(bits.majority, packed_WB, torch.full((40,), tie, dtype=torch.uint8))
+        ones_N = torch.arange(8 * 40).clamp(max=voters)
+        expected = (2 * ones_N > voters) | ((2 * ones_N == voters) & bool(tie))
+        assert torch.equal(bits.unpack_reference(got[None], 8 * 40)[0], expected)
+
+
+# --- top-k ------------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 3), st.integers(16, 3000), st.integers(0, 4), st.integers(1, 3), st.booleans(), st.data()
+)
+@quick
+def test_top_k(rows: int, size: int, coarse: int, threads: int, strided: bool, data: st.DataObject) -> None:
+    """From all different to nearly all equal (``coarse``), some rows constant."""
+    k, key = data.draw(st.integers(1, size)), data.draw(keys)
+    x = normals(key, rows, 2 * size)
+    x = (x * 10.0 ** (2 - coarse)).round() if coarse else x
+    x[0] *= data.draw(st.sampled_from([1.0, 0.0, float("inf")]))  # 0 · inf: NaN is not asked for
+    x = x.nan_to_num(posinf=float("inf"), neginf=float("-inf"))
+    g = x[:, ::2] if strided else x[:, :size]
+    for few in {min(k, size // 16), k}:
+        if few:
+            assert same(by_kernel(select.top_k, g, few, threads=threads), select.top_k_reference(g, few))
+
+
+@pytest.mark.parametrize("k", [1, 50, 500, 6000])
+def test_top_k_of_sorted_and_clustered_vectors(k: int) -> None:
+    """Large ones all in one place, which a regular sample could miss; more than a block, a ragged end."""
+    x = normals(7, 100_003)
+    clustered = x.clone()
+    clustered[70_000 : 70_000 + k // 2] *= 1000
+    g = torch.stack([x, x.sort().values, clustered])
+    assert same(by_kernel(select.top_k, g, k, threads=2), select.top_k_reference(g, k))
+
+
+def test_top_k_survives_a_misleading_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A threshold that too few or nearly all reach: torch chooses."""
+    x = normals(8, 1, 5000)
+    for threshold in (100.0, 0.0):
+        monkeypatch.setattr(select, "_threshold", lambda g_D, k, t=threshold: t)
+        assert same(by_kernel(select.top_k, x, 100), select.top_k_reference(x, 100))
+
+
+def test_reach_finds_thresholds_and_nan() -> None:
+    from fedmpi.ops.compiled.select import reach
+
+    x = torch.tensor([0.5, -2.0, 1.0, float("nan"), -0.0, -1.0, 3.0])
+    assert reach(x, 1.0, 0, 7).tolist() == [1, 2, 3, 5, 6]
+    assert reach(x, 1.0, 6, 7) is None
+    assert reach(x, 1.0, 0, 4) is None
+
+
+# --- embeddings and sketches ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "dim", "clients"),
+    [(1 << 16, 1, 1), (70_001, 300, 3), (1 << 17, 9000, 2), (40_000, 37_000, 1), (66_000, 66_000, 1)],
+)
+def test_fastfood(size: int, dim: int, clients: int) -> None:
+    """From one block of sums to sixteen; D a power of two, just above one, just below; d up to D."""
+    embedding = subspace.Fastfood(size, dim, random.key(5, client=dim), 0.3)
+    v, g = normals(size, clients, 2 * dim)[:, ::2], normals(dim, clients, 2 * size)[:, ::2]
+    for threads in (1, 3):
+        assert same(by_kernel(embedding.lift, v, threads=threads), by_torch(embedding.lift, v))
+        assert same(by_kernel(embedding.project, g, threads=threads), by_torch(embedding.project, g))
+
+
+@given(st.integers(1, 3), st.integers(1, 20_000), st.integers(1, 3), st.booleans(), st.data())
+@quick
+def test_hashed(clients: int, size: int, threads: int, strided: bool, data: st.DataObject) -> None:
+    dim, key = data.draw(st.integers(1, min(size, 3000))), data.draw(keys)
+    embedding = subspace.Hashed(size, dim, key, data.draw(st.sampled_from([1.0, 0.3])))
+    v, g = normals(key, clients, 2 * dim), normals(~key, clients, 2 * size)
+    v, g = (v[:, ::2], g[:, ::2]) if strided else (v[:, :dim], g[:, :size])
+    assert same(by_kernel(embedding.lift, v, threads=threads), by_torch(embedding.lift, v))
+    assert same(by_kernel(embedding.project, g, threads=threads), by_torch(embedding.project, g))
+
+
+@pytest.mark.parametrize("matrix", ["fastfood", "hashed"])
+def test_embeddings_of_no_clients_and_of_other_types(matrix: str) -> None:
+    embedding = subspace.MATRICES[matrix](1 << 16, 50, 9)
+    assert by_kernel(embedding.project, torch.zeros(0, 1 << 16)).shape == (0, 50)
+    assert by_kernel(embedding.lift, torch.zeros(0, 50)).shape == (0, 1 << 16)
+    g = normals(1, 1, 1 << 16).double()
+    assert same(by_kernel(embedding.project, g), by_torch(embedding.project, g))
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 6), st.integers(1, 5000), st.integers(1, 700), st.integers(1, 3), keys
+)
+@quick
+def test_count_sketch(clients: int, rows: int, size: int, columns: int, threads: int, key: int) -> None:
+    sketch_ = sketch.CountSketch(size, rows, columns, key)
+    g = normals(key, clients, 2 * size)[:, ::2]
+    encoded = by_torch(sketch_.encode, g)
+    assert same(by_kernel(sketch_.encode, g, threads=threads), encoded)
+    assert same(by_kernel(sketch_.estimate, encoded, threads=threads), by_torch(sketch_.estimate, encoded))
+
+
+def test_estimates_of_a_diverged_sketch_are_not_finite_either() -> None:
+    sketch_ = sketch.CountSketch(3000, 3, 50, 1)
+    v = normals(1, 1, 150)
+    v[0, ::3], v[0, ::5] = float("nan"), float("inf")
+    got, expected = by_kernel(sketch_.estimate, v), by_torch(sketch_.estimate, v)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+    assert got.isnan().any()
+
+
+# --- sums -------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 3), st.integers(1, 9000), st.integers(1, 3), st.booleans(), keys)
+@quick
+def test_dots(clients: int, size: int, threads: int, strided: bool, key: int) -> None:
+    v, w = normals(key, clients, 2 * size), normals(~key, clients, 2 * size)
+    v, w = (v[:, ::2], w[:, ::2]) if strided else (v[:, :size], w[:, size:])
+    got = by_kernel(sums.dots, v, w, threads=threads)
+    assert same(got, sums.dots_reference(v, w))
+    a, b = v.double(), w.double()
+    expected = torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)])
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-9)
+
+
+@given(st.integers(1, 5000), st.integers(1, 3), st.floats(0, 1), st.integers(-45, 22), keys)
+@quick
+def test_add_fixed(size: int, threads: int, weight: float, log2: int, key: int) -> None:
+    """Halves of the last place among them."""
+    v = normals(key, 2 * size).mul(2.0**log2).clamp(-(2.0**22), 2.0**22)[::2]
+    v[::3] = (v[::3] * 2.0**41).round() * 2.0**-41
+    totals = [random.bits(random.key(key), size) >> 2 for _ in range(2)]
+    assert by_kernel(sums.add_fixed, totals[0], v, weight, 2.0**22, threads=threads)
+    assert sums.add_fixed_reference(totals[1], v, weight, 2.0**22)
+    assert same(totals[0], totals[1])
+
+
+@pytest.mark.parametrize("bad", [1.5, -1.5, float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 1500, 2999])
+def test_add_fixed_refuses_what_is_too_large(bad: float, place: int) -> None:
+    v = torch.ones(3000)
+    assert by_kernel(sums.add_fixed, torch.zeros(3000, dtype=torch.int64), v, 1.0, 1.0)
+    v[place] = bad
+    for add in (sums.add_fixed, sums.add_fixed_reference):
+        assert not by_kernel(add, torch.zeros(3000, dtype=torch.int64), v, 1.0, 1.0)

@@ -1,0 +1,178 @@
+"""Readers of text: small files in each one's exact format, and the same truncated, corrupt or missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedmpi.errors import ConfigError, DataError
+from fedmpi.tasks.data import Data, load
+from fedmpi.tasks.dataset import IGNORE, PAD
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "bad", "film", "i", "like", "tea", "."]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """A BERT tokenizer of a dozen words."""
+    transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    folder = tmp_path / "tokenizer"
+    transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    return folder
+
+
+def rows(data: Data) -> list[list[str]]:
+    return [[WORDS[i] for i in row if i != PAD] for row in data.train.x.tolist()]
+
+
+class TestSst2:
+    def test_sentences_and_padding(self, tmp_path: Path, tokenizer: Path) -> None:
+        (tmp_path / "train.tsv").write_text("sentence\tlabel\na good film .\t1\nbad\t0\n")
+        (tmp_path / "dev.tsv").write_text("sentence\tlabel\ni like a good good bad film\t1\n")
+        got = load("sst-2", tmp_path, tokenizer=str(tokenizer), length=8)
+        assert rows(got) == [["[CLS]", "a", "good", "film", ".", "[SEP]"], ["[CLS]", "bad", "[SEP]"]]
+        assert got.train.y.tolist() == [1, 0]
+        assert got.train.x.dtype == torch.int64
+        assert got.test.x.shape == (1, 8), "cut to the length"
+        assert got.test.x[0, -1] == WORDS.index("[SEP]"), "the end mark stays"
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("a film\t1\n", "expected a line 'sentence<tab>label'"),
+            ("", "expected a line"),
+            ("sentence\tlabel\na film\t2\n", "line 2: expected a sentence, a tab and 0 or 1"),
+            ("sentence\tlabel\na film\t1\na fil", "line 3: expected a sentence"),
+        ],
+    )
+    def test_damaged(self, tmp_path: Path, tokenizer: Path, content: str, message: str) -> None:
+        (tmp_path / "dev.tsv").write_text("sentence\tlabel\nbad\t0\n")
+        (tmp_path / "train.tsv").write_text(content)
+        with pytest.raises(DataError, match=rf"{tmp_path / 'train.tsv'}.*{message}"):
+            load("sst-2", tmp_path, tokenizer=str(tokenizer))
+
+    def test_no_tokenizer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        for name in ("train", "dev"):
+            (tmp_path / f"{name}.tsv").write_text("sentence\tlabel\nbad\t0\n")
+        with pytest.raises(ConfigError, match=r"data\.tokenizer: expected a folder .* got '/none/such'"):
+            load("sst-2", tmp_path, tokenizer="/none/such")
+        with pytest.raises(ConfigError, match=r"data sst-2\.tokenizer: required"):
+            load("sst-2", tmp_path)
+
+
+class TestMovieReviews:
+    FILE = "movieReviewSnippets_GroundTruth.txt"
+
+    def test_ratings_become_labels(self, tmp_path: Path, tokenizer: Path) -> None:
+        lines = [
+            f"{i}\t{rating}\ta {'good' if rating > 0 else 'bad'} film\r"
+            for i, rating in enumerate([1.5, -2.25] * 10)
+        ]
+        (tmp_path / self.FILE).write_text("\n".join([*lines, "20\t0.0\tfilm\r"]) + "\n")
+        got = load("movie-reviews", tmp_path, tokenizer=str(tokenizer))
+        assert (len(got.train.y), len(got.test.y)) == (16, 4), "a rating of 0 is left out"
+        for words, label in zip(rows(got), got.train.y.tolist(), strict=True):
+            assert words == ["[CLS]", "a", "good" if label else "bad", "film", "[SEP]"]
+        again = load("movie-reviews", tmp_path, tokenizer=str(tokenizer), neutral=2)
+        assert set(again.train.y.tolist()) == {0}
+
+    @pytest.mark.parametrize("line", ["1\t1.5", "1\tx\tfilm", "1\t4.5\tfilm", "1\tnan\tfilm", "1\t1\t ", ""])
+    def test_damaged(self, tmp_path: Path, tokenizer: Path, line: str) -> None:
+        (tmp_path / self.FILE).write_text(f"0\t1\tfilm\n{line}\n2\t1\tfilm\n")
+        with pytest.raises(DataError, match=rf"{self.FILE}, line 2: expected a number, a rating in -4 to 4"):
+            load("movie-reviews", tmp_path, tokenizer=str(tokenizer))
+
+    def test_missing(self, tmp_path: Path, tokenizer: Path) -> None:
+        with pytest.raises(DataError, match="Run: fedmpi data fetch movie-reviews"):
+            load("movie-reviews", tmp_path, tokenizer=str(tokenizer))
+
+
+class TestPersonaChat:
+    FILE = "personachat_self_original.json"
+
+    def write(self, folder: Path, **changes: Any) -> Path:
+        def dialogue(persona: str) -> dict[str, Any]:
+            turn = {"history": ["bad film", "i like"], "candidates": ["tea tea", "a good film"]}
+            return {"personality": [persona], "utterances": [turn | changes]}
+
+        people = ["i like tea .", "i like film .", "i like tea ."]
+        content = {"train": [dialogue(p) for p in people], "valid": [dialogue("film")]}
+        (folder / self.FILE).write_text(json.dumps(content))
+        return folder / self.FILE
+
+    def test_only_the_reply_is_a_target(self, tmp_path: Path, tokenizer: Path) -> None:
+        self.write(tmp_path)
+        got = load("personachat", tmp_path, tokenizer=str(tokenizer), history=1)
+        assert rows(got)[0] == [
+            "i",
+            "like",
+            "tea",
+            ".",
+            "[SEP]",
+            "i",
+            "like",
+            "[SEP]",
+            "a",
+            "good",
+            "film",
+            "[SEP]",
+        ]
+        targets = [WORDS[i] for i in got.train.y[0].tolist() if i != IGNORE]
+        assert targets == ["a", "good", "film", "[SEP]"]
+        assert got.train.y[0, :8].tolist() == [IGNORE] * 8
+        assert got.train.groups is not None
+        assert got.train.groups.tolist() == [0, 1, 0], "one client a personality"
+        assert got.classes == len(WORDS)
+        short = load("personachat", tmp_path, tokenizer=str(tokenizer), history=1, length=3)
+        assert rows(short)[0] == ["[SEP]", "a", "good"]
+
+    @pytest.mark.parametrize(
+        "changes", [{"history": []}, {"candidates": []}, {"candidates": [3]}, {"history": 4}]
+    )
+    def test_wrong_dialogues(self, tmp_path: Path, tokenizer: Path, changes: dict[str, Any]) -> None:
+        path = self.write(tmp_path, **changes)
+        with pytest.raises(
+            DataError, match=rf"{path}: train, dialogue 0: expected personality and utterances"
+        ):
+            load("personachat", tmp_path, tokenizer=str(tokenizer))
+
+    def test_truncated_and_foreign(self, tmp_path: Path, tokenizer: Path) -> None:
+        path = self.write(tmp_path)
+        path.write_text(path.read_text()[:50])
+        with pytest.raises(DataError, match=f"{path}: expected JSON"):
+            load("personachat", tmp_path, tokenizer=str(tokenizer))
+        path.write_text("[1]")
+        with pytest.raises(
+            DataError, match=f"{path}: expected an object with lists train and valid, got list"
+        ):
+            load("personachat", tmp_path, tokenizer=str(tokenizer))
+
+
+class TestHub:
+    def test_a_folder_of_tables(
+        self, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("datasets", reason="the extra hf is not installed")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        tables = tmp_path / "tables"
+        tables.mkdir()
+        (tables / "train.csv").write_text("line,mood,who\na good film,up,ann\nbad,down,bob\ngood,up,ann\n")
+        (tables / "test.csv").write_text("line,mood,who\nbad film,down,cy\n")
+        options = {"dataset": str(tables), "input": "line", "target": "mood", "tokenizer": str(tokenizer)}
+        got = load("hub", tmp_path, group="who", **options)
+        assert rows(got)[1] == ["[CLS]", "bad", "[SEP]"]
+        assert got.train.y.tolist() == [1, 0, 1]
+        assert got.test.y.tolist() == [0]
+        assert got.train.groups is not None
+        assert got.train.groups.tolist() == [0, 1, 0]
+        with pytest.raises(DataError, match="expected a column 'sentence', got line, mood, who"):
+            load("hub", tmp_path, **{**options, "input": "sentence"})
+        with pytest.raises(DataError, match=r"data\.dataset: expected a hub name .* got '/none/such'"):
+            load("hub", tmp_path, dataset="/none/such")
