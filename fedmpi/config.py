@@ -117,10 +117,39 @@ class ServerConfig(_Section):
     beta2: float = Field(0.99, ge=0, lt=1, description="adam's and yogi's β₂")
     epsilon: float = Field(1e-3, gt=0, description="adam's and yogi's τ")
     schedule: Schedule = Schedule.model_validate({})
+    aggregate: Literal["mean", "trimmed_mean", "median"] = Field(
+        "mean",
+        description="how clients' vectors become one. trimmed_mean, median: coordinate by coordinate, one client "
+        "one vote, for methods that decode to D numbers, with topology: aggregator",
+    )
+    trim: float = Field(0.1, ge=0, lt=0.5, description="trimmed_mean: the share left out at either end")
 
     @property
     def rule(self) -> Optimizer:
         return Optimizer(self.optimizer, self.beta1, self.beta2, self.epsilon)
+
+
+class TimeConfig(_Section):
+    """Simulated seconds of clients, and who of them is waited for (:mod:`fedmpi.engine.timing`)."""
+
+    compute: float = Field(gt=0, description="seconds a sample, forward and backward (the median client's)")
+    compute_spread: float = Field(0.0, ge=0, le=5, description="σ of its logarithm over clients")
+    jitter: float = Field(0.0, ge=0, le=5, description="σ of its logarithm from round to round")
+    upload: float = Field(gt=0, description="Mb/s, 10^6 bits a second (the median client's)")
+    download: float = Field(gt=0, description="Mb/s")
+    bandwidth_spread: float = Field(0.0, ge=0, le=5, description="σ of both logarithms over clients")
+    first: int | None = Field(
+        None, ge=1, description="the round ends with so many messages; the cohort's others come too late"
+    )
+    deadline: float | None = Field(
+        None, gt=0, description="seconds that a round waits; the first to answer is waited for in any case"
+    )
+
+
+class ClipConfig(_Section):
+    """Norm clipping of what clients computed, before it is compressed."""
+
+    norm: float = Field(gt=0, description="a longer accumulated gradient is shortened to this L2 norm")
 
 
 class CheckpointConfig(_Section):
@@ -158,8 +187,17 @@ class Config(_Section):
         "alike); round_robin: in order; epoch_shuffle: each client exactly once an epoch",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="chance that a called client's message is lost")
+    time: TimeConfig | None = Field(
+        None, description="simulate clients' seconds, stragglers and deadlines (default: nobody is late)"
+    )
     rounds: int = Field(ge=1)
     local: Local
+    on_bad_update: Literal["stop", "reject"] = Field(
+        "stop",
+        description="when a client's loss, gradient or message is NaN or infinite: stop the run, or go on without "
+        "that client in this round, and count it",
+    )
+    clip: ClipConfig | None = None
     server: ServerConfig = ServerConfig.model_validate({})
     loss: Literal[tuple(OBJECTIVES)] = "cross_entropy"  # type: ignore[valid-type]
     method: _Method
@@ -203,6 +241,8 @@ class Config(_Section):
                 "1, and no local.epochs",
             ),
             "local.momentum": (self.local.momentum == 0, "0 (use server.optimizer: momentum)"),
+            "time": (self.time is None, "none"),
+            "on_bad_update": (self.on_bad_update == "stop", "stop (every rank's message is needed)"),
         }
         for key, (fits, expected) in wrong.items():
             if not fits:
@@ -215,6 +255,19 @@ class Config(_Section):
             raise ValueError(f"cohort: a fraction lies in (0, 1], got {self.cohort}")
         if isinstance(self.cohort, int) and not 1 <= self.cohort <= self.clients:
             raise ValueError(f"cohort: expected 1 to clients = {self.clients}, got {self.cohort}")
+        if self.time and (self.time.first or 0) > self.cohort_size:
+            raise ValueError(
+                f"time.first: expected at most the cohort, {self.cohort_size}, got {self.time.first}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _aggregate(self) -> Config:
+        if self.server.aggregate != "mean" and self.topology != "aggregator":
+            raise ValueError(
+                f"server.aggregate: expected mean with topology: {self.topology}, whose ranks add up their clients "
+                f"before they meet, got {self.server.aggregate}; it needs topology: aggregator"
+            )
         return self
 
     @property

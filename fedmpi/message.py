@@ -228,6 +228,10 @@ def from_bytes(buffer: bytes, layout: Layout | None = None, clients: int | None 
             if count and int(lengths[name].min()) < 0:
                 raise MessageError(f"message: {name!r} has a negative row count")
             rows = int(lengths[name].sum())
+            if rows > len(
+                buffer
+            ):  # rows without bytes are there in any number, but their owners would be listed
+                raise MessageError(f"message: {name!r} has {rows} rows in {len(buffer)} bytes")
         arrays[name] = reader.tensor(got.dtype, (rows, *row), f"array {name!r}")
     if layout is not None and arrays.keys() != layout.keys():
         raise MessageError(f"message: it lacks {sorted(layout.keys() - arrays.keys())}")

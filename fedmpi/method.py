@@ -152,7 +152,7 @@ class Compressor(ABC):
 class Server(ABC):
     """What turns the sum of messages into new parameters, and what clients download.
 
-    ``state`` holds at least ``theta`` (D,) and ``version``, the number of finished rounds. A *view* is
+    ``state`` holds at least ``theta`` (D,) and ``version``, the number of finished rounds that changed it. A *view* is
     what somebody holds who knows only θ₀, the seed and the downloads it got: :meth:`view` then
     :meth:`reconcile`. Ranks that do not aggregate keep a view, exactly as a client does.
 
@@ -170,6 +170,11 @@ class Server(ABC):
     @abstractmethod
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         """The state after a round; ``mean_S`` is its clients' mean (of an integer method: their sum)."""
+
+    def skip(self, state: State, round: Round) -> State:
+        """The state after a round in which nobody sent a message that counts, of the state before it. Its version is
+        one ahead only where there is something to download."""
+        return state
 
     @abstractmethod
     def view(self, theta_D: Tensor) -> State:

@@ -29,7 +29,7 @@ _PANEL = 2.4  # inches of one map of a grid
 class Against(NamedTuple):
     """What accuracy is drawn against."""
 
-    x: Callable[[Point], int]
+    x: Callable[[Point], float]
     title: str
     label: str
     nbytes: bool = True
@@ -43,6 +43,16 @@ DOWNLOADED = Against(
     lambda p: p.downloaded, "Accuracy by downloaded bytes", "downloaded by all clients (bytes, logarithmic)"
 )
 TOTAL = Against(lambda p: p.total, "Accuracy by total bytes", "sent both ways (bytes, logarithmic)")
+
+
+def panels_for(runs: Sequence[Run]) -> Sequence[Against]:
+    """What these runs are compared by: by simulated seconds, too, where some have them."""
+    links = sorted({run.link for run in runs if run.link})
+    if not links:
+        return (ROUNDS, UPLOADED)
+    label = f"simulated seconds ({'; '.join(links)})"
+    timed = Against(lambda p: p.seconds, "Accuracy by simulated time", label, nbytes=False)
+    return (ROUNDS, UPLOADED, TOTAL, timed)
 
 
 def figure(width: float, height: float) -> Figure:
@@ -142,7 +152,7 @@ def _dress(axes: Axes, against: Against) -> None:
         axes.xaxis.set_minor_locator(NullLocator() if near else LogLocator(subs=range(2, 10)))
         axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
     else:
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=against is ROUNDS, min_n_ticks=1))
     tidy(axes)
     axes.tick_params(labelleft=True)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedmpi.analysis.page import Table, markdown_table, text_table
-from fedmpi.analysis.plots import accuracy_picture
+from fedmpi.analysis.plots import accuracy_picture, panels_for
 from fedmpi.analysis.runs import Run, load, words
 from fedmpi.engine.progress import human
 from fedmpi.engine.record import write_aside
@@ -58,7 +58,7 @@ def report(runs: Sequence[Path], out: Path | None = None) -> str:
 
     out = _beside(list(folders)) if out is None else out
     document = _document(tables, loaded, f"fedmpi report {words(folders.values())} --out {words([out])}")
-    picture = accuracy_picture({label(group): group for group in groups.values()})
+    picture = accuracy_picture({label(group): group for group in groups.values()}, panels_for(loaded))
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_aside(out / "report.png", picture)
@@ -132,6 +132,7 @@ _COLUMNS = (
     Column("total ratio", lambda run: run.summary.total_ratio, ratio),
     Column("scalars", _scalars, _percent, always=False),
     Column("seconds", lambda run: run.summary.seconds, lambda seconds: f"{seconds:.1f}"),
+    Column("simulated s", lambda run: run.summary.simulated_seconds, lambda s: f"{s:.1f}", always=False),
 )
 _VALUE_COLUMNS = (
     Column("upload ratio", _values_only("upload_ratio"), ratio),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import NamedTuple, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fedmpi.errors import DataError
+from fedmpi.engine import manifest
+from fedmpi.errors import CheckpointError, DataError
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -33,6 +35,7 @@ class Summary(BaseModel):
     total_ratio: float | None
     values_only: dict[str, float | None] = {}
     seconds: float
+    simulated_seconds: float | None = None
     seed: int
     ranks: int = 1
     comm: str = ""
@@ -45,14 +48,16 @@ class _Round(BaseModel):
     accuracy: float | None
     upload_bytes: int
     download_bytes: int
+    simulated_seconds: float = math.nan
 
 
 class Point(NamedTuple):
-    """An evaluated round: rounds and bytes of all clients so far, and the accuracy then."""
+    """An evaluated round: rounds, bytes of all clients and simulated seconds (or NaN) so far, and the accuracy then."""
 
     rounds: int
     uploaded: int
     downloaded: int
+    seconds: float
     accuracy: float
 
     @property
@@ -69,6 +74,7 @@ class Run:
       name: short, and no other run's.
       twin: equal for runs that differ in nothing but the seed.
       points: the evaluated rounds.
+      link: the simulated bandwidth; "" where none was.
     """
 
     folder: Path
@@ -76,6 +82,7 @@ class Run:
     twin: str
     summary: Summary
     points: list[Point]
+    link: str
 
 
 def load(folder: Path, name: str) -> Run:
@@ -111,21 +118,24 @@ def load(folder: Path, name: str) -> Run:
         raise DataError(f"{metrics}: expected {summary.rounds} lines, a line a round, got {len(rounds)}")
     uploaded = accumulate(line.upload_bytes for line in rounds)
     downloaded = accumulate(line.download_bytes for line in rounds)
+    seconds = accumulate(line.simulated_seconds for line in rounds)
     points = [
-        Point(line.round + 1, up, down, line.accuracy)
-        for line, up, down in zip(rounds, uploaded, downloaded, strict=True)
+        Point(line.round + 1, up, down, clock, line.accuracy)
+        for line, up, down, clock in zip(rounds, uploaded, downloaded, seconds, strict=True)
         if line.accuracy is not None
     ]
+    time = config.get("time")
+    link = f"{time.get('upload')} Mb/s up, {time.get('download')} Mb/s down" if isinstance(time, dict) else ""
     config.pop("seed", None)
-    return Run(folder, name, json.dumps(config, sort_keys=True, default=str), summary, points)
+    return Run(folder, name, json.dumps(config, sort_keys=True, default=str), summary, points, link)
 
 
 def read(path: Path) -> str:
     """A file's text; DataError that names it where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+        return manifest.read(path).decode("utf-8")
+    except CheckpointError as error:  # also a link or a pipe: what lies in a run's folder may be anybody's
+        raise DataError(str(error)) from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: expected UTF-8 text") from None
 

@@ -53,7 +53,7 @@ def _by_samples(key: int, partition: Partition, size: int) -> Tensor:
 def survivors(config: Config, called: Tensor, t: int) -> Tensor:
     """Those of ``called`` whose message arrives. The others drop out after their download, and what they
     keep stays as it was. Somebody always answers: at least the client with the luckiest draw."""
-    if not config.dropout:
+    if not config.dropout or not len(called):
         return called
     draw = random.uniform(random.keys(config.seed, t, called, "dropout"), 1)[:, 0]
     return called[(draw >= config.dropout) | (draw == draw.max())]
@@ -86,6 +86,10 @@ class Update(NamedTuple):
     g_CD: Tensor
     loss_C: Tensor
     steps_C: Tensor
+
+    def select(self, rows: Tensor) -> Update:
+        """Those of the clients at the positions ``rows``; itself where these are all."""
+        return self if len(rows) == len(self.g_CD) else Update(*(value[rows] for value in self))
 
 
 class Trainer:
@@ -126,6 +130,12 @@ class Trainer:
             self.loss(self.model(x), y).backward()
             seconds.append(perf_counter() - started)
         return min(seconds)
+
+    def work(self, sizes: Tensor) -> Tensor:
+        """Samples that clients of these sizes (int64) go through in a round, the same shape."""
+        batch = sizes if self.local.batch is None else sizes.clamp(max=self.local.batch)
+        steps = [self.steps(n) if n else 0 for n in sizes.tolist()]
+        return batch * torch.tensor(steps, dtype=torch.int64)
 
     def steps(self, samples: int) -> int:
         """τ for a client with so many samples."""

@@ -57,6 +57,7 @@ class Totals(_Strict):
     counts: dict[str, int]
     accuracy: float | None
     test_loss: float | None
+    simulated_seconds: float = 0.0
 
 
 class Rank(_Strict):

@@ -76,11 +76,9 @@ class Display:
         now = time.monotonic()
         done = line["round"] + 1
         rate = self._clients / max(now - self._started, 1e-9)
+        loss = "no loss" if line["loss"] is None else f"loss {line['loss']:.4f}"
         accuracy = "" if self._accuracy is None else f" acc {100 * self._accuracy:.1f}%"
-        info = (
-            f"loss {line['loss']:.4f}{accuracy} up {human(self._up)} down {human(self._down)}"
-            f" {rate:.0f} clients/s"
-        )
+        info = f"{loss}{accuracy} up {human(self._up)} down {human(self._down)} {rate:.0f} clients/s"
         if self._live is not None:
             self._live.update(self._task, completed=done, info=info)
         elif done in (self._before + 1, self._rounds) or now - self._printed > 5:

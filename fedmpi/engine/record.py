@@ -21,10 +21,12 @@ from fedmpi.errors import ConfigError
 
 
 def write_aside(path: Path, data: bytes) -> None:
-    """Write a file completely or not at all: aside, flushed to the disk, then renamed."""
+    """Write a file completely or not at all: aside, flushed to the disk, then renamed. What lies there, a link
+    above all, is replaced and not followed."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("wb") as file:
+        aside.unlink(missing_ok=True)  # of a process that was killed
+        with aside.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -18,16 +18,17 @@ from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, together
 from fedmpi.comm.placement import own_cpus
 from fedmpi.config import Config
+from fedmpi.engine import ordered, updates
 from fedmpi.engine.checkpoint import Checkpoints
 from fedmpi.engine.clients import Trainer, Update, cohort, place, survivors
 from fedmpi.engine.ledger import Bytes, Ledger, ratios
 from fedmpi.engine.progress import Display
 from fedmpi.engine.record import Record
 from fedmpi.engine.store import ClientStore, Kept, fits, make_store
-from fedmpi.engine.sums import LARGEST
-from fedmpi.engine.topology import TOPOLOGIES, Workers
+from fedmpi.engine.timing import Clock
+from fedmpi.engine.topology import Workers
 from fedmpi.errors import ConfigError, FedMPIError, NumericalError
-from fedmpi.message import Message, from_bytes, to_bytes
+from fedmpi.message import Message, from_bytes, row_nbytes, to_bytes
 from fedmpi.method import Compressor, Context, Round, State
 from fedmpi.methods.base import Setup
 from fedmpi.ops.sums import from_fixed, to_fixed
@@ -108,6 +109,8 @@ def _rounds(
     for t in rounds:
         line = simulation.round(t)
         display.round(line)
+        if not line["clients"]:
+            display.say(f"round {t}: no message that counts, the model stays as it was")
         if record:
             try:
                 record.round(line)
@@ -163,6 +166,8 @@ class Simulation:
         self.partition = partitions.divide(
             config.partition.name, self.data.train, config.clients, config.seed, **config.partition.options
         )
+        if config.mode == "data_parallel" and int(self.partition.sizes.min()) == 0:
+            raise ConfigError("partition.minimum: expected at least 1 with mode: data_parallel, got 0")
         key = random.key(config.seed, stream="model")
         model: nn.Module = models.build(
             config.model.name, self.data.shape, self.data.classes, key, **config.model.options
@@ -182,16 +187,20 @@ class Simulation:
             )
         workers = config.mode == "data_parallel"
         self.rounds_per_epoch = self._passes_of_data() if workers else config.rounds_per_epoch
-        kind = Workers if workers else TOPOLOGIES[config.topology]
+        kind = Workers if workers else ordered.topology(config, self.method)
         self.topology = kind(comm, self.method, theta_D, config.reproducible, peers)
         self.trainer = Trainer(model, self.spec, self.objective.loss, config.local, config.seed, workers)
         self.ledger = Ledger(config.clients)
+        self.clock = self._clock()
         # Clients that keep state stay on the rank that keeps it.
         self.homes = not self.clients.empty
+        self.rejects = config.on_bad_update == "reject"
         self.chunk = 1 if config.reproducible else max(1, _CHUNK_VALUES // self.spec.size)
         self.trained = self.participations = self.called = 0
         self.bytes = dict.fromkeys(_SUMMED[1:], 0)
-        self.counts: dict[str, int] = dict.fromkeys(self.method.up.counters, 0)
+        self.counters = (*self.method.up.counters, *updates.counters(config, self.partition))
+        self.counts: dict[str, int] = dict.fromkeys(self.counters, 0)
+        self.simulated_seconds = 0.0
         self.accuracy = self.test_loss = float("nan")
         self.started = time.monotonic()
         self.asks: Callable[[], tuple[bool, bool]] = lambda: (False, False)  # to stop, to save, by this rank
@@ -227,6 +236,15 @@ class Simulation:
         largest = int(self.partition.sizes.max())
         return -(-largest // (self.config.local.batch or largest))
 
+    def _clock(self) -> Clock | None:
+        config = self.config
+        if config.time is None:
+            return None
+        sizes = [row_nbytes(codec.layout()) for codec in (self.method.first, self.method.up) if codec]
+        first = sum(4 * self.spec.size if size is None else size for size in sizes)
+        work = self.trainer.work(self.partition.sizes)
+        return Clock(config.time, config.seed, work, self.ledger, first)
+
     def _memory(self, peers: ClientStore) -> str:
         """What clients' state will need on this machine; "" where they keep nothing.
 
@@ -243,16 +261,23 @@ class Simulation:
     def round(self, t: int) -> dict[str, Any]:
         """One round; returns its line of metrics."""
         started = time.monotonic()
-        call, status = self._call(t), _Status(self.method.up.counters, self.error)
+        call, status = self._call(t), _Status(self.counters, self.error)
         if t == 0 and self.method.server.samples:
             self._prepare()
+        if self.clock:
+            self.clock.start(t, call.clients)
         with status.watch():
             status.download += self.ledger.downloads(
                 call.called, self._served(call), self.method.server, self.topology.state
             )
-        self._passes(call, status)
-        self.topology.finish()
-        line = self._account(call, status)
+        call = self._in_time(call, status)
+        before = self.topology.state
+        sent_C = self._passes(call, status)
+        if bool(sent_C.any()):
+            self.topology.finish()
+        else:
+            self.topology.skip(before, call.now)
+        line = self._account(call, status, sent_C)
         if (t + 1) % self.config.evaluate_every == 0 or t + 1 == self.config.rounds:
             self.accuracy, self.test_loss = self.evaluate()
             line |= {"accuracy": self.accuracy, "test_loss": self.test_loss}
@@ -260,64 +285,99 @@ class Simulation:
 
     def _call(self, t: int) -> _Call:
         """Who takes part in round t, with what weight, and where."""
-        config, comm = self.config, self.comm
+        config = self.config
         called = cohort(config, self.partition, t)
-        clients = survivors(config, called, t)
-        samples = self.partition.sizes[clients]
+        full = called[self.partition.sizes[called] > 0]  # who has no sample has nothing to send
+        now = Round(config.seed, t, config.server_lr(t), self.rounds_per_epoch)
+        return self._among(now, called, survivors(config, full, t))
+
+    def _among(self, now: Round, called: Tensor, clients: Tensor) -> _Call:
+        config, samples = self.config, self.partition.sizes[clients]
         # A client that was drawn by its number of samples counts once; so do a vote and a rank.
         workers = config.mode == "data_parallel"
         by_samples = self.method.server.weighted and config.sampling != "weighted" and not workers
         weights = (samples if by_samples else torch.ones_like(samples)).double()
         placed = place(clients, samples, self.topology.workers, self.homes or workers)
-        mine = placed.get(comm.rank, clients[:0])
+        mine = placed.get(self.comm.rank, clients[:0])
         chunks = mine.split(self.chunk) if len(mine) else ()
-        now = Round(config.seed, t, config.server_lr(t), self.rounds_per_epoch)
         return _Call(now, called, clients, weights / weights.sum(), placed, chunks)
+
+    def _in_time(self, call: _Call, status: _Status) -> _Call:
+        """The call of those only whose message comes in time; the others have downloaded, and keep what they had."""
+        if self.clock is None:
+            return call
+        expected = self.bytes["upload"] // self.participations if self.participations else self.clock.first
+        arrived = self.clock.in_time(self.comm, expected)
+        status.total["late"] = len(call.clients) - len(arrived)
+        return self._among(call.now, call.called, call.clients[arrived])
 
     def _served(self, call: _Call) -> Tensor:
         """The clients whose downloads this rank makes and counts."""
         return call.called[self.topology.served(len(call.called))]
 
-    def _passes(self, call: _Call, status: _Status) -> None:
-        """Train this rank's clients and send their messages, in one pass or two over the same gradients."""
+    def _passes(self, call: _Call, status: _Status) -> Tensor:
+        """Train this rank's clients and send their messages, in one pass or two over the same gradients. Returns whose
+        message counts, bool, by positions in ``call.clients``."""
         first, up, topology = self.method.first, self.method.up, self.topology
-        updates: dict[int, Update] = {}  # kept from the first of two passes to the second
+        kept: dict[int, tuple[Tensor, Update]] = {}  # from the first of two passes to the second
         for codec in (up,) if first is None else (first, up):
             topology.start(codec, call.clients, call.weights, call.placed, call.now)
+            sent: list[Tensor] = []
             with status.watch():
-                for i, positions in enumerate(call.chunks):
-                    clients_C = call.clients[positions]
-                    update = updates.pop(i) if i in updates else self._train(clients_C, call.now)
+                for i, chunk in enumerate(call.chunks):
+                    positions, update = kept.pop(i) if i in kept else self._train(call, chunk, status)
                     if codec is first:
-                        updates[i] = update
-                    ctx = Context(call.now, clients_C, update.steps_C, topology.shared())
-                    self._send(codec, update, positions, ctx, status)
-                    if codec is up:
-                        status.loss += int(to_fixed(update.loss_C * call.weights[positions]).sum())
+                        kept[i] = positions, update
+                    ctx = Context(call.now, call.clients[positions], update.steps_C, topology.shared())
+                    sent.append(self._send(codec, update, positions, ctx, status))
             self._exchange(status, call.now.t)
+            sent_C = self._counts(sent, len(call.clients))
+            if not bool(sent_C.any()):
+                break
+            topology.only(sent_C)
             if codec is first:
                 mean = Message({"mean": topology.between()[None]})
                 status.reset()
                 status.download += self.ledger.download_of(self._served(call), mean)
+        return sent_C
 
-    def _account(self, call: _Call, status: _Status) -> dict[str, Any]:
+    def _counts(self, sent: list[Tensor], clients: int) -> Tensor:
+        """Whose message counts, bool, of so many clients, when this rank's at the positions ``sent`` have sent one."""
+        if not self.rejects:
+            return torch.ones(clients, dtype=torch.bool)
+        sent_C = torch.zeros(clients, dtype=torch.int32)
+        sent_C[torch.cat([*sent, torch.zeros(0, dtype=torch.int64)])] = 1
+        self.comm.sum([sent_C])
+        return sent_C.bool()
+
+    def _account(self, call: _Call, status: _Status, sent_C: Tensor) -> dict[str, Any]:
         """Add the round to the run's totals, and return its line of metrics."""
-        total = status.total
+        total, sent = status.total, int(sent_C.sum())
+        total["rejected"] = len(call.clients) - sent
+        total["empty"] = int((self.partition.sizes[call.called] == 0).sum())
         self.trained += sum(map(len, call.chunks))
-        self.participations += len(call.clients)
+        self.participations += sent
         self.called += len(call.called)
         self.bytes = {name: n + total[name] for name, n in self.bytes.items()}
         self.counts = {name: n + total[name] for name, n in self.counts.items()}
         return {
             "round": call.now.t,
-            "loss": float(from_fixed(torch.tensor(total["loss"]))),
+            "loss": float(from_fixed(torch.tensor(total["loss"]))) / self.topology.share if sent else None,
             "accuracy": None,
             "test_loss": None,
-            "clients": len(call.clients),
+            "clients": sent,
             "upload_bytes": total["upload"],
             "download_bytes": total["download"],
             **{name: total[name] for name in self.counts},
+            **self._simulated(),
         }
+
+    def _simulated(self) -> dict[str, float]:
+        if self.clock is None:
+            return {}
+        seconds = self.clock.stop(self.comm)
+        self.simulated_seconds += seconds
+        return {"simulated_seconds": seconds}
 
     def _exchange(self, status: _Status, t: int) -> None:
         """Add up what the ranks counted; when one has failed, all fail with its error.
@@ -351,37 +411,62 @@ class Simulation:
         sent = self.comm.broadcast(to_bytes(Message({"gradient": g_1D})))
         self.topology.prepare(from_bytes(sent).arrays["gradient"][0])
 
-    def _train(self, clients_C: Tensor, now: Round) -> Update:
-        topology, server = self.topology, self.method.server
+    def _train(self, call: _Call, positions: Tensor, status: _Status) -> tuple[Tensor, Update]:
+        """Train some of this rank's clients; returns those of their positions whose update is usable, and the updates.
+
+        Raises:
+          NumericalError: one is not, with ``on_bad_update: stop``.
+        """
+        topology, server, clients_C = self.topology, self.method.server, call.clients[positions]
         update = self.trainer.train(
             topology.parameters(),
             self.data.train,
             self.partition,
             clients_C,
-            now.t,
+            call.now.t,
             server.frozen(topology.state),
         )
-        finite_C = (update.loss_C.abs() <= LARGEST) & update.g_CD.sum(1).isfinite()
-        if not bool(finite_C.all()):
+        finite_C = updates.finite(update)
+        if not (self.rejects or bool(finite_C.all())):
             bad = int(clients_C[~finite_C][0])
             raise NumericalError(
-                f"client {bad}, round {now.t}: the loss or gradient is not finite (loss "
+                f"client {bad}, round {call.now.t}: the loss or gradient is not finite (loss "
                 f"{float(update.loss_C[~finite_C][0])}); try a smaller local.lr than {self.config.local.lr:g}"
             )
-        return update
+        rows = finite_C.nonzero()[:, 0]
+        update = update.select(rows)
+        if self.config.clip is not None:
+            update, clipped = updates.clip(update, self.config.clip.norm)
+            status.count({"clipped": clipped})
+        return positions[rows], update
 
     def _send(
         self, codec: Compressor, update: Update, positions: Tensor, ctx: Context, status: _Status
-    ) -> None:
-        """Compress some of this rank's clients' gradients and hand the messages over."""
+    ) -> Tensor:
+        """Compress some of this rank's clients' gradients and hand the messages over; returns the positions of those
+        whose message counts."""
+        if not len(positions):
+            return positions
         before = self.clients.get(ctx.clients_C)
         message, after = codec.compress(update.g_CD, before, ctx)
+        if self.rejects:
+            weights_C = self.topology.weights[positions]
+            fits_C = updates.fits(codec, message, before, after, ctx, self.topology.largest() / weights_C)
+            rows = fits_C.nonzero()[:, 0]
+            if len(rows) < len(positions):
+                message, update, positions = message.select(rows), update.select(rows), positions[rows]
+                before, after = ({n: v[rows] for n, v in state.items()} for state in (before, after))
+                ctx = ctx.select(rows)
+        if not len(positions):
+            return positions
         self.observe(Sent(codec, update, before, message, ctx))
         self.topology.take(positions, message, before, ctx)
         status.upload += self.ledger.uploads(ctx.clients_C, message)
         if codec is self.method.up:
             self.clients.put(ctx.clients_C, after)
             status.count(codec.count(message))
+            status.loss += int(to_fixed(update.loss_C * self.topology.weights[positions]).sum())
+        return positions
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
@@ -432,6 +517,7 @@ class Simulation:
             ),
             "messages": self.participations,
             **self.counts,
+            **({} if self.clock is None else {"simulated_seconds": self.simulated_seconds}),
             **self.method.server.facts(self.topology.state),
             "ranks": self.comm.size,
             "topology": self.config.topology,

@@ -17,6 +17,11 @@ from fedmpi.ops.sums import add_fixed, from_fixed
 LARGEST = 2.0**22
 
 
+def largest_term(terms: int) -> float:
+    """The largest magnitude of a weighted value of an exact sum, so that no partial sum, on any rank, can wrap."""
+    return LARGEST / max(terms, 1)
+
+
 class Sum:
     """The weighted sum of vectors of S numbers; an integer one counts votes in the smallest fitting type.
 
@@ -29,7 +34,7 @@ class Sum:
         dtype = votes if integer else torch.int64 if exact else torch.float32
         self._all = torch.zeros(size + flag, dtype=dtype)
         self.total_S, self.flag_1 = self._all[:size], self._all[size:]
-        self.largest = LARGEST / max(terms, 1)  # so that no partial sum, on any rank, can wrap
+        self.largest = largest_term(terms)
 
     def add(self, v_CS: Tensor, weights_C: Tensor) -> None:
         """Add C vectors with float64 weights (ignored for votes).
@@ -54,6 +59,8 @@ class Sum:
         """Sum over all ranks, too."""
         comm.sum([self._all])
 
-    def value(self) -> Tensor:
-        """The sum so far: float32, or votes as integers."""
-        return from_fixed(self.total_S).float() if self.exact else self.total_S
+    def value(self, share: float = 1.0) -> Tensor:
+        """The sum so far, over the weights' ``share`` that came: float32, or votes as integers."""
+        if share == 1.0 or self.integer:
+            return from_fixed(self.total_S).float() if self.exact else self.total_S
+        return (from_fixed(self.total_S) / share).float() if self.exact else self.total_S / share

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedmpi.comm.base import Comm, together
 from fedmpi.engine.exchange import build as build_exchange
 from fedmpi.engine.store import ClientStore, Kept, everybody, nobody
-from fedmpi.engine.sums import Sum
+from fedmpi.engine.sums import Sum, largest_term
 from fedmpi.message import Message, concat, from_bytes, to_bytes
 from fedmpi.method import Compressor, Context, Method, Round, State, believed
 
@@ -53,6 +53,20 @@ class Topology(ABC):
     ) -> None:
         """A pass begins: ``clients`` will send ``up``'s messages; ``placed`` are each worker's positions there."""
         self.up, self.clients, self.weights, self.placed, self.now = up, clients, weights, placed, round
+        self.share = 1.0
+
+    def only(self, sent_C: Tensor) -> None:
+        """Before the pass ends: of its clients only those (bool) sent a message that counts. Their weights are
+        renormalised."""
+        if bool(sent_C.all()):
+            return
+        self.share = float(self.weights[sent_C].sum())
+        self.placed = {rank: positions[sent_C[positions]] for rank, positions in self.placed.items()}
+
+    def largest(self) -> float:
+        """The largest magnitude that a weighted number of a message may have."""
+        exact = self.exact and not self.up.integer
+        return largest_term(len(self.clients)) if exact else torch.finfo(torch.float32).max
 
     def sum(self) -> Sum:
         up = self.up
@@ -73,6 +87,10 @@ class Topology(ABC):
     @abstractmethod
     def finish(self) -> None:
         """All have sent: aggregate, and bring this rank's parameters up to date."""
+
+    @abstractmethod
+    def skip(self, state: State, round: Round) -> None:
+        """Nobody sent a message that counts: go on from ``state``, which was this rank's before the round."""
 
     @abstractmethod
     def served(self, clients: int) -> Tensor:
@@ -102,7 +120,7 @@ class AllReduce(Topology):
 
     def _mean(self) -> Tensor:
         self._total.over(self.comm)
-        return self._total.value()
+        return self._total.value(self.share)
 
     def between(self) -> Tensor:
         mean_S = self._mean()
@@ -111,6 +129,9 @@ class AllReduce(Topology):
 
     def finish(self) -> None:
         self.state = self.method.server.finish(self.state, self._mean(), self.now)
+
+    def skip(self, state: State, round: Round) -> None:
+        self.state = self.method.server.skip(state, round)
 
     def served(self, clients: int) -> Tensor:
         return torch.arange(self.comm.rank, clients, self.comm.size)
@@ -194,7 +215,7 @@ class Aggregator(Topology):
             for rank, frame in enumerate(inbox):
                 assert total is not None  # only rank 0 got frames
                 self._absorb(total, frame, self.placed.get(rank, self.clients[:0]))
-        return total.value() if total else None
+        return total.value(self.share) if total else None
 
     def _absorb(self, total: Sum, frame: bytes, positions: Tensor) -> None:
         if not len(positions):
@@ -222,11 +243,18 @@ class Aggregator(Topology):
             self.state = self.method.server.finish(self.state, mean_S, self.now)
         self._publish(version)
 
+    def skip(self, state: State, round: Round) -> None:
+        version = int(state["version"])
+        self.state = self.method.server.skip(state, round) if self.comm.rank == 0 else state
+        self._publish(version)
+
     def _publish(self, version: int) -> None:
-        """The views of the other ranks catch up from ``version`` with rank 0, which is one ahead."""
-        server, first = self.method.server, self.comm.rank == 0
-        sent = self.comm.broadcast(to_bytes(server.download(self.state, version)) if first else b"")
-        if not first:
+        """The views of the other ranks catch up from ``version`` with rank 0, which is one ahead (or is not)."""
+        server, first, sent = self.method.server, self.comm.rank == 0, b""
+        if first and int(self.state["version"]) != version:
+            sent = to_bytes(server.download(self.state, version))
+        sent = self.comm.broadcast(sent)
+        if not first and sent:
             self.state = server.reconcile(self.state, from_bytes(sent), version + 1)
 
     def served(self, clients: int) -> Tensor:

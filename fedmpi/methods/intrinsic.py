@@ -152,20 +152,31 @@ class SubspaceServer(Server):
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         u_S, memory = self.optimizer.direction(unnest(state, "optimizer."), mean_S)
-        epoch, version = state["epoch"], state["version"] + 1
+        version = state["version"] + 1
         sigma_S = state["sigma"].add(u_S, alpha=-round.lr)
-        theta_D = self._theta(state["base"], sigma_S, int(epoch))
+        theta_D = self._theta(state["base"], sigma_S, int(state["epoch"]))
         new = state | {"theta": theta_D, "sigma": sigma_S, "version": version}
-        if self.subspaces.redrawn and round.ends_epoch:
-            new |= {
-                "base": theta_D,
-                "sigma": torch.zeros(self.width),
-                "epoch": epoch + 1,
-                "finals": torch.cat([state["finals"], sigma_S[None]]),
-                "starts": torch.cat([state["starts"], version[None]]),
-            }
-            memory = self.optimizer.init(self.width)
-        return new | nest(memory, "optimizer.")
+        new |= nest(memory, "optimizer.")
+        return self._turned(new) if round.ends_epoch else new
+
+    def _turned(self, state: State) -> State:
+        """``state`` at the start of the next epoch, where that has a subspace of its own."""
+        if not self.subspaces.redrawn:
+            return state
+        return {
+            **state,
+            "base": state["theta"],
+            "sigma": torch.zeros(self.width),
+            "epoch": state["epoch"] + 1,
+            "finals": torch.cat([state["finals"], state["sigma"][None]]),
+            "starts": torch.cat([state["starts"], state["version"][None]]),
+            **nest(self.optimizer.init(self.width), "optimizer."),
+        }
+
+    def skip(self, state: State, round: Round) -> State:
+        if not (self.subspaces.redrawn and round.ends_epoch):
+            return state
+        return self._turned(state | {"version": state["version"] + 1})
 
     def memory(self) -> State:
         return {}

@@ -80,7 +80,7 @@ class LookBack(Compressor):
 
     ρ = ⟨v, l⟩ / ‖l‖² and sin²α = 1 − ⟨v, l⟩² / (‖v‖² ‖l‖²), where v is the decoded inner message and l the
     last one sent in full (the look-back gradient), which both ends keep. A client's first message is sent in
-    full, and so is one where v or l has norm zero (ρ and α are undefined).
+    full, and so is one where v or l has norm zero (ρ and α are undefined) or ρ is no float32.
     """
 
     def __init__(self, inner: Compressor, options: LookBackOptions) -> None:
@@ -143,10 +143,11 @@ class LookBack(Compressor):
         # float64: in float32 the cancellation in 1 − cos² would hide every α below about 0.02.
         dot_C, vv_C, ll_C = dots(v_CS, self._load(state, ctx))
         sin2_C = (1 - dot_C * dot_C / (vv_C * ll_C)).clamp(0, 1)
-        scalar_C = (vv_C > 0) & (ll_C > 0) & (sin2_C <= self._threshold(vv_C, ctx))
+        rho_C = (dot_C / ll_C).float()  # infinite where l is too short for a float32 to say how often it fits
+        scalar_C = (vv_C > 0) & (ll_C > 0) & (sin2_C <= self._threshold(vv_C, ctx)) & rho_C.isfinite()
         full = (~scalar_C).nonzero()[:, 0]
         sent = message.select(full)
-        arrays = {"scalar": scalar_C.to(torch.uint8), "rho": (dot_C / ll_C)[scalar_C].float()}
+        arrays = {"scalar": scalar_C.to(torch.uint8), "rho": rho_C[scalar_C]}
         lengths = {"rho": scalar_C.long()}
         for name, array in sent.arrays.items():
             arrays[f"inner.{name}"] = array

@@ -108,6 +108,9 @@ class ClusterServer(Server):
         new = self.inner.finish(self._inner(state), v_S, round)
         return self._with(new, torch.where(hit_K[:, None], target_KS, old_KS), moved_K)
 
+    def skip(self, state: State, round: Round) -> State:
+        return state | self.inner.skip(self._inner(state), round)
+
     @staticmethod
     def _inner(state: State) -> State:
         return {name: value for name, value in state.items() if not name.startswith("clusters.")}

@@ -50,7 +50,7 @@ class RandomK(Compressor):
     def _coordinates(self, ctx: Context) -> Tensor:
         """int64 ``(C, k)``, a function of each client's key."""
         drawn = [random.sample(key, self.size, self.k) for key in ctx.keys("coordinates").tolist()]
-        return torch.stack(drawn)
+        return torch.stack(drawn) if drawn else torch.empty(0, self.k, dtype=torch.int64)
 
     def layout(self) -> Layout:
         return {"values": Field(torch.float32, (self.k,))}

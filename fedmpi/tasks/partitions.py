@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from fedmpi import random
@@ -53,7 +53,9 @@ class LabelsOptions(Options):
 
 class DirichletOptions(Options):
     alpha: float = Field(0.5, ge=1e-6, le=1e6, description="the smaller, the fewer labels a client holds")
-    minimum: PositiveInt = Field(1, description="samples that every client holds at least")
+    minimum: NonNegativeInt = Field(
+        1, description="samples that every client holds at least; a client with 0 never sends a message"
+    )
 
 
 class NaturalOptions(Options):

@@ -1,5 +1,7 @@
-"""One client's data is not a number; each rank prints the error that it gets: ``poison.py CONFIG``."""
+"""One client's data is not a number; each rank prints the error that it gets, or how often it was rejected and a hash
+of its parameters: ``poison.py CONFIG``."""
 
+import hashlib
 import sys
 
 from fedmpi import config
@@ -17,5 +19,7 @@ simulation.data = simulation.data._replace(train=Split(x, train.y))
 try:
     for t in range(simulation.config.rounds):
         simulation.round(t)
+    digest = hashlib.sha256(simulation.topology.parameters().numpy().tobytes()).hexdigest()
+    sys.stdout.write(f"rank {comm.rank}: rejected {simulation.counts['rejected']}, {digest}\n")
 except FedMPIError as error:
     sys.stdout.write(f"rank {comm.rank}: {error}\n")  # one write: lines of several ranks must not mix
