@@ -73,10 +73,10 @@ def test_one_poisoned_client_does_not_poison_the_model(
 
     def main(comm: Comm) -> tuple[list[dict[str, Any]], torch.Tensor, int]:
         simulation = simulate(values, comm)
-        fresh = simulation.clients.get(torch.tensor([BAD])) if simulation.homes else {}
+        fresh = simulation.clients.get(torch.tensor([BAD])) if not simulation.clients.empty else {}
         poison(simulation, [BAD])
         lines = [simulation.round(t) for t in range(5)]
-        after = simulation.clients.get(torch.tensor([BAD])) if simulation.homes else {}
+        after = simulation.clients.get(torch.tensor([BAD])) if not simulation.clients.empty else {}
         assert all(torch.equal(after[n], fresh[n]) for n in fresh)
         both_ends_agree(simulation)
         assert int(simulation.ledger.upload[BAD]) == 0
