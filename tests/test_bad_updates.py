@@ -57,8 +57,14 @@ def simulate(values: dict[str, Any], comm: Comm | None = None) -> Simulation:
     return Simulation(config.parse(values), comm or solo())
 
 
-@pytest.mark.parametrize("topology", ["allreduce", "aggregator"])
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        pytest.param(name, topology, marks=[pytest.mark.slow] if (i + j) % 2 else [])
+        for i, name in enumerate(SOME)
+        for j, topology in enumerate(("allreduce", "aggregator"))
+    ],
+)
 def test_one_poisoned_client_does_not_poison_the_model(
     name: str, topology: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,10 +73,10 @@ def test_one_poisoned_client_does_not_poison_the_model(
 
     def main(comm: Comm) -> tuple[list[dict[str, Any]], torch.Tensor, int]:
         simulation = simulate(values, comm)
-        fresh = simulation.clients.get(torch.tensor([BAD])) if simulation.homes else {}
+        fresh = simulation.clients.get(torch.tensor([BAD])) if not simulation.clients.empty else {}
         poison(simulation, [BAD])
         lines = [simulation.round(t) for t in range(5)]
-        after = simulation.clients.get(torch.tensor([BAD])) if simulation.homes else {}
+        after = simulation.clients.get(torch.tensor([BAD])) if not simulation.clients.empty else {}
         assert all(torch.equal(after[n], fresh[n]) for n in fresh)
         both_ends_agree(simulation)
         assert int(simulation.ledger.upload[BAD]) == 0
@@ -80,9 +86,9 @@ def test_one_poisoned_client_does_not_poison_the_model(
         return lines, simulation.topology.parameters(), summary["upload_bytes"]
 
     lines, theta, uploaded = main(solo())
+    parsed, partition = config.parse(values), simulate(values).partition
     for t, line in enumerate(lines):
-        called = cohort(config.parse(values), simulate(values).partition, t) if t == 0 else None
-        assert called is None or line["rejected"] == int(BAD in called.tolist())
+        assert line["rejected"] == int(BAD in cohort(parsed, partition, t).tolist())
         assert line["clients"] == 4 - line["rejected"]
         assert math.isfinite(line["loss"])
     for other, theirs, sent in run_ranks(3, main, timeout=60):
@@ -98,10 +104,12 @@ def test_one_poisoned_client_does_not_poison_the_model(
     assert without.upload_bytes == uploaded
 
 
-@pytest.mark.parametrize("name", ["topk", "lookback over topk", "powersgd"])
+@pytest.mark.parametrize("name", ["topk", "lookback over topk", "powersgd", "fp16"])
 def test_a_message_that_is_not_a_number_is_rejected(name: str) -> None:
-    """The gradient is one, but what the client still has to send is not; several clients share a call."""
-    simulation = simulate({**REJECT, "method": SOME[name], "reproducible": False, "cohort": None})
+    """The gradient is one, but what the client still has to send is not (fp16 sends a number all the same, and would
+    keep none); several clients share a call."""
+    method = SOME.get(name, {"name": name, "feedback": True})
+    simulation = simulate({**REJECT, "method": method, "reproducible": False, "cohort": None})
     assert simulation.chunk > 5
     one = torch.tensor([BAD])
     state = simulation.clients.get(one)
@@ -164,6 +172,8 @@ def test_a_round_without_a_usable_update_does_nothing(name: str) -> None:
         else:
             assert line["clients"] == 2
             assert not torch.equal(simulation.topology.parameters(), before)
+        if "varying" in name:  # clients change their subspace with the epoch, whatever came of its last round
+            assert int(state["epoch"]) == (t + 1) // 2
         views.setdefault(seen, start)
         now = int(state["version"])
         views[now] = server.reconcile(copy.deepcopy(start), server.download(state, seen), now)
@@ -173,6 +183,18 @@ def test_a_round_without_a_usable_update_does_nothing(name: str) -> None:
         assert torch.equal(server.parameters(caught_up), simulation.topology.parameters()), seen
         for shared, value in server.shared(caught_up).items():
             assert torch.equal(value, server.shared(simulation.topology.state)[shared])
+
+
+def test_a_second_pass_without_a_usable_message_undoes_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = simulate({**REJECT, "method": SOME["powersgd"]})
+    up, before = simulation.method.up, dict(simulation.topology.state)
+    monkeypatch.setattr(
+        "fedmpi.engine.updates.fits", lambda codec, *rest: torch.full((len(rest[-1]),), codec is not up)
+    )
+    assert simulation.round(0)["rejected"] == 4
+    after = simulation.topology.state
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("schedule", ["static", "time_varying"])
@@ -304,14 +326,21 @@ def test_ordered_sums_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(total.value(), torch.arange(14.0, 21.0))
 
 
-@pytest.mark.parametrize("method", ["dense", "bf16", {"name": "topk", "ratio": 0.9}, "lookback"])
-@pytest.mark.parametrize("rule", ["trimmed_mean", "median"])
+@pytest.mark.parametrize(
+    ("method", "rule"),
+    [
+        ("dense", "median"),
+        ("bf16", "trimmed_mean"),
+        ({"name": "topk", "ratio": 0.9}, "trimmed_mean"),
+        ("lookback", "median"),
+    ],
+)
 def test_a_few_wrong_clients_hardly_matter(method: Any, rule: str) -> None:
     """Two of eight send ten thousand times too much, in the wrong direction."""
     server = {"aggregate": rule, "trim": 0.3}
     values = {**SMALL, "clients": 8, "cohort": None, "partition": "iid", "topology": "aggregator"}
     values |= {"method": method, "rounds": 8, "reproducible": True}
-    values |= {"local": {"lr": 0.3, "steps": 2, "batch": 20}}
+    values |= {"local": {"lr": 0.3, "steps": 2, "batch": 20}, "evaluate_every": 8}
 
     def accuracy(values: dict[str, Any], comm: Comm) -> tuple[float, torch.Tensor]:
         simulation = simulate(values, comm)
@@ -328,7 +357,7 @@ def test_a_few_wrong_clients_hardly_matter(method: Any, rule: str) -> None:
 
     attacked, theta = accuracy({**values, "server": server}, solo())
     assert attacked > 0.8 > 0.5 > accuracy(values, solo())[0]
-    for _, theirs in run_ranks(3, lambda comm: accuracy({**values, "server": server}, comm), timeout=60):
+    for _, theirs in run_ranks(2, lambda comm: accuracy({**values, "server": server}, comm), timeout=60):
         assert torch.equal(theirs, theta)
 
 
