@@ -17,6 +17,13 @@ from fedmpi.tasks.partitions import PARTITIONS, Partition, _deal, _holders, _log
 
 KEY = random.key(3, stream="partition")
 
+
+def divide(name: str, labels_N: torch.Tensor, clients: int, key: int, **options: object) -> Partition:
+    """``split``, of data that say whose each sample is: writers in runs, more of them than clients."""
+    writers_N = torch.arange(len(labels_N)) * (clients + 3) // len(labels_N)
+    return split(name, labels_N, clients, key, writers_N, **options)
+
+
 label_lists = st.lists(st.integers(0, 6), min_size=1, max_size=120).map(torch.tensor)
 keys = st.integers(-(1 << 63), (1 << 63) - 1)
 
@@ -83,7 +90,7 @@ def test_dirichlet(labels_N: Tensor, alpha: float, key: int, data: st.DataObject
 @pytest.mark.parametrize("name", PARTITIONS)
 def test_a_partition_is_a_function_of_its_key(name: str) -> None:
     labels_N = torch.arange(600) % 10
-    first, again, other = (split(name, labels_N, 20, key) for key in (KEY, KEY, KEY + 1))
+    first, again, other = (divide(name, labels_N, 20, key) for key in (KEY, KEY, KEY + 1))
     assert first.index_N.equal(again.index_N)
     assert first.offset.equal(again.offset)
     assert not first.index_N.equal(other.index_N)
@@ -92,7 +99,7 @@ def test_a_partition_is_a_function_of_its_key(name: str) -> None:
 @pytest.mark.parametrize("name", PARTITIONS)
 def test_golden(name: str) -> None:
     """The same split on any machine and in any later version."""
-    partition = split(name, torch.arange(200) % 10, 20, KEY)
+    partition = divide(name, torch.arange(200) % 10, 20, KEY)
     assert [*partition.sizes[:5].tolist(), *partition.of(0)[:5].tolist()] == GOLDEN[name]
 
 
@@ -100,6 +107,8 @@ GOLDEN = {  # the first five sizes and the first client's first five samples
     "iid": [10, 10, 10, 10, 10, 71, 59, 86, 37, 27],
     "labels": [11, 10, 10, 10, 10, 26, 46, 106, 85, 8],
     "dirichlet": [2, 3, 8, 16, 11, 169, 79],
+    "natural": [17, 17, 18, 9, 9, 186, 115, 114, 120, 185],
+    "power": [4, 7, 5, 11, 5, 71, 59, 86, 37],
 }
 
 
@@ -110,7 +119,7 @@ def test_samples_are_in_random_order_inside_a_client(name: str) -> None:
     options = (
         {"labels_per_client": 10} if name == "labels" else {"alpha": 50.0} if name == "dirichlet" else {}
     )
-    mine = split(name, labels_N, 3, KEY, **options).of(1)
+    mine = divide(name, labels_N, 3, KEY, **options).of(1)
     half = len(mine) // 2
     assert len(labels_N[mine[:100]].unique()) == 10
     assert abs(mine[:half].double().mean() - mine[half:].double().mean()) < 5 * 6000 / (3 * half) ** 0.5
@@ -240,7 +249,7 @@ def test_a_client_that_is_not_there() -> None:
 def test_many_clients(name: str) -> None:
     """Whatever needs clients · samples steps or bytes (here 10¹⁰) does not end."""
     labels_N = torch.arange(200_000) % 10
-    partition = split(name, labels_N, 50_000, KEY)
+    partition = divide(name, labels_N, 50_000, KEY)
     assert partition.clients == 50_000
     assert partition.sizes.min() >= 1
     assert partition.index_N.sort().values.equal(torch.arange(200_000))
