@@ -27,7 +27,7 @@ def connect(
       comm: "mpi"; "gloo" or "nccl" of torch.distributed; "auto" for MPI under an MPI launcher, else NCCL
         where every rank has a GPU of its own, else Gloo.
       environ: the launcher's variables.
-      timeout: seconds that Gloo and NCCL wait for the other ranks (default: 300).
+      timeout: seconds that the ranks wait for one that does not answer (default: MPI for ever, the others 300).
 
     Raises:
       CommError: there should be several ranks, but this ``comm`` cannot connect them.
@@ -43,7 +43,7 @@ def connect(
         return solo()
     if comm == "mpi" or (comm == "auto" and launch.mpi):
         try:
-            return _mpi(launch)
+            return _mpi(launch, timeout)
         except ImportError as error:
             if comm == "mpi" or launch.variables != "slurm":  # srun's ranks can do without
                 raise CommError(
@@ -66,7 +66,7 @@ def reason(environ: Mapping[str, str] = os.environ) -> str:
     return f"{launch.name} is no MPI launcher"
 
 
-def _mpi(launch: Launch) -> Comm:
+def _mpi(launch: Launch, timeout: float | None) -> Comm:
     """
     Raises:
       ImportError: there is no MPI library.
@@ -75,7 +75,7 @@ def _mpi(launch: Launch) -> Comm:
     try:
         from fedmpi.comm.mpi import MPIComm
 
-        comm = MPIComm()
+        comm = MPIComm(timeout=timeout)
     except RuntimeError as error:  # mpi4py's word for a library that cannot be loaded
         raise ImportError(str(error)) from None
     if comm.size != launch.size:
