@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 
 from fedmpi import config
 from fedmpi.comm import solo
+from fedmpi.engine.checkpoint import Checkpoints
+from fedmpi.engine.faults import Faults
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.store import ClientStore, MappedStore
 
@@ -173,6 +175,31 @@ def test_a_stopped_rank_is_named_by_the_timeout(openmpi: Mpi, tmp_path: Path) ->
     assert says_how_to_go_on(ended, tmp_path)
 
 
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    """What clients lose with their rank comes from the one before; without any, they start afresh."""
+    values = {**RUN, "method": LOOKBACK, "topology": "aggregator", "checkpoint": {"rounds": 1, "keep": 9}}
+    train_in_threads(values, tmp_path, ranks=2)
+    simulation, states = Simulation(config.parse(values), solo()), []
+    orphans, others = torch.arange(0, 12, 3), torch.tensor([1, 2, 4, 5, 7, 8, 10, 11])
+    for t in range(6):
+        states.append([store.get(torch.arange(12)) for store in simulation.stores])
+        simulation.round(t)
+    now = [store.get(torch.arange(12)) for store in simulation.stores]
+    faults = Faults(simulation.comm)
+    faults.checkpoints = Checkpoints(tmp_path, simulation.config.checkpoint, simulation.comm)
+    (tmp_path / "checkpoints" / "round-00000005" / "state.safetensors").write_bytes(b"")
+    for n in (5, 3, 0):
+        found = faults._restore(simulation, orphans, torch.zeros(12, dtype=torch.int64), n)
+        expected = {5: 4, 3: 3}.get(n)
+        assert found.round == expected
+        for store, saved, held in zip(simulation.stores, states[expected or 0], now, strict=True):
+            for clients, state in ((orphans, saved), (others, held)):
+                got = store.get(clients)
+                assert all(torch.equal(got[name], state[name][clients]) for name in state)
+    assert found.seen[orphans].tolist() == [0] * 4
+    assert not simulation.clients.known[torch.isin(simulation.clients.known, orphans)].numel()
+
+
 @settings(deadline=None, max_examples=50)
 @given(
     mapped=st.booleans(),
@@ -238,6 +265,27 @@ def test_two_ranks_die_in_one_round_and_without_a_folder_nothing_is_restored(
     assert sorted(lost["rank"] for lost in found["lost_ranks"]) == [0, 2]
     assert [(lost["restored"], lost["reset"]) for lost in found["lost_ranks"]] == [(0, 3)] * 2
     assert found["ranks"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_a_rank_that_dies_before_the_first_round_is_missed_by_nobody(openmpi: Mpi, tmp_path: Path) -> None:
+    ended = train(openmpi, 3, "0 SIGKILL prepare -1", tmp_path, "--with-ft", "ulfm", method=LOOKBACK)
+    assert ended.code == 0, ended.said
+    assert [(lost["rank"], lost["round"]) for lost in summary(tmp_path)["lost_ranks"]] == [(0, 0)]
+    whole = train_in_threads({**RUN, "method": LOOKBACK}, tmp_path / "whole")
+    assert whole["loss"] == summary(tmp_path)["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_data_parallel_training_ends_with_the_name_and_resumes(openmpi: Mpi, tmp_path: Path) -> None:
+    changes = {"mode": "data_parallel", "clients": 3, "cohort": None, "local": {"lr": 0.1, "batch": 20}}
+    ended = train(openmpi, 3, "1 SIGKILL compress 5", tmp_path, "--with-ft", "ulfm", **changes)
+    assert ended.code == 2, ended.said
+    assert "rank 1, whose share of the data nobody else has, ended in round 5" in ended.said
+    assert says_how_to_go_on(ended, tmp_path)
+    train_in_threads({**RUN, **changes}, tmp_path / "run", ranks=3, resume=True)
 
 
 @pytest.mark.slow

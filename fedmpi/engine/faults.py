@@ -83,8 +83,7 @@ class Faults:
         :attr:`simulation` None, the preparation. Returns what was lost.
 
         Raises:
-          LostError: ``error``, where no rank survives another.
-          LostError: nobody holds what is needed to go on; the same on all that are left.
+          LostError: ``error``, where no rank survives another; or why those who are left cannot go on, the same on all.
         """
         if not self.comm.survives:
             raise error
@@ -130,7 +129,7 @@ class Faults:
         if before_K is not None and homes_K is not None:
             orphans = torch.isin(before_K, torch.tensor(gone)).nonzero()[:, 0]
             found = self._restore(simulation, orphans, homes_K, done)
-        dropped = {i: self._in_flight(simulation, done, i) for i in gone}
+        dropped = self._in_flight(simulation, done, gone)
 
         def commit() -> list[Lost]:
             lost = [self._describe(done, i, dropped[i], before_K, found) for i in gone]
@@ -186,12 +185,15 @@ class Faults:
         homes_K[orphans] = crew[torch.arange(len(orphans)) % len(crew)]
         return homes_K
 
-    def _in_flight(self, simulation: Simulation, t: int, rank: int) -> Tensor:
-        """The clients of round ``t`` that a lost rank was to train."""
-        if t == simulation.config.rounds:
-            return torch.empty(0, dtype=torch.int64)
-        call = simulation.call(t)
-        return call.clients[call.placed.get(rank, call.clients[:0])]
+    def _in_flight(self, simulation: Simulation, t: int, gone: list[int]) -> dict[int, Tensor]:
+        """The clients of round ``t`` that each lost rank was to train; nobody, where no other client would be left."""
+        nobody = torch.empty(0, dtype=torch.int64)
+        if t < simulation.config.rounds:
+            call = simulation.call(t)
+            dropped = {i: call.clients[call.placed.get(i, nobody)] for i in gone}
+            if sum(map(len, dropped.values())) < len(call.clients):
+                return dropped
+        return dict.fromkeys(gone, nobody)
 
     def _restore(self, simulation: Simulation, orphans: Tensor, homes_K: Tensor, done: int) -> Found:
         """What the last checkpoint that can be used has of ``orphans``, in place of whatever was held of them."""

@@ -276,8 +276,7 @@ class Simulation:
         called = cohort(config, self.partition, t)
         clients = survivors(config, called, t)
         if t in self.dropped:
-            arrives = ~torch.isin(clients, self.dropped[t])
-            clients = clients[arrives] if bool(arrives.any()) else clients
+            clients = clients[~torch.isin(clients, self.dropped[t])]
         samples = self.partition.sizes[clients]
         # A client that was drawn by its number of samples counts once; so do a vote and a rank.
         workers = config.mode == "data_parallel"
