@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Literal, TypeAlias, get_args
 
 from fedmpi.comm.base import Comm
-from fedmpi.comm.launcher import Launch, launcher
+from fedmpi.comm.launcher import Launch, launcher, survives
 from fedmpi.comm.local import solo
 from fedmpi.errors import CommError
 
@@ -73,6 +73,10 @@ def _mpi(launch: Launch, timeout: float | None) -> Comm:
       CommError: there is one, but of another launcher.
     """
     try:
+        if survives():
+            import mpi4py
+
+            mpi4py.rc.finalize = False  # with a dead rank MPI_Finalize may hang; Open MPI's ULFM does without
         from fedmpi.comm.mpi import MPIComm
 
         comm = MPIComm(timeout=timeout)

@@ -16,6 +16,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from fedmpi.comm.base import Comm, LostError
+from fedmpi.comm.launcher import survives
 from fedmpi.comm.watchdog import Watchdog
 
 # Counts of most MPI calls are 32-bit.
@@ -240,11 +241,6 @@ def _pieces(buffer: Any) -> Iterator[Any]:
 def _mutable(data: bytes) -> _Buffer:
     # mpi4py takes read-only send buffers, but Bcast's is also a receive buffer.
     return np.frombuffer(bytearray(data), dtype=np.uint8)
-
-
-def survives() -> bool:
-    """The launcher was told that a rank's end shall not be the others' (Open MPI's ULFM)."""
-    return os.environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes", "enabled", "on")  # noqa: SIM112
 
 
 def _how_to_survive() -> str:
