@@ -69,9 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _complain(error: FedMPIError) -> None:
-    for line in str(error).splitlines():
-        print(f"fedmpi: {line}", file=sys.stderr, flush=True)
+def _complain(error: FedMPIError | str, again: str = "") -> None:
+    said = "".join(f"fedmpi: {line}\n" for line in str(error).splitlines())
+    sys.stderr.write(said + (f"fedmpi: continue with:\n{again}" if again else ""))
+    sys.stderr.flush()
 
 
 def _train_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -106,7 +107,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from fedmpi.errors import ConfigError
 
     config = _config(arguments)
-    comm = connect("auto" if isinstance(config, FedMPIError) else config.comm)
+    comm = connect() if isinstance(config, FedMPIError) else connect(config.comm, timeout=config.timeout)
     if arguments.local_ranks == 1:
         return _train_rank(arguments, config, comm)
     if comm.size > 1:
@@ -134,21 +135,26 @@ def _train_rank(arguments: argparse.Namespace, config: Config | FedMPIError, com
         with together(comm, "reading the configuration"):
             if isinstance(config, FedMPIError):
                 raise config
-            out = _run_folder(arguments) if comm.rank == 0 else None
+            folder = str(_run_folder(arguments)) if comm.rank == 0 else ""
+        out = Path(comm.broadcast(folder.encode()).decode())
+        comm.last_words = f"  {shlex.join(_again(arguments, out))}\n"
+        if comm.rank == 0 < comm.size - arguments.local_ranks and not arguments.quiet:
+            # When a rank dies, a launcher may end the others before they can speak.
+            print(f"fedmpi: if it is cut short, continue with:\n{comm.last_words}", end="", file=sys.stderr)
         summary = run(config, comm, out, quiet=arguments.quiet, resume=arguments.resume is not None)
     except Stopped as stopped:
         if comm.rank == 0:
-            again = shlex.join(_again(arguments, out))
-            print(f"fedmpi: {stopped}; continue with:\n  {again}", file=sys.stderr, flush=True)
+            _complain(stopped, comm.last_words)
         return os.EX_TEMPFAIL
     except FedMPIError as error:
         # Errors that all ranks share are said once; what only this rank knows, it says itself.
-        if comm.rank == 0 or isinstance(error, LostError):
-            _complain(error)
+        lost = isinstance(error, LostError)
+        if comm.rank == 0 or (lost and not comm.survives):
+            _complain(error, comm.last_words if lost else "")
         return 2
     except Exception:
         traceback.print_exc()
-        print(f"fedmpi: rank {comm.rank} failed; ending all ranks", file=sys.stderr, flush=True)
+        _complain(f"rank {comm.rank} failed; ending all ranks", comm.last_words)
         comm.abort()
         raise
     if comm.rank == 0 and not arguments.quiet:
@@ -160,7 +166,7 @@ def _train_rank(arguments: argparse.Namespace, config: Config | FedMPIError, com
     return 0
 
 
-def _again(arguments: argparse.Namespace, out: Path | None) -> list[str]:
+def _again(arguments: argparse.Namespace, out: Path) -> list[str]:
     """The command that continues the run in ``out`` (under the same launcher, if there was one)."""
     ranks = ["--local-ranks", str(arguments.local_ranks)] if arguments.local_ranks > 1 else []
     return ["fedmpi", "train", arguments.config, *arguments.overrides, *ranks, "--resume", str(out)]

@@ -206,6 +206,12 @@ class Config(_Section):
         description="what connects the ranks: MPI, or torch.distributed's Gloo (CPU) or NCCL (GPU); auto: MPI "
         "under mpirun, mpiexec and srun with PMI, else NCCL if each rank has its own GPU, else Gloo",
     )
+    timeout: float = Field(
+        300.0,
+        gt=0,
+        description="seconds that ranks wait for one that does not answer; with Gloo and NCCL for one that does "
+        "not come, be it busy",
+    )
     topology: Literal["allreduce", "aggregator"] = Field(
         "allreduce", description="allreduce: ranks are peers; aggregator: rank 0 aggregates, the others train"
     )

@@ -3,6 +3,7 @@
 #     launch/mpirun.sh -n 4 fedmpi train configs/quickstart.yaml
 # Takes the mpiexec of the active environment, else of .venv, be it Open MPI or MPICH. FEDMPI_MPI=mpich takes the
 # MPICH that ./launch/test.sh has put into .mpich (or the one at $FEDMPI_MPICH), with the same Python environment.
+# With Open MPI, --with-ft ulfm before -n lets a run go on without a rank that dies.
 # For several machines use mpirun or srun themselves.
 set -euo pipefail
 # shellcheck source=launch/common.sh

@@ -40,6 +40,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if "slow" not in item.keywords]
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests have recorded as ("row", text), whatever process they ran in, as a table."""
+    reports = [report for group in ("passed", "failed") for report in terminalreporter.getreports(group)]
+    rows = sorted(text for report in reports for name, text in report.user_properties if name == "row")
+    if rows:
+        terminalreporter.section("a rank fails: what must happen, and what did")
+        terminalreporter.write_line("\n".join(rows))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

@@ -62,7 +62,7 @@ def test_sampling_by_samples_draws_in_proportion() -> None:
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=7), st.integers(1, 3))
 def test_longest_first_is_within_a_third_of_the_best(work: list[int], ranks: int) -> None:
     """Graham's bound for longest-first on m machines, 4/3 − 1/(3m) of the optimum (found by trying all)."""
-    placed = place(torch.arange(len(work)), torch.tensor(work), list(range(ranks)), homes=False)
+    placed = place(torch.arange(len(work)), torch.tensor(work), list(range(ranks)), homes=None)
     everybody = torch.cat(list(placed.values())).sort().values
     assert everybody.tolist() == list(range(len(work)))
 
@@ -78,10 +78,11 @@ def test_longest_first_is_within_a_third_of_the_best(work: list[int], ranks: int
 
 
 def test_homes_never_change() -> None:
-    first = place(torch.tensor([0, 3, 4, 8]), torch.ones(4), [1, 2, 3], homes=True)
-    later = place(torch.tensor([3, 4, 5]), torch.ones(3), [1, 2, 3], homes=True)
-    assert {r: p.tolist() for r, p in first.items()} == {1: [0, 1], 2: [2], 3: [3]}
-    assert {r: p.tolist() for r, p in later.items()} == {1: [0], 2: [1], 3: [2]}
+    homes_K = torch.arange(9) % 3 + 1
+    first, later = torch.tensor([0, 3, 4, 8]), torch.tensor([3, 4, 5])
+    placed = [place(clients, torch.ones(9), [1, 2, 3], homes_K[clients]) for clients in (first, later)]
+    assert {r: p.tolist() for r, p in placed[0].items()} == {1: [0, 1], 2: [2], 3: [3]}
+    assert {r: p.tolist() for r, p in placed[1].items()} == {1: [0], 2: [1], 3: [2]}
 
 
 @pytest.mark.parametrize("kind", ["memory", "mmap"])

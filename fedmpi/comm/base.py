@@ -27,6 +27,8 @@ class Comm(ABC):
       name: how the ranks are connected, for people.
       device: where tensors travel from without a copy; those of other devices are staged there and back.
       sent, received: wire bytes so far.
+      survives: the others can go on without a rank that ended: they get a LostError, then call :meth:`shrink`.
+      last_words: what is to be said when this rank has to end all of them, after the reason.
     """
 
     name: str
@@ -37,6 +39,28 @@ class Comm(ABC):
     device: torch.device = torch.device("cpu")
     sent: int = 0
     received: int = 0
+    survives: bool = False
+    last_words: str = ""
+
+    @property
+    def members(self) -> list[int]:
+        """The ranks that are still there, by the numbers that their launcher gave them."""
+        return list(range(self.size))
+
+    def shrink(self) -> None:
+        """Meet those who are left, after a LostError: rank, size and :attr:`members` are theirs from here on.
+
+        Raises:
+          LostError: one more ended; to be called again.
+        """
+        raise LostError(f"{self.name} cannot go on without a rank")
+
+    def settle(self) -> None:  # noqa: B027 (nothing is the right thing where a rank's end is the others')
+        """Where ranks survive: agree that all are still there.
+
+        Raises:
+          LostError: one ended. All get it, or none.
+        """
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Add up each tensor over all ranks, in place, in the order given.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Literal, TypeAlias, get_args
 
 from fedmpi.comm.base import Comm
-from fedmpi.comm.launcher import Launch, launcher
+from fedmpi.comm.launcher import Launch, launcher, survives
 from fedmpi.comm.local import solo
 from fedmpi.errors import CommError
 
@@ -27,7 +27,7 @@ def connect(
       comm: "mpi"; "gloo" or "nccl" of torch.distributed; "auto" for MPI under an MPI launcher, else NCCL
         where every rank has a GPU of its own, else Gloo.
       environ: the launcher's variables.
-      timeout: seconds that Gloo and NCCL wait for the other ranks (default: 300).
+      timeout: seconds that the ranks wait for one that does not answer (default: MPI for ever, the others 300).
 
     Raises:
       CommError: there should be several ranks, but this ``comm`` cannot connect them.
@@ -43,7 +43,7 @@ def connect(
         return solo()
     if comm == "mpi" or (comm == "auto" and launch.mpi):
         try:
-            return _mpi(launch)
+            return _mpi(launch, timeout)
         except ImportError as error:
             if comm == "mpi" or launch.variables != "slurm":  # srun's ranks can do without
                 raise CommError(
@@ -66,16 +66,20 @@ def reason(environ: Mapping[str, str] = os.environ) -> str:
     return f"{launch.name} is no MPI launcher"
 
 
-def _mpi(launch: Launch) -> Comm:
+def _mpi(launch: Launch, timeout: float | None) -> Comm:
     """
     Raises:
       ImportError: there is no MPI library.
       CommError: there is one, but of another launcher.
     """
     try:
+        if survives():
+            import mpi4py
+
+            mpi4py.rc.finalize = False  # with a dead rank MPI_Finalize may hang; Open MPI's ULFM does without
         from fedmpi.comm.mpi import MPIComm
 
-        comm = MPIComm()
+        comm = MPIComm(timeout=timeout)
     except RuntimeError as error:  # mpi4py's word for a library that cannot be loaded
         raise ImportError(str(error)) from None
     if comm.size != launch.size:

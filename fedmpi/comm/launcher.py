@@ -57,3 +57,9 @@ def launcher(environ: Mapping[str, str] = os.environ) -> Launch | None:
     if slurm and "SLURM_PROCID" in environ:
         return Launch("srun", slurm, mpi=False, variables="slurm")
     return None
+
+
+def survives(environ: Mapping[str, str] = os.environ) -> bool:
+    """The launcher was told that a rank's end shall not be the others' (Open MPI's ULFM)."""
+    # No capitals: it is Open MPI's own parameter.
+    return environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes", "enabled", "on")

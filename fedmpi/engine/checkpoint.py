@@ -190,6 +190,7 @@ class Checkpoints:
             totals=Totals.model_validate(numbers),
             seconds=time.monotonic() - simulation.started,
             ranks=ranks,
+            lost_ranks=simulation.lost,
             files=written,
         )
         files.write_manifest(aside, described)
@@ -225,6 +226,29 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder}: cannot be read: {error.strerror or error}") from None
         return sorted(((int(match[1]), path) for match, path in names if match), reverse=True)
 
+    def agreed(self) -> list[int]:
+        """The rounds of :meth:`found`, as rank 0 sees them; all ranks call this.
+
+        Raises:
+          CheckpointError: the folder is a link.
+        """
+        with together(self.comm, "looking for checkpoints"):
+            there = [n for n, _ in self.found()] if self.comm.rank == 0 else []
+        rounds: list[int] = json.loads(self.comm.broadcast(json.dumps(there).encode()))
+        return rounds
+
+    def at(self, done: int) -> Path:
+        """The folder of the checkpoint after so many rounds."""
+        return self.folder / files.folder_name(done)
+
+    def metrics(self, done: int) -> bytes:
+        """The lines of metrics of the first ``done`` rounds, as far as this rank sees them."""
+        try:
+            lines = files.read(self.run / "metrics.jsonl").splitlines(keepends=True)
+        except CheckpointError:
+            return b""
+        return b"".join(lines[:done])
+
     def forget(self, resume: bool) -> None:
         """A run begins in this folder: remove what a finished one left. On rank 0.
 
@@ -254,20 +278,15 @@ class Checkpoints:
           CheckpointError: there are checkpoints, but none can be read: says of each what is wrong with it.
           ConfigError: the last one that can be read is of another run; names the difference and both values.
         """
-        comm, wrong = self.comm, []
-        with together(comm, "looking for checkpoints"):
-            there = [n for n, _ in self.found()] if comm.rank == 0 else []
-        rounds: list[int] = json.loads(comm.broadcast(json.dumps(there).encode()))
-        for n in rounds:
+        wrong = []
+        for n in self.agreed():
             try:
-                described, lines = restore(simulation, self.folder / files.folder_name(n))
+                described, lines = restore(simulation, self.at(n))
             except CheckpointError as error:
                 wrong.append(str(error))
                 say(f"checkpoint: {error}; taking the one before it")
                 continue
-            say(
-                f"continuing after round {n} of {simulation.config.rounds}, from {self.folder / files.folder_name(n)}"
-            )
+            say(f"continuing after round {n} of {simulation.config.rounds}, from {self.at(n)}")
             if described.torch != torch.__version__:
                 say(
                     f"written with torch {described.torch}, this is {torch.__version__}: the last bits may differ"

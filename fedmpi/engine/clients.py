@@ -59,18 +59,18 @@ def survivors(config: Config, called: Tensor, t: int) -> Tensor:
     return called[(draw >= config.dropout) | (draw == draw.max())]
 
 
-def place(clients: Tensor, work: Tensor, ranks: list[int], homes: bool) -> dict[int, Tensor]:
+def place(clients: Tensor, work: Tensor, ranks: list[int], homes: Tensor | None) -> dict[int, Tensor]:
     """Positions in ``clients`` that each rank trains.
 
     Args:
       clients: int64, their ids.
       work: what each costs, e.g. its samples.
       ranks: those that train.
-      homes: clients keep state, so each always goes to the same rank (id modulo ranks); else the
-        longest goes first to the least loaded rank.
+      homes: the rank of each, where clients keep state and so always go to the same; else the longest goes first
+        to the least loaded rank.
     """
-    if homes:
-        return {rank: (clients % len(ranks) == i).nonzero()[:, 0] for i, rank in enumerate(ranks)}
+    if homes is not None:
+        return {rank: (homes == rank).nonzero()[:, 0] for rank in ranks}
     load = [(0, rank) for rank in ranks]
     positions: dict[int, list[int]] = {rank: [] for rank in ranks}
     for position in work.argsort(descending=True, stable=True).tolist():

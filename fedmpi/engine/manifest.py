@@ -67,6 +67,39 @@ class Rank(_Strict):
     sent: _Count
 
 
+class Lost(_Strict):
+    """A rank that ended, and what went with it.
+
+    Attributes:
+      rank: by the launcher's numbers.
+      round: which was begun anew without it.
+      dropped: clients of that round whose message did not arrive because of it.
+      restored: clients that it kept the state of which now stands as in a checkpoint.
+      checkpoint: the rounds behind that.
+      reset: the other clients that lived there; they start afresh.
+    """
+
+    rank: _Count
+    round: _Count
+    dropped: _Count = 0
+    restored: _Count = 0
+    checkpoint: _Count | None = None
+    reset: _Count = 0
+
+    def __str__(self) -> str:
+        """For people."""
+        said = [f"rank {self.rank} was lost in round {self.round}"]
+        if self.dropped:
+            said.append(f"{self.dropped} clients of this round drop out")
+        if self.restored:
+            said.append(
+                f"{self.restored} clients' states are as of the checkpoint after round {self.checkpoint}"
+            )
+        if self.reset:
+            said.append(f"{self.reset} clients start afresh")
+        return ", ".join(said)
+
+
 class Manifest(_Strict):
     format: Literal[1] = 1
     fedmpi: str
@@ -77,6 +110,7 @@ class Manifest(_Strict):
     totals: Totals
     seconds: float
     ranks: list[Rank]
+    lost_ranks: list[Lost] = []
     files: dict[_Name, File] = {}
 
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fedmpi import config as configuration
 from fedmpi.comm.agree import leaves
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from fedmpi.engine.rounds import Simulation
 
 # What may differ between the run that wrote a checkpoint and the one that continues it: nothing that a result shows.
-FREE = ("rounds", "threads", "checkpoint", "store", "store_folder", "data.folder", "comm")
+FREE = ("rounds", "threads", "timeout", "checkpoint", "store", "store_folder", "data.folder", "comm")
 
 
 def restore(simulation: Simulation, folder: Path) -> tuple[Manifest, bytes]:
@@ -54,7 +55,7 @@ def restore(simulation: Simulation, folder: Path) -> tuple[Manifest, bytes]:
     state = comm.broadcast(state)
     with _agreed(comm):
         tensors = files.tensors(folder / "state.safetensors", state)
-        server, ledger = unnest(tensors, "server."), unnest(tensors, "ledger.")
+        server, ledger = _parts(tensors)
         _check_state(folder / "state.safetensors", server, ledger, simulation)
         stores = simulation.kept()
         for kept in stores.values():
@@ -64,6 +65,69 @@ def restore(simulation: Simulation, folder: Path) -> tuple[Manifest, bytes]:
                 _load_part(folder / name, file, stores)
     _take_over(simulation, described, server, ledger)
     return described, metrics
+
+
+class Found(NamedTuple):
+    """What a checkpoint has of some clients.
+
+    Attributes:
+      round: the rounds behind it; None where there is no checkpoint.
+      clients: those of them whose states it has.
+      seen: what each of all clients had last seen of the model.
+    """
+
+    round: int | None
+    clients: Tensor
+    seen: Tensor
+
+
+def restore_clients(simulation: Simulation, folder: Path, clients: Tensor, homes: Tensor) -> Found:
+    """Take over the states of some clients, at both ends, from the checkpoint in ``folder`` of the same run; all ranks
+    call this together.
+
+    Args:
+      clients: their ids; no store holds anything of them.
+      homes: the rank of each of all clients.
+
+    Raises:
+      CheckpointError: it cannot be used, the same on every rank; some states may have been taken over.
+    """
+    comm = simulation.comm
+    head = seen = b""
+    with _agreed(comm):
+        if comm.rank == 0:
+            files.plain_folder(folder)
+            head = files.read(folder / MANIFEST)
+            described = files.parse_manifest(folder / MANIFEST, head)
+            state = files.tensors(folder / "state.safetensors", _file(folder, described, "state.safetensors"))
+            _check_state(folder / "state.safetensors", *_parts(state), simulation)
+            seen = state["ledger.seen"].numpy().tobytes()
+    described = files.parse_manifest(folder / MANIFEST, comm.broadcast(head))
+    _check_run(folder, described, simulation)
+    seen_K = torch.frombuffer(bytearray(comm.broadcast(seen)), dtype=torch.int64)
+
+    def wanted(kept: Kept, here: bool) -> Kept:
+        def needs(clients_C: Tensor) -> Tensor:
+            rows = torch.isin(clients_C, clients).nonzero()[:, 0]
+            if here:
+                return rows[homes[clients_C[rows]] == comm.rank]
+            return rows[torch.isin(rows, kept.needs(clients_C))]
+
+        return kept._replace(needs=needs)
+
+    with _agreed(comm):
+        stores = {name: wanted(kept, name == "clients") for name, kept in simulation.kept().items()}
+        for name, file in described.files.items():
+            if file.store:
+                _load_part(folder / name, file, stores)
+    came = [torch.tensor(file.clients) for file in described.files.values() if file.store == "clients"]
+    came_C = torch.cat([clients[:0], *came])
+    return Found(described.round, clients[torch.isin(clients, came_C)], seen_K)
+
+
+def _parts(tensors: State) -> tuple[State, State]:
+    """The server's state and the ledger."""
+    return unnest(tensors, "server."), unnest(tensors, "ledger.")
 
 
 @contextmanager
@@ -166,6 +230,7 @@ def _take_over(simulation: Simulation, described: Manifest, server: State, ledge
     simulation.topology.load(server)
     for name, value in described.totals.model_dump().items():
         setattr(simulation, name, math.nan if value is None else value)
+    simulation.lost = [*described.lost_ranks, *simulation.lost]
     simulation.started -= described.seconds
     comm = simulation.comm
     for i, rank in enumerate(described.ranks):

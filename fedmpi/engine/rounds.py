@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,16 +16,18 @@ from torch import Tensor, nn
 import fedmpi
 from fedmpi import methods, random
 from fedmpi.comm.agree import agree, versions
-from fedmpi.comm.base import Comm, together
+from fedmpi.comm.base import Comm, LostError, together
 from fedmpi.comm.placement import own_cpus
 from fedmpi.config import Config
 from fedmpi.engine import ordered, updates
 from fedmpi.engine.checkpoint import Checkpoints
 from fedmpi.engine.clients import Trainer, Update, cohort, place, survivors
+from fedmpi.engine.faults import Faults
 from fedmpi.engine.ledger import Bytes, Ledger, ratios
+from fedmpi.engine.manifest import Lost
 from fedmpi.engine.progress import Display
 from fedmpi.engine.record import Record
-from fedmpi.engine.store import ClientStore, Kept, fits, make_store
+from fedmpi.engine.store import ClientStore, Kept, fits, make_store, nobody
 from fedmpi.engine.timing import Clock
 from fedmpi.engine.topology import Workers
 from fedmpi.errors import ConfigError, FedMPIError, NumericalError
@@ -54,60 +57,74 @@ def run(
       Stopped: a signal asked for it; a checkpoint is written.
       FedMPIError: what a user can mend; the same error on every rank.
     """
+    faults, lines = Faults(comm), None
+    while True:
+        display = Display(config.method.name, config.rounds, enabled=comm.rank == 0 and not quiet)
+        try:
+            if faults.simulation is None:
+                lines = _prepare(faults, config, out, resume, display)
+            return _train(faults, lines, display)
+        except LostError as error:
+            lost = faults.recover(error)
+            if faults.checkpoints:
+                lines = faults.checkpoints.metrics(faults.done)
+            for one in lost if comm.rank == 0 and not quiet else ():
+                print(f"fedmpi: {one}; {comm.size} ranks go on", file=sys.stderr, flush=True)
+        finally:
+            display.close()
+
+
+def _prepare(
+    faults: Faults, config: Config, out: Path | None, resume: bool, display: Display
+) -> bytes | None:
+    """Bring this rank to the first round that is to be done; returns the lines of metrics before it, if it resumes."""
+    comm = faults.comm
     with together(comm, "preparing the run"):
         config = config.for_ranks(comm.size)
         simulation = Simulation(config, comm)
     handshake(comm, config, simulation.spec)
+    display.say(simulation.memory)
     folder = comm.broadcast(str(out or "").encode()).decode()
-    display = Display(config.method.name, config.rounds, enabled=comm.rank == 0 and not quiet)
-    try:
-        display.say(simulation.memory)
-        if not folder:
-            _rounds(simulation, range(config.rounds), display)
-            return simulation.summary()
-        return _recorded(simulation, display, Path(folder), resume)
-    finally:
-        display.close()
-
-
-def _recorded(simulation: Simulation, display: Display, folder: Path, resume: bool) -> dict[str, Any]:
-    """Train with a folder for what comes of it."""
-    config, comm = simulation.config, simulation.comm
-    checkpoints = Checkpoints(folder, config.checkpoint, comm)
-    start, lines = checkpoints.load(simulation, display.say) if resume else (0, None)
-    display.start(start, simulation.bytes)
-    with together(comm, "preparing the run"):
-        record = None
-        if comm.rank == 0:
-            if start == 0:
+    checkpoints, start, lines = None, 0, None
+    if folder:
+        checkpoints = Checkpoints(Path(folder), config.checkpoint, comm)
+        start, lines = checkpoints.load(simulation, display.say) if resume else (0, None)
+        with together(comm, "preparing the run"):
+            if comm.rank == 0 and start == 0:
                 checkpoints.forget(resume)
-            record = Record(folder, config.plain(), start, lines)
-    simulation.asks = checkpoints.asks
-    try:
-        with checkpoints.listening():
-            _rounds(simulation, range(start, config.rounds), display, record, checkpoints)
+        simulation.asks = checkpoints.asks
+    simulation.set_threads()
+    faults.begin(simulation, checkpoints, start)
+    return lines
+
+
+def _train(faults: Faults, lines: bytes | None, display: Display) -> dict[str, Any]:
+    """Do the rounds that are left, and write what comes of them. ``lines`` are those before, None in a new run."""
+    simulation, checkpoints, comm = faults.simulation, faults.checkpoints, faults.comm
+    assert simulation is not None  # prepared
+    display.start(faults.done, simulation.bytes)
+    with ExitStack() as stack:
+        record = None
+        with together(comm, "preparing the run"):
+            if checkpoints and comm.rank == 0:
+                record = Record(checkpoints.run, simulation.config.plain(), faults.done, lines)
+                stack.callback(record.close)
+        with checkpoints.listening() if checkpoints else nullcontext():
+            _rounds(faults, simulation, display, record)
         summary = simulation.summary()
         with together(comm, "writing the results"):
             if simulation.error is not None:
                 raise simulation.error
             if record:
                 record.finish(summary, simulation.spec.views(simulation.topology.parameters()))
-    finally:
-        if record:
-            record.close()
+        comm.settle()  # from here on nobody is needed any more
     return summary
 
 
-def _rounds(
-    simulation: Simulation,
-    rounds: range,
-    display: Display,
-    record: Record | None = None,
-    checkpoints: Checkpoints | None = None,
-) -> None:
-    simulation.set_threads()
-    for t in rounds:
+def _rounds(faults: Faults, simulation: Simulation, display: Display, record: Record | None) -> None:
+    for t in range(faults.done, simulation.config.rounds):
         line = simulation.round(t)
+        faults.reached(t + 1)
         display.round(line)
         if not line["clients"]:
             display.say(f"round {t}: no message that counts, the model stays as it was")
@@ -116,8 +133,8 @@ def _rounds(
                 record.round(line)
             except FedMPIError as error:  # the others are in the next round already: it ends all in there
                 simulation.error = error
-        if checkpoints:
-            checkpoints.after(simulation, t + 1)
+        if faults.checkpoints:
+            faults.checkpoints.after(simulation, t + 1)
 
 
 def handshake(comm: Comm, config: Config, spec: Spec) -> None:
@@ -179,6 +196,7 @@ class Simulation:
             config.method, self.spec, Setup(config.seed, config.clients, config.server.rule)
         )
         self.clients, peers = self._store(self.method.up.init), self._store(self.method.up.init_peer)
+        self.stores = self.clients, peers
         self.memory = self._memory(peers)
         if self.method.server.samples > len(self.data.train.y):
             raise ConfigError(
@@ -192,9 +210,10 @@ class Simulation:
         self.trainer = Trainer(model, self.spec, self.objective.loss, config.local, config.seed, workers)
         self.ledger = Ledger(config.clients)
         self.clock = self._clock()
-        # Clients that keep state stay on the rank that keeps it.
-        self.homes = not self.clients.empty
         self.rejects = config.on_bad_update == "reject"
+        self.homes_K: Tensor | None = None  # each client's rank, where it does not follow from its number
+        self.dropped: dict[int, Tensor] = {}  # by round, the clients that were lost with a rank
+        self.lost: list[Lost] = []
         self.chunk = 1 if config.reproducible else max(1, _CHUNK_VALUES // self.spec.size)
         self.trained = self.participations = self.called = 0
         self.bytes = dict.fromkeys(_SUMMED[1:], 0)
@@ -209,12 +228,20 @@ class Simulation:
 
     def kept(self) -> dict[str, Kept]:
         """What this rank keeps of clients, for a checkpoint."""
-        workers, rank = self.topology.workers, self.comm.rank
+        rank = self.comm.rank
 
         def here(clients: Tensor) -> Tensor:
-            return place(clients, clients, workers, homes=True).get(rank, clients[:0])
+            home = self.home(clients)
+            return nobody(clients) if home is None else (home == rank).nonzero()[:, 0]
 
         return {"clients": Kept(self.clients, here, here), **self.topology.kept()}
+
+    def home(self, clients: Tensor) -> Tensor | None:
+        """The rank that keeps the state of each; None where they keep nothing and can train anywhere."""
+        if self.clients.empty and self.config.mode == "federated":
+            return None
+        workers = torch.tensor(self.topology.workers)
+        return workers[clients % len(workers)] if self.homes_K is None else self.homes_K[clients]
 
     def set_threads(self) -> None:
         """Give torch the threads that the configuration asks for; without a wish, as many of this rank's share of
@@ -261,7 +288,7 @@ class Simulation:
     def round(self, t: int) -> dict[str, Any]:
         """One round; returns its line of metrics."""
         started = time.monotonic()
-        call, status = self._call(t), _Status(self.counters, self.error)
+        call, status = self.call(t), _Status(self.counters, self.error)
         if t == 0 and self.method.server.samples:
             self._prepare()
         if self.clock:
@@ -283,13 +310,16 @@ class Simulation:
             line |= {"accuracy": self.accuracy, "test_loss": self.test_loss}
         return line | {"seconds": time.monotonic() - started}
 
-    def _call(self, t: int) -> _Call:
+    def call(self, t: int) -> _Call:
         """Who takes part in round t, with what weight, and where."""
         config = self.config
         called = cohort(config, self.partition, t)
         full = called[self.partition.sizes[called] > 0]  # who has no sample has nothing to send
+        clients = survivors(config, full, t)
+        if t in self.dropped:
+            clients = clients[~torch.isin(clients, self.dropped[t])]
         now = Round(config.seed, t, config.server_lr(t), self.rounds_per_epoch)
-        return self._among(now, called, survivors(config, full, t))
+        return self._among(now, called, clients)
 
     def _among(self, now: Round, called: Tensor, clients: Tensor) -> _Call:
         config, samples = self.config, self.partition.sizes[clients]
@@ -297,7 +327,7 @@ class Simulation:
         workers = config.mode == "data_parallel"
         by_samples = self.method.server.weighted and config.sampling != "weighted" and not workers
         weights = (samples if by_samples else torch.ones_like(samples)).double()
-        placed = place(clients, samples, self.topology.workers, self.homes or workers)
+        placed = place(clients, samples, self.topology.workers, self.home(clients))
         mine = placed.get(self.comm.rank, clients[:0])
         chunks = mine.split(self.chunk) if len(mine) else ()
         return _Call(now, called, clients, weights / weights.sum(), placed, chunks)
@@ -522,6 +552,7 @@ class Simulation:
             "ranks": self.comm.size,
             "topology": self.config.topology,
             "comm": self.comm.name,
+            "lost_ranks": [lost.model_dump() for lost in self.lost],
             "clients_by_rank": [trained for trained, _ in ranks],
             "wire_bytes": sum(sent for _, sent in ranks),
             "wire_bytes_by_rank": [sent for _, sent in ranks],

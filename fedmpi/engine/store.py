@@ -27,6 +27,9 @@ class ClientStore:
     def __init__(self, init: Callable[[], State]) -> None:
         self._template = init()
         self._states: dict[int, State] = {}
+        self._undo: list[
+            dict[int, State | None]
+        ] = []  # since the last two marks: what was there (None: nothing)
 
     @property
     def empty(self) -> bool:
@@ -47,6 +50,34 @@ class ClientStore:
         """Forget all of them."""
         self._states.clear()
 
+    def mark(self) -> None:
+        """What is put from here on can be taken back, as can what was put since the mark before."""
+        self._undo = [*self._undo[-1:], {}]
+
+    def rewind(self, marks: int) -> None:
+        """Take back what was put since so many marks, which are gone with it."""
+        for _ in range(marks):
+            for client, state in self._undo.pop().items():
+                self._set(client, state)
+
+    def settle(self) -> None:
+        """Nothing is taken back any more."""
+        self._undo = []
+
+    def forget(self, clients_C: Tensor) -> None:
+        """As if ``clients_C`` had never come."""
+        for client in clients_C.tolist():
+            self._set(client, None)
+
+    def _find(self, client: int) -> State | None:
+        return self._states.get(client)
+
+    def _set(self, client: int, state: State | None) -> None:
+        if state is None:
+            self._states.pop(client, None)
+        else:
+            self._states[client] = state
+
     @property
     def row(self) -> int:
         """Bytes that one client keeps."""
@@ -60,8 +91,10 @@ class ClientStore:
         """Keep the states of ``clients_C``."""
         if self._template:
             for i, client in enumerate(clients_C.tolist()):
+                if self._undo and client not in self._undo[-1]:
+                    self._undo[-1][client] = self._find(client)
                 # A row is cloned: a view would keep the whole chunk alive.
-                self._states[client] = {name: value[i].clone() for name, value in state.items()}
+                self._set(client, {name: value[i].clone() for name, value in state.items()})
 
 
 class MappedStore(ClientStore):
@@ -86,9 +119,9 @@ class MappedStore(ClientStore):
     def clear(self) -> None:
         self._known.zero_()
 
-    def _get(self, client: int) -> State:
+    def _find(self, client: int) -> State | None:
         if not self._known[client]:
-            return self._template
+            return None
         state = {name: torch.empty_like(value) for name, value in self._template.items()}
         for name, value in state.items():
             if value.nbytes:
@@ -96,14 +129,13 @@ class MappedStore(ClientStore):
         return state
 
     def get(self, clients_C: Tensor) -> State:
-        return stack([self._get(c) for c in clients_C.tolist()])
+        return stack([self._find(c) or self._template for c in clients_C.tolist()])
 
-    def put(self, clients_C: Tensor, state: State) -> None:
-        for i, client in enumerate(clients_C.tolist()):
-            self._known[client] = True
-            for name, value in state.items():
-                if value[i].nbytes:
-                    self._rows[name][client] = _raw(value[i].contiguous())
+    def _set(self, client: int, state: State | None) -> None:
+        self._known[client] = state is not None
+        for name, value in (state or {}).items():
+            if value.nbytes:
+                self._rows[name][client] = _raw(value)
 
 
 Choice = Callable[[Tensor], Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +32,29 @@ class Topology(ABC):
 
     def __init__(self, comm: Comm, method: Method, exact: bool) -> None:
         self.comm, self.method, self.exact = comm, method, exact
+        self.workers = self.crew()
 
     def kept(self) -> dict[str, Kept]:
         """What this rank keeps of each client as a receiver, by a name of lower-case letters. With ``state``, which
         rank 0 always aggregates, it is all that a checkpoint saves of a topology."""
         return {}
+
+    def held(self) -> dict[str, Any]:
+        """What this rank holds between rounds besides :meth:`kept`, by its attributes' names: for :meth:`take_back`."""
+        return {"state": self.state}
+
+    def take_back(self, held: dict[str, Any]) -> None:
+        """Hold again what was :meth:`held` earlier."""
+        for name, value in held.items():
+            setattr(self, name, value)
+
+    @abstractmethod
+    def crew(self) -> list[int]:
+        """The ranks that train clients, of those that there are."""
+
+    def fit(self) -> None:
+        """There are fewer ranks than before."""
+        self.workers = self.crew()
 
     def load(self, state: State) -> None:
         """Continue from what rank 0's ``state`` was; this rank's own is still that of θ₀, and what the stores of the
@@ -103,7 +122,10 @@ class AllReduce(Topology):
 
     def __init__(self, comm: Comm, method: Method, theta_D: Tensor, exact: bool, peers: ClientStore) -> None:
         super().__init__(comm, method, exact)
-        self.state, self.workers = method.server.init(theta_D), list(range(comm.size))
+        self.state = method.server.init(theta_D)
+
+    def crew(self) -> list[int]:
+        return list(range(self.comm.size))
 
     def start(
         self, up: Compressor, clients: Tensor, weights: Tensor, placed: dict[int, Tensor], round: Round
@@ -177,9 +199,11 @@ class Aggregator(Topology):
     def __init__(self, comm: Comm, method: Method, theta_D: Tensor, exact: bool, peers: ClientStore) -> None:
         super().__init__(comm, method, exact)
         server = method.server
-        self.workers = list(range(1, comm.size)) or [0]
         self.state = server.init(theta_D) if comm.rank == 0 else server.view(theta_D)
         self.peers = peers
+
+    def crew(self) -> list[int]:
+        return list(range(1, self.comm.size)) or [0]
 
     def kept(self) -> dict[str, Kept]:
         held = everybody if self.comm.rank == 0 else nobody

@@ -42,10 +42,11 @@ def both_ends_agree(simulation: Simulation) -> None:
     everybody = torch.arange(simulation.config.clients)
     belief = believed(simulation.method.up, simulation.clients.get(everybody))
     offers = [json.loads(part) for part in comm.gather(json.dumps(_hashes(belief, everybody)).encode())]
-    if comm.rank == 0 and simulation.homes:
+    if comm.rank == 0 and not simulation.clients.empty:
         held = _hashes(topology.peers.get(everybody), everybody)
-        for client in everybody.tolist():
-            home = topology.workers[client % len(topology.workers)]
+        homes = simulation.home(everybody)
+        assert homes is not None
+        for client, home in enumerate(homes.tolist()):
             assert offers[home][client] == held[client], f"client {client}: the two ends differ"
 
 
