@@ -128,7 +128,7 @@ def _config(arguments: argparse.Namespace) -> Config | FedMPIError:
 def _train_rank(arguments: argparse.Namespace, config: Config | FedMPIError, comm: Comm) -> int:
     from fedmpi.comm import together
     from fedmpi.comm.base import LostError
-    from fedmpi.engine.rounds import run
+    from fedmpi.engine.run import run
     from fedmpi.errors import Stopped
 
     try:

@@ -21,7 +21,8 @@ from fedmpi.comm import Comm, run_ranks, solo
 from fedmpi.config import ServerConfig
 from fedmpi.engine.clients import cohort
 from fedmpi.engine.ordered import Ordered
-from fedmpi.engine.rounds import Simulation, run
+from fedmpi.engine.rounds import Simulation
+from fedmpi.engine.run import run
 from fedmpi.errors import ConfigError, NumericalError
 from fedmpi.methods import METHODS
 from fedmpi.tasks.data import Split

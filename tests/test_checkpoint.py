@@ -30,7 +30,8 @@ from fedmpi.cli import main
 from fedmpi.comm import Comm, run_ranks, solo
 from fedmpi.engine import checkpoint, manifest
 from fedmpi.engine.checkpoint import Checkpoints
-from fedmpi.engine.rounds import Simulation, run
+from fedmpi.engine.rounds import Simulation
+from fedmpi.engine.run import run
 from fedmpi.errors import CheckpointError, ConfigError, FedMPIError, Stopped
 from fedmpi.methods import METHODS
 

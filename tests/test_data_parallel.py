@@ -11,7 +11,8 @@ from torch import nn
 from fedmpi.comm import run_ranks, solo
 from fedmpi.comm.base import Comm
 from fedmpi.config import Schedule, parse
-from fedmpi.engine.rounds import Simulation, run
+from fedmpi.engine.rounds import Simulation
+from fedmpi.engine.run import run
 from fedmpi.errors import ConfigError
 from fedmpi.methods import METHODS
 

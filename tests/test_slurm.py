@@ -20,7 +20,7 @@ import yaml
 
 from fedmpi import config
 from fedmpi.comm import solo
-from fedmpi.engine.rounds import run
+from fedmpi.engine.run import run
 
 from .conftest import SMALL
 

@@ -16,7 +16,8 @@ from fedmpi import config, random
 from fedmpi.analysis.report import report
 from fedmpi.comm import run_ranks, solo
 from fedmpi.engine.clients import cohort
-from fedmpi.engine.rounds import Simulation, run
+from fedmpi.engine.rounds import Simulation
+from fedmpi.engine.run import run
 from fedmpi.errors import ConfigError
 
 from .conftest import SMALL, Mpi, run_jobs

@@ -24,7 +24,7 @@ from fedmpi import config
 from fedmpi.analysis.report import report
 from fedmpi.comm import solo
 from fedmpi.engine.record import write_aside
-from fedmpi.engine.rounds import run
+from fedmpi.engine.run import run
 from fedmpi.errors import DataError, MessageError
 from fedmpi.message import Message, from_bytes, to_bytes
 

@@ -27,7 +27,7 @@ from fedmpi.analysis.runs import Run, load, words
 from fedmpi.comm import Comm, together
 from fedmpi.comm.groups import split
 from fedmpi.engine.record import write_aside
-from fedmpi.engine.rounds import run
+from fedmpi.engine.run import run
 from fedmpi.errors import ConfigError, FedMPIError, Stopped
 
 _ERROR = "error.txt"

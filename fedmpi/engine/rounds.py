@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,18 +12,14 @@ from torch import Tensor, nn
 
 import fedmpi
 from fedmpi import methods, random
-from fedmpi.comm.agree import agree, versions
-from fedmpi.comm.base import Comm, LostError, together
+from fedmpi.comm.base import Comm, together
 from fedmpi.comm.placement import own_cpus
 from fedmpi.config import Config
 from fedmpi.engine import ordered, updates
-from fedmpi.engine.checkpoint import Checkpoints
 from fedmpi.engine.clients import Trainer, Update, cohort, place, survivors
-from fedmpi.engine.faults import Faults
-from fedmpi.engine.ledger import Bytes, Ledger, ratios
+from fedmpi.engine.ledger import Ledger, ratios
 from fedmpi.engine.manifest import Lost
-from fedmpi.engine.progress import Display
-from fedmpi.engine.record import Record
+from fedmpi.engine.status import SUMMED, Status
 from fedmpi.engine.store import ClientStore, Kept, fits, make_store, nobody
 from fedmpi.engine.timing import Clock
 from fedmpi.engine.topology import Workers
@@ -39,111 +32,6 @@ from fedmpi.spec import Spec
 from fedmpi.tasks import data, models, objectives, partitions
 
 _CHUNK_VALUES = 1 << 22  # gradients of so many numbers are held at a time
-
-
-def run(
-    config: Config, comm: Comm, out: Path | None = None, quiet: bool = False, resume: bool = False
-) -> dict[str, Any]:
-    """Train, and return the summary (the same on every rank).
-
-    Args:
-      config: the run.
-      comm: this rank's end; every rank calls ``run`` with the same configuration.
-      out: the run's folder (rank 0's counts); without one nothing is written, and signals are not listened to.
-      quiet: show nothing.
-      resume: continue from the last checkpoint in ``out``, where there is one.
-
-    Raises:
-      Stopped: a signal asked for it; a checkpoint is written.
-      FedMPIError: what a user can mend; the same error on every rank.
-    """
-    faults, lines = Faults(comm), None
-    while True:
-        display = Display(config.method.name, config.rounds, enabled=comm.rank == 0 and not quiet)
-        try:
-            if faults.simulation is None:
-                lines = _prepare(faults, config, out, resume, display)
-            return _train(faults, lines, display)
-        except LostError as error:
-            lost = faults.recover(error)
-            if faults.checkpoints:
-                lines = faults.checkpoints.metrics(faults.done)
-            for one in lost if comm.rank == 0 and not quiet else ():
-                print(f"fedmpi: {one}; {comm.size} ranks go on", file=sys.stderr, flush=True)
-        finally:
-            display.close()
-
-
-def _prepare(
-    faults: Faults, config: Config, out: Path | None, resume: bool, display: Display
-) -> bytes | None:
-    """Bring this rank to the first round that is to be done; returns the lines of metrics before it, if it resumes."""
-    comm = faults.comm
-    with together(comm, "preparing the run"):
-        config = config.for_ranks(comm.size)
-        simulation = Simulation(config, comm)
-    handshake(comm, config, simulation.spec)
-    display.say(simulation.memory)
-    folder = comm.broadcast(str(out or "").encode()).decode()
-    checkpoints, start, lines = None, 0, None
-    if folder:
-        checkpoints = Checkpoints(Path(folder), config.checkpoint, comm)
-        start, lines = checkpoints.load(simulation, display.say) if resume else (0, None)
-        with together(comm, "preparing the run"):
-            if comm.rank == 0 and start == 0:
-                checkpoints.forget(resume)
-        simulation.asks = checkpoints.asks
-    simulation.set_threads()
-    faults.begin(simulation, checkpoints, start)
-    return lines
-
-
-def _train(faults: Faults, lines: bytes | None, display: Display) -> dict[str, Any]:
-    """Do the rounds that are left, and write what comes of them. ``lines`` are those before, None in a new run."""
-    simulation, checkpoints, comm = faults.simulation, faults.checkpoints, faults.comm
-    assert simulation is not None  # prepared
-    display.start(faults.done, simulation.bytes)
-    with ExitStack() as stack:
-        record = None
-        with together(comm, "preparing the run"):
-            if checkpoints and comm.rank == 0:
-                record = Record(checkpoints.run, simulation.config.plain(), faults.done, lines)
-                stack.callback(record.close)
-        with checkpoints.listening() if checkpoints else nullcontext():
-            _rounds(faults, simulation, display, record)
-        summary = simulation.summary()
-        with together(comm, "writing the results"):
-            if simulation.error is not None:
-                raise simulation.error
-            if record:
-                record.finish(summary, simulation.spec.views(simulation.topology.parameters()))
-        comm.settle()  # from here on nobody is needed any more
-    return summary
-
-
-def _rounds(faults: Faults, simulation: Simulation, display: Display, record: Record | None) -> None:
-    for t in range(faults.done, simulation.config.rounds):
-        line = simulation.round(t)
-        faults.reached(t + 1)
-        display.round(line)
-        if not line["clients"]:
-            display.say(f"round {t}: no message that counts, the model stays as it was")
-        if record:
-            try:
-                record.round(line)
-            except FedMPIError as error:  # the others are in the next round already: it ends all in there
-                simulation.error = error
-        if faults.checkpoints:
-            faults.checkpoints.after(simulation, t + 1)
-
-
-def handshake(comm: Comm, config: Config, spec: Spec) -> None:
-    """Ranks that disagree find out here.
-
-    Raises:
-      CommError: on every rank, naming the first difference and both values.
-    """
-    agree(comm, {**versions(), **config.plain(), "parameters": spec.plain()})
 
 
 class _Call(NamedTuple):
@@ -216,7 +104,7 @@ class Simulation:
         self.lost: list[Lost] = []
         self.chunk = 1 if config.reproducible else max(1, _CHUNK_VALUES // self.spec.size)
         self.trained = self.participations = self.called = 0
-        self.bytes = dict.fromkeys(_SUMMED[1:], 0)
+        self.bytes = dict.fromkeys(SUMMED[1:], 0)
         self.counters = (*self.method.up.counters, *updates.counters(config, self.partition))
         self.counts: dict[str, int] = dict.fromkeys(self.counters, 0)
         self.simulated_seconds = 0.0
@@ -288,7 +176,7 @@ class Simulation:
     def round(self, t: int) -> dict[str, Any]:
         """One round; returns its line of metrics."""
         started = time.monotonic()
-        call, status = self.call(t), _Status(self.counters, self.error)
+        call, status = self.call(t), Status(self.counters, self.error)
         if t == 0 and self.method.server.samples:
             self._prepare()
         if self.clock:
@@ -332,7 +220,7 @@ class Simulation:
         chunks = mine.split(self.chunk) if len(mine) else ()
         return _Call(now, called, clients, weights / weights.sum(), placed, chunks)
 
-    def _in_time(self, call: _Call, status: _Status) -> _Call:
+    def _in_time(self, call: _Call, status: Status) -> _Call:
         """The call of those only whose message comes in time; the others have downloaded, and keep what they had."""
         if self.clock is None:
             return call
@@ -345,7 +233,7 @@ class Simulation:
         """The clients whose downloads this rank makes and counts."""
         return call.called[self.topology.served(len(call.called))]
 
-    def _passes(self, call: _Call, status: _Status) -> Tensor:
+    def _passes(self, call: _Call, status: Status) -> Tensor:
         """Train this rank's clients and send their messages, in one pass or two over the same gradients. Returns whose
         message counts, bool, by positions in ``call.clients``."""
         first, up, topology = self.method.first, self.method.up, self.topology
@@ -380,7 +268,7 @@ class Simulation:
         self.comm.sum([sent_C])
         return sent_C.bool()
 
-    def _account(self, call: _Call, status: _Status, sent_C: Tensor) -> dict[str, Any]:
+    def _account(self, call: _Call, status: Status, sent_C: Tensor) -> dict[str, Any]:
         """Add the round to the run's totals, and return its line of metrics."""
         total, sent = status.total, int(sent_C.sum())
         total["rejected"] = len(call.clients) - sent
@@ -409,7 +297,7 @@ class Simulation:
         self.simulated_seconds += seconds
         return {"simulated_seconds": seconds}
 
-    def _exchange(self, status: _Status, t: int) -> None:
+    def _exchange(self, status: Status, t: int) -> None:
         """Add up what the ranks counted; when one has failed, all fail with its error.
 
         Raises:
@@ -441,7 +329,7 @@ class Simulation:
         sent = self.comm.broadcast(to_bytes(Message({"gradient": g_1D})))
         self.topology.prepare(from_bytes(sent).arrays["gradient"][0])
 
-    def _train(self, call: _Call, positions: Tensor, status: _Status) -> tuple[Tensor, Update]:
+    def _train(self, call: _Call, positions: Tensor, status: Status) -> tuple[Tensor, Update]:
         """Train some of this rank's clients; returns those of their positions whose update is usable, and the updates.
 
         Raises:
@@ -471,7 +359,7 @@ class Simulation:
         return positions[rows], update
 
     def _send(
-        self, codec: Compressor, update: Update, positions: Tensor, ctx: Context, status: _Status
+        self, codec: Compressor, update: Update, positions: Tensor, ctx: Context, status: Status
     ) -> Tensor:
         """Compress some of this rank's clients' gradients and hand the messages over; returns the positions of those
         whose message counts."""
@@ -561,43 +449,3 @@ class Simulation:
             "reproducible": self.config.reproducible,
             "version": fedmpi.__version__,
         }
-
-
-_SUMMED = ("loss", "upload", "upload_values", "download", "download_values")
-
-
-class _Status:
-    """What a rank counts in a pass, and whether it failed: added up over ranks in one small collective."""
-
-    def __init__(self, counters: tuple[str, ...], error: FedMPIError | None) -> None:
-        self.total = dict.fromkeys((*_SUMMED, *counters), 0)
-        self._counters, self.error = counters, error
-        self.reset()
-
-    def reset(self) -> None:
-        self.loss, self.upload, self.download = 0, Bytes(), Bytes()
-        self._counts = dict.fromkeys(self._counters, 0)
-
-    def count(self, counts: dict[str, int]) -> None:
-        for name, n in counts.items():
-            self._counts[name] += n
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Keep an error for :meth:`collect`, where all ranks meet."""
-        try:
-            yield
-        except FedMPIError as error:
-            self.error = self.error or error
-
-    def collect(self, comm: Comm, asks: tuple[bool, bool]) -> bool:
-        """Add this pass's counts of all ranks to :attr:`total`, and ``asks`` up in :attr:`asked`; returns whether any
-        rank failed."""
-        sent = (self.upload.all, self.upload.values, self.download.all, self.download.values)
-        sums = torch.tensor([self.loss, *sent, *self._counts.values(), *asks, self.error is not None])
-        comm.sum([sums])
-        *counts, stop, save, failed = sums.tolist()
-        self.asked = (bool(stop), bool(save))
-        for name, n in zip(self.total, counts, strict=True):
-            self.total[name] += n
-        return bool(failed)

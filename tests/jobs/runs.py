@@ -16,7 +16,8 @@ import torch
 
 from fedmpi import config
 from fedmpi.comm import Comm, connect
-from fedmpi.engine.rounds import Simulation, handshake
+from fedmpi.engine.rounds import Simulation
+from fedmpi.engine.run import handshake
 from fedmpi.engine.topology import Aggregator
 from fedmpi.method import State, believed
 

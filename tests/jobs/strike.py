@@ -23,9 +23,10 @@ from runs import both_ends_agree
 
 from fedmpi.cli import main
 from fedmpi.comm import Comm
-from fedmpi.engine import rounds
+from fedmpi.engine import run
 from fedmpi.engine.checkpoint import Checkpoints
-from fedmpi.engine.rounds import Simulation, _Status
+from fedmpi.engine.rounds import Simulation
+from fedmpi.engine.status import Status
 
 ranks, how, where, at = sys.argv[1].split()
 now, struck, started = -1, False, 0.0
@@ -56,8 +57,8 @@ def strike(place: str, comm: Comm, simulation: Simulation | None = None) -> None
         os.kill(os.getpid(), getattr(signal, how))
 
 
-handshake = rounds.handshake
-original = Simulation.round, Simulation._send, _Status.collect, Checkpoints._write_store, Simulation.summary
+handshake = run.handshake
+original = Simulation.round, Simulation._send, Status.collect, Checkpoints._write_store, Simulation.summary
 
 
 def prepare(comm: Comm, *arguments: Any) -> None:
@@ -80,7 +81,7 @@ def send(self: Simulation, *arguments: Any) -> None:
     strike("compress", self.comm)
 
 
-def collect(self: _Status, comm: Any, asks: Any) -> bool:
+def collect(self: Status, comm: Any, asks: Any) -> bool:
     if where == "collective" and str(comm.members[comm.rank]) in ranks.split(","):
         time.sleep(0.2)
         strike("collective", comm)
@@ -99,10 +100,10 @@ def summary(self: Simulation) -> dict[str, Any]:
     return original[4](self)
 
 
-rounds.handshake = prepare
+run.handshake = prepare
 Simulation.round = round  # type: ignore[method-assign]
 Simulation._send = send  # type: ignore[method-assign]
-_Status.collect = collect  # type: ignore[method-assign]
+Status.collect = collect  # type: ignore[method-assign]
 Checkpoints._write_store = write  # type: ignore[method-assign]
 Simulation.summary = summary  # type: ignore[method-assign]
 sys.exit(main(["train", *sys.argv[2:]]))

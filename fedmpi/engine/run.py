@@ -1,0 +1,124 @@
+"""A run from its configuration to its summary: prepare, train, record; again among the survivors when a rank ends."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+from fedmpi.comm.agree import agree, versions
+from fedmpi.comm.base import Comm, LostError, together
+from fedmpi.config import Config
+from fedmpi.engine.checkpoint import Checkpoints
+from fedmpi.engine.faults import Faults
+from fedmpi.engine.progress import Display
+from fedmpi.engine.record import Record
+from fedmpi.engine.rounds import Simulation
+from fedmpi.errors import FedMPIError
+from fedmpi.spec import Spec
+
+
+def run(
+    config: Config, comm: Comm, out: Path | None = None, quiet: bool = False, resume: bool = False
+) -> dict[str, Any]:
+    """Train, and return the summary (the same on every rank).
+
+    Args:
+      config: the run.
+      comm: this rank's end; every rank calls ``run`` with the same configuration.
+      out: the run's folder (rank 0's counts); without one nothing is written, and signals are not listened to.
+      quiet: show nothing.
+      resume: continue from the last checkpoint in ``out``, where there is one.
+
+    Raises:
+      Stopped: a signal asked for it; a checkpoint is written.
+      FedMPIError: what a user can mend; the same error on every rank.
+    """
+    faults, lines = Faults(comm), None
+    while True:
+        display = Display(config.method.name, config.rounds, enabled=comm.rank == 0 and not quiet)
+        try:
+            if faults.simulation is None:
+                lines = _prepare(faults, config, out, resume, display)
+            return _train(faults, lines, display)
+        except LostError as error:
+            lost = faults.recover(error)
+            if faults.checkpoints:
+                lines = faults.checkpoints.metrics(faults.done)
+            for one in lost if comm.rank == 0 and not quiet else ():
+                print(f"fedmpi: {one}; {comm.size} ranks go on", file=sys.stderr, flush=True)
+        finally:
+            display.close()
+
+
+def _prepare(
+    faults: Faults, config: Config, out: Path | None, resume: bool, display: Display
+) -> bytes | None:
+    """Bring this rank to the first round that is to be done; returns the lines of metrics before it, if it resumes."""
+    comm = faults.comm
+    with together(comm, "preparing the run"):
+        config = config.for_ranks(comm.size)
+        simulation = Simulation(config, comm)
+    handshake(comm, config, simulation.spec)
+    display.say(simulation.memory)
+    folder = comm.broadcast(str(out or "").encode()).decode()
+    checkpoints, start, lines = None, 0, None
+    if folder:
+        checkpoints = Checkpoints(Path(folder), config.checkpoint, comm)
+        start, lines = checkpoints.load(simulation, display.say) if resume else (0, None)
+        with together(comm, "preparing the run"):
+            if comm.rank == 0 and start == 0:
+                checkpoints.forget(resume)
+        simulation.asks = checkpoints.asks
+    simulation.set_threads()
+    faults.begin(simulation, checkpoints, start)
+    return lines
+
+
+def _train(faults: Faults, lines: bytes | None, display: Display) -> dict[str, Any]:
+    """Do the rounds that are left, and write what comes of them. ``lines`` are those before, None in a new run."""
+    simulation, checkpoints, comm = faults.simulation, faults.checkpoints, faults.comm
+    assert simulation is not None  # prepared
+    display.start(faults.done, simulation.bytes)
+    with ExitStack() as stack:
+        record = None
+        with together(comm, "preparing the run"):
+            if checkpoints and comm.rank == 0:
+                record = Record(checkpoints.run, simulation.config.plain(), faults.done, lines)
+                stack.callback(record.close)
+        with checkpoints.listening() if checkpoints else nullcontext():
+            _rounds(faults, simulation, display, record)
+        summary = simulation.summary()
+        with together(comm, "writing the results"):
+            if simulation.error is not None:
+                raise simulation.error
+            if record:
+                record.finish(summary, simulation.spec.views(simulation.topology.parameters()))
+        comm.settle()  # from here on nobody is needed any more
+    return summary
+
+
+def _rounds(faults: Faults, simulation: Simulation, display: Display, record: Record | None) -> None:
+    for t in range(faults.done, simulation.config.rounds):
+        line = simulation.round(t)
+        faults.reached(t + 1)
+        display.round(line)
+        if not line["clients"]:
+            display.say(f"round {t}: no message that counts, the model stays as it was")
+        if record:
+            try:
+                record.round(line)
+            except FedMPIError as error:  # the others are in the next round already: it ends all in there
+                simulation.error = error
+        if faults.checkpoints:
+            faults.checkpoints.after(simulation, t + 1)
+
+
+def handshake(comm: Comm, config: Config, spec: Spec) -> None:
+    """Ranks that disagree find out here.
+
+    Raises:
+      CommError: on every rank, naming the first difference and both values.
+    """
+    agree(comm, {**versions(), **config.plain(), "parameters": spec.plain()})
