@@ -31,6 +31,8 @@ def test_the_verdict_prefers_bf16_unless_something_clearly_wins() -> None:
     assert verdict([BF16, close], BF16, 2).startswith("Stay with bf16")
     clear = Row("signsgd", 0.001, 0.001, 0.002, 1e5)
     assert "Use signsgd: 4.0 ms a step against 22.0 ms with bf16 (5.5x)" in verdict([BF16, clear], BF16, 2)
+    dense = Row("dense", 0.0, 0.004, 0.001, 4e6)
+    assert verdict([dense, BF16], BF16, 2) == "Do not compress: 5.0 ms a step against 22.0 ms with bf16."
     assert "start this under mpirun" in verdict([BF16], BF16, 1)
 
 
@@ -61,7 +63,7 @@ def test_the_command_under_mpirun(openmpi: Mpi) -> None:
     assert "200,000 parameters, 2 ranks over Open MPI" in done.stdout
     for label in ("bf16", "signsgd", "intrinsic (dim: 2000)"):
         assert sum(line.startswith(label) for line in done.stdout.splitlines()) == 1
-    assert done.stdout.splitlines()[-1].startswith(("Stay with bf16", "Use "))
+    assert done.stdout.splitlines()[-1].startswith(("Stay with bf16", "Use ", "Do not compress"))
     wrong = openmpi(2, "-m", "fedmpi", "advise", "--method", "[1]")
     assert wrong.returncode != 0
     assert "--method: expected a name or {name: …}, got [1]" in wrong.stderr
