@@ -190,7 +190,9 @@ def verdict(rows: Sequence[Row], bf16: Row, ranks: int) -> str:
     if bf16.total <= _NEAR * best.total:
         return f"Stay with bf16: {1e3 * bf16.total:.1f} ms a step; nothing here saves more than 5 % of it."
     if best.label == "dense":
-        return f"Do not compress: {1e3 * best.total:.1f} ms a step against {1e3 * bf16.total:.1f} ms with bf16."
+        return (
+            f"Do not compress: {1e3 * best.total:.1f} ms a step against {1e3 * bf16.total:.1f} ms with bf16."
+        )
     return (
         f"Use {best.label}: {1e3 * best.total:.1f} ms a step against {1e3 * bf16.total:.1f} ms with bf16 "
         f"({bf16.total / best.total:.1f}x), if its accuracy suits you."
