@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from fedmpi.spec import Spec
 from fedmpi.tasks import data, models, objectives, partitions
 
 _CHUNK_VALUES = 1 << 22  # gradients of so many numbers are held at a time
+_WORTH = 0.8  # of one thread's time: on a busy machine several threads wait for each other
 
 
 class _Call(NamedTuple):
@@ -132,15 +134,16 @@ class Simulation:
         return workers[clients % len(workers)] if self.homes_K is None else self.homes_K[clients]
 
     def set_threads(self) -> None:
-        """Give torch the threads that the configuration asks for; without a wish, as many of this rank's share of
-        the cores as make a step fastest (small models are faster on one)."""
+        """Give torch the threads that the configuration (or OMP_NUM_THREADS) asks for; without a wish, this rank's
+        share of the cores where they make a step clearly faster (small models are faster on one)."""
         config, share = self.config, own_cpus(self.comm)
-        if config.reproducible or config.threads or share < 2:
-            torch.set_num_threads(1 if config.reproducible else config.threads or 1)
+        wish = config.threads or (torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None)
+        if config.reproducible or wish or share < 2:
+            torch.set_num_threads(1 if config.reproducible else wish or 1)
             return
         batch = config.local.batch or int(self.partition.sizes.double().mean())
-        times = {n: self.trainer.time(self.data.train, batch, n) for n in (1, share)}
-        torch.set_num_threads(min(times, key=times.__getitem__))
+        one, all_ = (self.trainer.time(self.data.train, batch, n) for n in (1, share))
+        torch.set_num_threads(share if all_ < _WORTH * one else 1)
 
     def _store(self, init: Callable[[], State]) -> ClientStore:
         config = self.config
