@@ -99,6 +99,12 @@ def _train_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParse
     train.add_argument(
         "--local-ranks", type=analysis.positive, default=1, metavar="N", help="run N ranks as threads"
     )
+    train.add_argument(
+        "--profile",
+        action="store_true",
+        help="show where the rounds' time goes (load, compute, encode, wire, decode, server, evaluate), and write "
+        "profile.json and trace.json.gz, for ui.perfetto.dev, into the run's folder",
+    )
     train.add_argument("--quiet", action="store_true", help="no progress, only errors")
     train.set_defaults(run=_train)
 
@@ -142,7 +148,8 @@ def _train_rank(arguments: argparse.Namespace, config: Config | FedMPIError, com
         if comm.rank == 0 < comm.size - arguments.local_ranks and not arguments.quiet:
             # When a rank dies, a launcher may end the others before they can speak.
             print(f"fedmpi: if it is cut short, continue with:\n{comm.last_words}", end="", file=sys.stderr)
-        summary = run(config, comm, out, quiet=arguments.quiet, resume=arguments.resume is not None)
+        resume = arguments.resume is not None
+        summary = run(config, comm, out, quiet=arguments.quiet, resume=resume, profile=arguments.profile)
     except Stopped as stopped:
         if comm.rank == 0:
             _complain(stopped, comm.last_words)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedmpi import random
 from fedmpi.config import Config, Local
+from fedmpi.engine.profile import phase
 from fedmpi.spec import Spec
 from fedmpi.tasks.data import Split
 from fedmpi.tasks.partitions import Partition
@@ -183,7 +184,8 @@ class Trainer:
         velocity_D = torch.zeros_like(self.theta_D) if self.local.momentum else None
         total, seen = 0.0, 0
         for step in range(self.steps(n)):
-            chosen = self._batch(index, batch, client, round, step)
+            with phase("load"):
+                chosen = self._batch(index, batch, client, round, step)
             self.grad_D.zero_()
             loss = self._backward(data, chosen)
             direction_D = self.grad_D
@@ -221,8 +223,10 @@ class Trainer:
         total = 0.0
         mixed = self.local.precision == "bfloat16"
         for part in chosen.chunk(self.local.accumulate):
+            with phase("load"):
+                x, y = data.x[part], data.y[part]
             with torch.autocast(self.theta_D.device.type, torch.bfloat16, enabled=mixed):
-                loss = self.loss(self.model(data.x[part]), data.y[part])
+                loss = self.loss(self.model(x), y)
             share = len(part) / len(chosen)
             (loss if share == 1 else loss * share).backward()
             total += loss.item() * share
