@@ -80,6 +80,27 @@ def _kernels(arguments: argparse.Namespace) -> Outcome:
     return kernels.run(arguments.size, arguments.repeats)
 
 
+def _methods_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "methods",
+        nargs="*",
+        metavar="METHOD",
+        help="only these, as YAML: topk or '{name: topk, ratio: 0.01}'",
+    )
+    parser.add_argument("--size", type=_log2, default=20, metavar="LOG2", help="of 2^LOG2 parameters (20)")
+    parser.add_argument(
+        "--clients", type=positive, default=4, metavar="C", help="that are coded at a time (4)"
+    )
+    _repeats(parser)
+
+
+def _methods(arguments: argparse.Namespace) -> Outcome:
+    from fedmpi.bench import methods
+
+    return methods.run(arguments.size, arguments.clients, arguments.repeats, arguments.methods)
+
+
 BENCHES: dict[str, Bench] = {
     "kernels": Bench("the kernels, against copying the vector they work on", _kernels_arguments, _kernels),
+    "methods": Bench("each method's coding, against copying the gradients", _methods_arguments, _methods),
 }
