@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmpi.analysis import commands as analysis
+from fedmpi.bench import commands as bench
 from fedmpi.errors import FedMPIError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _data_arguments(commands)
     _advise_arguments(commands)
     analysis.add(commands)
-    _bench_arguments(commands)
+    bench.add(commands)
     doctor = commands.add_parser(
         "doctor", help="show what MPI, torch, GPUs and launcher are here, and try them"
     )
@@ -98,6 +99,12 @@ def _train_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParse
     train.add_argument(
         "--local-ranks", type=analysis.positive, default=1, metavar="N", help="run N ranks as threads"
     )
+    train.add_argument(
+        "--profile",
+        action="store_true",
+        help="show where the rounds' time goes (load, compute, encode, wire, decode, server, evaluate), and write "
+        "profile.json and trace.json.gz, for ui.perfetto.dev, into the run's folder",
+    )
     train.add_argument("--quiet", action="store_true", help="no progress, only errors")
     train.set_defaults(run=_train)
 
@@ -141,7 +148,8 @@ def _train_rank(arguments: argparse.Namespace, config: Config | FedMPIError, com
         if comm.rank == 0 < comm.size - arguments.local_ranks and not arguments.quiet:
             # When a rank dies, a launcher may end the others before they can speak.
             print(f"fedmpi: if it is cut short, continue with:\n{comm.last_words}", end="", file=sys.stderr)
-        summary = run(config, comm, out, quiet=arguments.quiet, resume=arguments.resume is not None)
+        resume = arguments.resume is not None
+        summary = run(config, comm, out, quiet=arguments.quiet, resume=resume, profile=arguments.profile)
     except Stopped as stopped:
         if comm.rank == 0:
             _complain(stopped, comm.last_words)
@@ -333,41 +341,6 @@ def _show(arguments: argparse.Namespace) -> int:
     plot(held, title, path)
     print(f"picture: {path}")
     return 0
-
-
-def _bench_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    bench = commands.add_parser("bench", help="measure speeds, as ratios to a reference in the same run")
-    kinds = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")
-    kernels = kinds.add_parser("kernels", help="the kernels, against copying the vector they work on")
-    kernels.add_argument("--size", type=_log2, default=27, metavar="LOG2", help="of 2^LOG2 numbers (27)")
-    kernels.add_argument(
-        "--threads", type=analysis.positive, metavar="N", help="torch's threads (default: torch's)"
-    )
-    kernels.add_argument("--repeats", type=analysis.positive, default=5, metavar="N", help="turns a case (5)")
-    kernels.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    kernels.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
-    kernels.set_defaults(run=_bench_kernels)
-
-
-def _log2(text: str) -> int:
-    if not text.isdigit() or not 17 <= int(text) <= 32:
-        raise argparse.ArgumentTypeError(f"expected the power of two, from 17 to 32, got {text!r}")
-    return int(text)
-
-
-def _bench_kernels(arguments: argparse.Namespace) -> int:
-    import torch
-
-    from fedmpi.bench.kernels import run
-
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    table = run(arguments.size, arguments.repeats)
-    print(table.json() if arguments.json else table.text())
-    missed = table.missed() if arguments.check else []
-    if missed:
-        print(f"fedmpi: missed: {', '.join(missed)}", file=sys.stderr)
-    return 1 if missed else 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from fedmpi import cli
 from fedmpi.bench import kernels, timing
 from fedmpi.bench.timing import Row, Spread, Table, measure
 from fedmpi.bench.waivers import WAIVERS, Waiver
+from fedmpi.methods import METHODS
 
 
 def row(name: str, ratio: float, target: float | None) -> Row:
@@ -103,3 +104,51 @@ def test_more_than_the_memory_is_refused(
     monkeypatch.setattr(kernels.os, "sysconf", lambda name: 1 << 10)
     assert cli.main(["bench", "kernels", "--size", "20"]) == 2
     assert "--size: 2^20 numbers need 24 MiB of memory, there are 1" in capsys.readouterr().err
+
+
+def test_bench_methods_for_real(capsys: pytest.CaptureFixture[str]) -> None:
+    """A row a method, with the bytes that a client's message has; no target, so that --check passes."""
+    command = ["bench", "methods", "--size", "17", "--clients", "2", "--repeats", "1", "--check"]
+    assert cli.main([*command, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["bench"], answer["parameters"], answer["clients"]) == ("methods", "2^17", 2)
+    assert [r["method"]["name"] for r in answer["rows"]] == list(METHODS)
+    size = {r["method"]["name"]: r["bytes"] for r in answer["rows"]}
+    matrix = 4 * (256 + 512) * METHODS["powersgd"].example["rank"]
+    assert (size["dense"], size["bf16"], size["signsgd"], size["intrinsic"], size["powersgd"]) == (
+        4 << 17,
+        2 << 17,
+        (1 << 17) // 8,
+        4 * METHODS["intrinsic"].example["dim"],
+        matrix,  # both passes
+    )
+    assert size["lookback"] < 10, "the third message of the same gradient is a scalar"
+    assert all(r["compression"] == (4 << 17) / r["bytes"] for r in answer["rows"])
+    parts = [
+        r[part]["ratio"]["median"] for r in answer["rows"] for part in ("compress", "decompress", "finish")
+    ]
+    assert all(ratio > 0 for ratio in parts)
+
+
+def test_bench_methods_of_your_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "methods", "--size", "17", "--clients", "1", "--repeats", "1"]
+    assert cli.main([*command, "{name: qsgd, bits: 2}", "dense"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["method", "bytes", "smaller", "compress", "decompress", "finish"]
+    assert lines[2].startswith("{name: qsgd, bits: 2}")
+    assert "1.0x" in lines[3]
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{name: topq}", "METHOD.name: unknown 'topq'; did you mean 'topk'?"),
+        ("{name: topk", "METHOD: expected YAML, got '{name: topk'"),
+        ("[1]", "METHOD: expected a name or {name: …}, got [1]"),
+        ("{name: topk, k: 200000}", "expected 1 to 131072"),
+    ],
+)
+def test_a_wrong_method_is_named(given: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "methods", given, "--size", "17", "--clients", "1"]) == 2
+    assert said in capsys.readouterr().err

@@ -28,7 +28,8 @@ LAYERS = {
     | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks", "validation"},
     "integrations": BASE
     | {"comm", "engine", "message", "method", "methods", "spec", "validation"},  # never what runs a job
-    "bench": BASE | {"ops"},
+    "bench": BASE
+    | {"analysis", "comm", "config", "engine", "message", "method", "methods", "ops", "spec", "tasks"},
     "doctor": {"comm", "errors"},
     "cli": {
         "integrations",

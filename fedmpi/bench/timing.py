@@ -49,6 +49,14 @@ class Row(NamedTuple):
     def met(self) -> bool:
         return self.target is None or self.ratio.median <= self.target
 
+    def plain(self) -> dict[str, dict[str, float]]:
+        """What was measured, for JSON."""
+        return {
+            "seconds": self.seconds._asdict(),
+            "reference_seconds": self.reference._asdict(),
+            "ratio": self.ratio._asdict(),
+        }
+
 
 def measure(name: str, work: Work, reference: Work, target: float | None, repeats: int) -> Row:
     """Time ``work`` between two turns of ``reference``, ``repeats`` times after one that does not count, so that what
@@ -77,6 +85,12 @@ def clock(work: Work) -> float:
     end_event.synchronize()
     milliseconds: float = begin_event.elapsed_time(end_event)
     return milliseconds / 1000
+
+
+def columns(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of words as columns."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 class Table(NamedTuple):
@@ -117,23 +131,19 @@ class Table(NamedTuple):
             )
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-        table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in (head, *lines)]
         facts = ", ".join(f"{name} {value}" for name, value in self.facts.items())
         notes = [
             f"{row.name} is waived: {waiver.figure}; {waiver.reason}; bound: {waiver.bound}"
             for row in self.rows
             if (waiver := WAIVERS.get(f"{self.bench}/{row.name}")) and not row.met
         ]
-        return "\n".join([f"{self.bench}: {facts}", *table, *notes])
+        return "\n".join([f"{self.bench}: {facts}", columns([head, *lines]), *notes])
 
     def json(self) -> str:
         rows = [
             {
                 "case": row.name,
-                "seconds": row.seconds._asdict(),
-                "reference_seconds": row.reference._asdict(),
-                "ratio": row.ratio._asdict(),
+                **row.plain(),
                 "target": row.target,
                 "verdict": self.verdict(row),
             }

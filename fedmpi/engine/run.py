@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from fedmpi.comm.base import Comm, LostError, together
 from fedmpi.config import Config
 from fedmpi.engine.checkpoint import Checkpoints
 from fedmpi.engine.faults import Faults
+from fedmpi.engine.profile import profiling
 from fedmpi.engine.progress import Display
 from fedmpi.engine.record import Record
 from fedmpi.engine.rounds import Simulation
@@ -20,7 +21,12 @@ from fedmpi.spec import Spec
 
 
 def run(
-    config: Config, comm: Comm, out: Path | None = None, quiet: bool = False, resume: bool = False
+    config: Config,
+    comm: Comm,
+    out: Path | None = None,
+    quiet: bool = False,
+    resume: bool = False,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Train, and return the summary (the same on every rank).
 
@@ -30,6 +36,7 @@ def run(
       out: the run's folder (rank 0's counts); without one nothing is written, and signals are not listened to.
       quiet: show nothing.
       resume: continue from the last checkpoint in ``out``, where there is one.
+      profile: say where the time of rounds goes, and write a trace (:mod:`fedmpi.engine.profile`).
 
     Raises:
       Stopped: a signal asked for it; a checkpoint is written.
@@ -41,7 +48,8 @@ def run(
         try:
             if faults.simulation is None:
                 lines = _prepare(faults, config, out, resume, display)
-            return _train(faults, lines, display)
+            with _profiling(faults, display) if profile else nullcontext():
+                return _train(faults, lines, display)
         except LostError as error:
             lost = faults.recover(error)
             if faults.checkpoints:
@@ -50,6 +58,12 @@ def run(
                 print(f"fedmpi: {one}; {comm.size} ranks go on", file=sys.stderr, flush=True)
         finally:
             display.close()
+
+
+def _profiling(faults: Faults, display: Display) -> AbstractContextManager[None]:
+    assert faults.simulation is not None  # prepared
+    folder = faults.checkpoints.run if faults.checkpoints else None
+    return profiling(faults.simulation, faults.done, folder, display.say)
 
 
 def _prepare(

@@ -16,11 +16,16 @@ from torch.func import vmap
 from fedmpi import random
 from fedmpi.config import Local
 from fedmpi.engine.batches import Batches, padded
+from fedmpi.engine.profile import phase
 from fedmpi.engine.stacked import Stacked
 from fedmpi.spec import Spec
 from fedmpi.tasks.data import Split
 from fedmpi.tasks.objectives import Objective
 from fedmpi.tasks.partitions import Partition
+
+_POOL_VALUES = (
+    1 << 19
+)  # inputs of a pass; what a convolutional model keeps of each is some hundred times as much
 
 
 class Update(NamedTuple):
@@ -142,19 +147,21 @@ class Trainer:
         weights_C: Tensor,
         round: int,
         frozen_D: Tensor | None = None,
-        samples: int = 256,
+        samples: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The weighted sum of what clients of one step compute, ``(D,)``, and their losses ``(C,)``.
 
-        One forward and backward pass for about so many ``samples`` of all clients: the gradient of the weighted sum of
-        their mean losses is the weighted sum of their gradients.
+        One forward and backward pass for about so many ``samples`` of all clients (by default, as many as a small model
+        has memory for): the gradient of the weighted sum of their mean losses is the weighted sum of their gradients.
         """
+        samples = samples or max(64, _POOL_VALUES // data.x[0].numel())
         loss_C = torch.empty(len(clients_C), dtype=torch.float64)
         self._begin(theta_D)
         self.grad_D.zero_()
         for rows in self._alike(partition.sizes_of(clients_C), samples):
-            batches = Batches(self.seed, partition, clients_C[rows], round, self.local.batch)
-            x_CB, y_CB = batches.step(0, len(rows)).of(data)
+            with phase("load"):
+                batches = Batches(self.seed, partition, clients_C[rows], round, self.local.batch)
+                x_CB, y_CB = batches.step(0, len(rows)).of(data)
             with self._autocast():
                 output = self.model(x_CB.flatten(0, 1))
                 losses_C = vmap(self.loss)(output.unflatten(0, x_CB.shape[:2]), y_CB)
@@ -216,9 +223,11 @@ class Trainer:
         loss_C, seen_C = torch.zeros(len(order), dtype=torch.float64), torch.zeros_like(steps_C)
         for step in range(int(steps_C[0])):
             on = int((steps_C > step).sum())
-            taken, rows = batches.step(step, on), padded(on)
+            with phase("load"):
+                taken, rows = batches.step(step, on), padded(on)
+                x_CB, y_CB = taken.first(rows).of(data)
             assert self._stacked is not None
-            losses_C = self._stacked(theta_CD[:rows], *taken.first(rows).of(data), grad_CD[:rows])[:on]
+            losses_C = self._stacked(theta_CD[:rows], x_CB, y_CB, grad_CD[:rows])[:on]
             velocity_OD = None if velocity_CD is None else velocity_CD[:on]
             direction_OD = self._direction(grad_CD[:on], theta_CD[:on], frozen_D, velocity_OD)
             g_CD[:on] += direction_OD
@@ -254,7 +263,8 @@ class Trainer:
         velocity_D = torch.zeros_like(self.theta_D) if self.local.momentum else None
         total, seen = 0.0, 0
         for step in range(steps):
-            chosen = self._batch(index, batch, client, round, step)
+            with phase("load"):
+                chosen = self._batch(index, batch, client, round, step)
             self.grad_D.zero_()
             loss = self._backward(data, chosen)
             direction_D = self._direction(self.grad_D, self.theta_D, frozen_D, velocity_D)
@@ -285,8 +295,10 @@ class Trainer:
         """Add the gradient of the samples' mean loss, in so many parts as asked for; returns the loss."""
         total = 0.0
         for part in chosen.chunk(self.local.accumulate):
+            with phase("load"):
+                x, y = data.x[part], data.y[part]
             with self._autocast():
-                loss = self.loss(self.model(data.x[part]), data.y[part])
+                loss = self.loss(self.model(x), y)
             share = len(part) / len(chosen)
             (loss if share == 1 else loss * share).backward()
             total += loss.item() * share

@@ -1,0 +1,113 @@
+"""The command line of ``fedmpi bench``: a table of benchmarks, one row each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from fedmpi.analysis.commands import positive
+
+
+class Outcome(Protocol):
+    """What a benchmark comes to; :class:`fedmpi.bench.timing.Table` is one."""
+
+    def text(self) -> str:
+        """For people."""
+
+    def json(self) -> str:
+        """For programs."""
+
+    def missed(self) -> list[str]:
+        """Cases whose target is neither met nor waived."""
+
+
+class Bench(NamedTuple):
+    """One benchmark. Both functions import what they need when they are called."""
+
+    help: str
+    arguments: Callable[
+        [argparse.ArgumentParser], None
+    ]  # adds its own, besides --threads, --json and --check
+    run: Callable[[argparse.Namespace], Outcome]
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's (argparse's own type for ``add_subparsers()`` is private)."""
+    bench = commands.add_parser("bench", help="measure speeds, as ratios to a reference in the same run")
+    kinds = bench.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    for name, row in BENCHES.items():
+        one = kinds.add_parser(name, help=row.help)
+        row.arguments(one)
+        one.add_argument("--threads", type=positive, metavar="N", help="torch's threads (default: torch's)")
+        one.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        one.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
+        one.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    outcome = BENCHES[arguments.bench].run(arguments)
+    print(outcome.json() if arguments.json else outcome.text())
+    missed = outcome.missed() if arguments.check else []
+    if missed:
+        print(f"fedmpi: missed: {', '.join(missed)}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+def _log2(text: str) -> int:
+    if not text.isdigit() or not 17 <= int(text) <= 32:
+        raise argparse.ArgumentTypeError(f"expected the power of two, from 17 to 32, got {text!r}")
+    return int(text)
+
+
+def _repeats(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="turns a case (5)")
+
+
+def _kernels_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=_log2, default=27, metavar="LOG2", help="of 2^LOG2 numbers (27)")
+    _repeats(parser)
+
+
+def _kernels(arguments: argparse.Namespace) -> Outcome:
+    from fedmpi.bench import kernels
+
+    return kernels.run(arguments.size, arguments.repeats)
+
+
+def _methods_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "methods",
+        nargs="*",
+        metavar="METHOD",
+        help="only these, as YAML: topk or '{name: topk, ratio: 0.01}'",
+    )
+    parser.add_argument("--size", type=_log2, default=20, metavar="LOG2", help="of 2^LOG2 parameters (20)")
+    parser.add_argument(
+        "--clients", type=positive, default=4, metavar="C", help="that are coded at a time (4)"
+    )
+    _repeats(parser)
+
+
+def _methods(arguments: argparse.Namespace) -> Outcome:
+    from fedmpi.bench import methods
+
+    return methods.run(arguments.size, arguments.clients, arguments.repeats, arguments.methods)
+
+
+def _rounds(arguments: argparse.Namespace) -> Outcome:
+    from fedmpi.bench import rounds
+
+    return rounds.run(arguments.repeats)
+
+
+BENCHES: dict[str, Bench] = {
+    "kernels": Bench("the kernels, against copying the vector they work on", _kernels_arguments, _kernels),
+    "methods": Bench("each method's coding, against copying the gradients", _methods_arguments, _methods),
+    "rounds": Bench("rounds of small models, against a bare loop and single clients", _repeats, _rounds),
+}

@@ -1,0 +1,199 @@
+"""``fedmpi bench methods``: what each method's coding costs, against copying the gradients that it codes.
+
+Every row of METHODS is here by itself. What is timed is the third of three rounds with the same gradients, when
+look-back has something to look back at and Prune-m has its mask; on the CPU, where the round loop codes.
+
+Shape suffixes: C clients, D parameters, S summed numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import Tensor
+
+from fedmpi import methods, random
+from fedmpi.bench.timing import Row, Work, columns, measure
+from fedmpi.errors import ConfigError
+from fedmpi.message import Message
+from fedmpi.method import Compressor, Context, Method, Round, State, believed
+from fedmpi.methods import METHODS
+from fedmpi.methods.base import Setup
+from fedmpi.spec import Spec
+
+_ROUNDS = 2  # before the one that is timed
+_COPIES = 12  # of the gradients that are in memory at a time, about, with wrappers' states
+
+
+class Coding(NamedTuple):
+    """One method.
+
+    Attributes:
+      nbytes: of a client's message (of both passes', where there are two), measured on it.
+      compression: the gradient's bytes over those.
+      compress, decompress: of C clients, against copying their gradients.
+      finish: the server's, against copying one gradient.
+    """
+
+    options: dict[str, Any]
+    nbytes: float
+    compression: float
+    compress: Row
+    decompress: Row
+    finish: Row
+
+
+class Codings(NamedTuple):
+    """What the benchmark comes to. It has no targets: those of the kernels inside are ``bench kernels``'."""
+
+    facts: dict[str, str | int]
+    rows: list[Coding]
+
+    def missed(self) -> list[str]:
+        return []
+
+    def text(self) -> str:
+        """Medians, with quartiles in brackets."""
+        head = ("method", "bytes", "smaller", "compress", "decompress", "finish")
+        lines = [
+            (
+                yaml.safe_dump(row.options, default_flow_style=True, sort_keys=False, width=999).strip(),
+                f"{row.nbytes:,.0f}",
+                f"{row.compression:,.1f}x",
+                *(
+                    f"{part.ratio.median:.2f} [{part.ratio.low:.2f} … {part.ratio.high:.2f}]"
+                    for part in (row.compress, row.decompress, row.finish)
+                ),
+            )
+            for row in self.rows
+        ]
+        facts = ", ".join(f"{name} {value}" for name, value in self.facts.items())
+        return f"methods, times as multiples of a copy (memcpy): {facts}\n{columns([head, *lines])}"
+
+    def json(self) -> str:
+        rows = [
+            {
+                "method": row.options,
+                "bytes": row.nbytes,
+                "compression": row.compression,
+                "compress": row.compress.plain(),
+                "decompress": row.decompress.plain(),
+                "finish": row.finish.plain(),
+            }
+            for row in self.rows
+        ]
+        return json.dumps({"bench": "methods", **self.facts, "against": "memcpy", "rows": rows}, indent=2)
+
+
+class _Pass(NamedTuple):
+    """One of a round's passes."""
+
+    codec: Compressor
+    ctx: Context
+    message: Message
+    after: State
+    total_S: Tensor
+
+
+def run(log2: int = 20, clients: int = 4, repeats: int = 5, chosen: Sequence[str] = ()) -> Codings:
+    """Time every method on a matrix of 2^log2 parameters and so many clients' gradients of it.
+
+    Args:
+      chosen: only these methods, as YAML; default: every row of METHODS with its example's options.
+
+    Raises:
+      ConfigError: the memory would not do; an unknown method or option, or one that does not fit so many parameters.
+    """
+    need, there = _COPIES * clients * 4 << log2, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > there:
+        raise ConfigError(
+            f"--size: {clients} clients' 2^{log2} numbers need about {need >> 20} MiB of memory, "
+            f"there are {there >> 20}"
+        )
+    spec = Spec(("matrix",), ((1 << log2 // 2, 1 << (log2 + 1) // 2),))
+    g_CD = torch.stack([random.normal(random.key(0, 0, c, "bench"), spec.size) for c in range(clients)])
+    everything: list[Any] = [{"name": name, **entry.example} for name, entry in METHODS.items()]
+    rows = [_coding(options, spec, g_CD, repeats) for options in _read(chosen) or everything]
+    copied = rows[0].compress.reference.median
+    facts: dict[str, str | int] = {
+        "parameters": f"2^{log2}",
+        "clients": clients,
+        "threads": torch.get_num_threads(),
+        "memcpy": f"{8e-9 * g_CD.numel() / copied:.1f} GB/s",
+        "repeats": repeats,
+    }
+    return Codings(facts, rows)
+
+
+def _read(chosen: Sequence[str]) -> list[dict[str, Any]]:
+    found = []
+    for text in chosen:
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"METHOD: expected YAML, got {text!r}") from None
+        methods.parse(value, "METHOD")
+        found.append({"name": value} if isinstance(value, str) else value)
+    return found
+
+
+def _coding(options: dict[str, Any], spec: Spec, g_CD: Tensor, repeats: int) -> Coding:
+    method = methods.build(options, spec, Setup(clients=len(g_CD)))
+    senders = {
+        name: value.expand(len(g_CD), *value.shape).clone() for name, value in method.up.init().items()
+    }
+    state = method.server.init(torch.zeros(spec.size))
+    for t in range(_ROUNDS):
+        passes = _round(method, g_CD, senders, state, t)
+        senders, state = passes[-1].after, _finish(method, state, passes)
+    passes = _round(method, g_CD, senders, state, _ROUNDS)
+    nbytes = sum(int(one.message.nbytes().sum()) for one in passes) / len(g_CD)
+    copy_CD = torch.empty_like(g_CD)
+
+    def compress() -> None:
+        for one in passes:
+            one.codec.compress(g_CD, senders, one.ctx)
+
+    def decompress() -> None:
+        for one in passes:
+            one.codec.decompress(one.message, believed(one.codec, senders), one.ctx)
+
+    def timed(work: Work, rows: int) -> Row:
+        copy = partial(copy_CD[:rows].copy_, g_CD[:rows])
+        return measure(str(options["name"]), work, copy, None, repeats)
+
+    return Coding(
+        options,
+        nbytes,
+        4 * spec.size / nbytes,
+        timed(compress, len(g_CD)),
+        timed(decompress, len(g_CD)),
+        timed(partial(_finish, method, state, passes), 1),
+    )
+
+
+def _round(method: Method, g_CD: Tensor, senders: State, state: State, t: int) -> list[_Pass]:
+    """The passes of round ``t``."""
+    clients_C = torch.arange(len(g_CD))
+    passes = []
+    for codec in (method.up,) if method.first is None else (method.first, method.up):
+        ctx = Context(Round(0, t, 0.1), clients_C, torch.ones_like(clients_C), method.server.shared(state))
+        message, after = codec.compress(g_CD, senders, ctx)
+        v_CS, _ = codec.decompress(message, believed(codec, senders), ctx)
+        total_S = v_CS.sum(0, dtype=torch.int32) if codec.integer else v_CS.mean(0)
+        passes.append(_Pass(codec, ctx, message, after, total_S))
+        if codec is method.first:
+            state = method.server.first(state, total_S, ctx.round)
+    return passes
+
+
+def _finish(method: Method, state: State, passes: list[_Pass]) -> State:
+    for one in passes[:-1]:
+        state = method.server.first(state, one.total_S, one.ctx.round)
+    return method.server.finish(state, passes[-1].total_S, passes[-1].ctx.round)

@@ -1,0 +1,261 @@
+"""Where the time of rounds goes: ``fedmpi train --profile``.
+
+The round loop knows nothing of it. While a profile is on, the functions that do a round's work are wrapped on this
+rank's own objects; when it is off there is nothing to pay but :func:`phase`'s look at a thread's variable in the few
+places that mark a phase by themselves. Seconds belong to the innermost phase, so that a round's phases, with what is
+in none ("other"), add up to its wall time.
+
+=========  ============================================================================================
+load       samples gathered into batches; clients' state read and written
+compute    local training
+encode     gradients to messages
+wire       inside collectives, waiting for slower ranks included
+decode     messages to what is summed
+server     adding up, the server's rule, making and applying downloads
+evaluate   the test set
+other      drawing and placing the cohort, counting bytes
+=========  ============================================================================================
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import record_function
+
+from fedmpi.comm.base import Comm, together
+from fedmpi.engine.record import write_aside
+from fedmpi.errors import ConfigError, Stopped
+
+if TYPE_CHECKING:
+    from fedmpi.engine.rounds import Simulation
+
+PHASES = ("load", "compute", "encode", "wire", "decode", "server", "evaluate", "other")
+# Rounds of this process, from 0. The first one does what is done once (compiling, caches).
+TRACED = range(1, 4)
+APART = range(1, 5)  # slower: these, and the one in which ranks wait for those that end tracing
+_COLLECTIVES = "sum broadcast gather allgather allgather_tensor alltoall_tensor alltoall"
+_here = threading.local()  # .clock, while this thread's rank is profiled
+_OFF: AbstractContextManager[None] = nullcontext()
+
+Seconds = dict[str, float]
+
+
+def phase(name: str) -> AbstractContextManager[None]:
+    """``with phase("load"):`` counts to that row of :data:`PHASES`, where this thread is in a profiled round."""
+    clock: _Clock | None = getattr(_here, "clock", None)
+    return clock.phase(name) if clock and clock.stack else _OFF
+
+
+class _Clock:
+    """One thread's seconds by phase, each counted once: to the innermost."""
+
+    def __init__(self, seconds: Seconds) -> None:
+        self.seconds = seconds
+        self.stack: list[str] = []
+        self.tracing = False
+        self._since = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._lap()
+        self.stack.append(name)
+        try:
+            with record_function(name) if self.tracing else _OFF:
+                yield
+        finally:
+            self._lap()
+            self.stack.pop()
+
+    def _lap(self) -> None:
+        now = perf_counter()
+        if self.stack:
+            self.seconds[self.stack[-1]] += now - self._since
+        self._since = now
+
+
+def _work(simulation: Simulation) -> Iterator[tuple[object, str, str]]:
+    """Whose functions belong to which phase."""
+    first, up = simulation.method.first, simulation.method.up
+    yield simulation.comm, _COLLECTIVES, "wire"
+    yield simulation.trainer, "train pool alone", "compute"
+    yield simulation.clients, "get put", "load"
+    yield simulation.topology, "prepare start take take_sum only between finish skip", "server"
+    yield simulation.ledger, "downloads download_of", "server"
+    yield simulation, "evaluate", "evaluate"
+    for codec in (first, up) if first else (up,):
+        yield codec, "compress", "encode"
+        yield codec, "decompress", "decode"
+
+
+def _marked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @wraps(function)
+    def inside(*positional: Any, **options: Any) -> Any:
+        with phase(name):
+            return function(*positional, **options)
+
+    return inside
+
+
+class Profile:
+    """One rank's profile of the rounds that are left.
+
+    Attributes:
+      rounds: how many were done.
+      seconds: of all rounds but those of :data:`APART`, by phase.
+      apart: of those.
+    """
+
+    def __init__(self, simulation: Simulation) -> None:
+        self.simulation, self.rounds = simulation, 0
+        self.seconds, self.apart = (dict.fromkeys(PHASES, 0.0) for _ in range(2))
+        self._clock = _Clock(self.seconds)
+        self._trace: torch.profiler.profile | None = None
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Wrap the simulation's parts for as long."""
+        wrapped = {
+            (owner, attribute): _marked(getattr(owner, attribute), name)
+            for owner, attributes, name in _work(self.simulation)
+            for attribute in attributes.split()
+            if hasattr(owner, attribute)  # only some topologies take a sum
+        }
+        wrapped[self.simulation, "round"] = self._round(self.simulation.round)
+        for (owner, attribute), function in wrapped.items():
+            setattr(owner, attribute, function)
+        _here.clock = self._clock
+        try:
+            yield
+        finally:
+            self._stop()
+            del _here.clock
+            for owner, attribute in wrapped:
+                delattr(owner, attribute)  # the class's own is visible again
+
+    def _round(self, function: Callable[[int], Any]) -> Callable[[int], Any]:
+        def timed(t: int) -> Any:
+            if self.rounds == TRACED.start:
+                self._start()
+            if self.rounds == TRACED.stop:
+                self._stop()
+            self._clock.seconds = self.apart if self.rounds in APART else self.seconds
+            with self._clock.phase("other"):
+                line = function(t)
+            self.rounds += 1
+            return line
+
+        return timed
+
+    def _start(self) -> None:
+        self._clock.tracing = True
+        if threading.current_thread() is not threading.main_thread():
+            return  # one profiler serves all threads of a process
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would say on stderr that it starts
+        config = _ExperimentalConfig(profile_all_threads=True)
+        self._trace = torch.profiler.profile(experimental_config=config)
+        self._trace.start()
+
+    def _stop(self) -> None:
+        if self._trace is not None and self._clock.tracing:
+            self._trace.stop()
+        self._clock.tracing = False
+
+    def events(self) -> bytes:
+        """Torch's trace of this process as JSON, of the rank that is its main thread."""
+        if self._trace is None:
+            return b"[]"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "trace.json")
+            self._trace.export_chrome_trace(str(path))
+            return _of_process(json.loads(path.read_text()), self.simulation.comm)
+
+    def counted(self) -> tuple[list[int], Seconds]:
+        """Rounds of this process, and their seconds: without those apart, unless there are hardly any others."""
+        every = range(self.rounds)
+        if self.rounds > APART.stop:
+            return [n for n in every if n not in APART], self.seconds
+        return list(every), {name: self.seconds[name] + self.apart[name] for name in PHASES}
+
+
+@contextmanager
+def profiling(
+    simulation: Simulation, done: int, folder: Path | None, say: Callable[[str], None]
+) -> Iterator[None]:
+    """Profile the rounds from ``done`` on that are done inside, on every rank together. Then rank 0 writes
+    ``profile.json`` and ``trace.json.gz`` (for ui.perfetto.dev or chrome://tracing) into ``folder``, and says the
+    table; of a run that a signal stopped, too.
+
+    Raises:
+      ConfigError: the folder cannot be written to.
+    """
+    profile, stopped = Profile(simulation), None
+    try:
+        with profile.on():
+            yield
+    except Stopped as error:
+        stopped = error
+    comm, (counted, seconds) = simulation.comm, profile.counted()
+    ranks = [json.loads(part) for part in comm.gather(json.dumps(seconds).encode())]
+    events = comm.gather(gzip.compress(profile.events()) if folder else b"")
+    with together(comm, "writing the profile"):
+        if comm.rank == 0:
+            traced = [done + n for n in TRACED if n < profile.rounds]
+            if folder:
+                report = {"rounds": [done + n for n in counted], "traced": traced, "seconds": ranks}
+                _write(folder, report, events)
+            say(table(len(counted), ranks))
+            left = len(counted) < profile.rounds
+            say(
+                f"rounds {done + APART[0]} to {done + APART[-1]} were traced and are left out" if left else ""
+            )
+    if stopped:
+        raise stopped
+
+
+def _write(folder: Path, report: dict[str, Any], traces: list[bytes]) -> None:
+    events = [event for trace in traces for event in json.loads(gzip.decompress(trace))]
+    whole = json.dumps({"displayTimeUnit": "ms", "traceEvents": events})
+    try:
+        write_aside(folder / "profile.json", (json.dumps(report) + "\n").encode())
+        write_aside(folder / "trace.json.gz", gzip.compress(whole.encode()))
+    except OSError as error:
+        raise ConfigError(f"--profile: cannot write to {folder}: {error.strerror or error}") from None
+
+
+def table(rounds: int, ranks: list[Seconds]) -> str:
+    """Milliseconds of a round: rank 0's with their share, and of several ranks the mean and the largest."""
+    head = ["ms a round", "rank 0", "share"] + (["mean", "max", "of rank"] if len(ranks) > 1 else [])
+    totals = [{**rank, "all": sum(rank.values())} for rank in ranks]
+    lines = [head]
+    for name in (*PHASES, "all"):
+        ms = [1e3 * rank[name] / max(rounds, 1) for rank in totals]
+        line = [name, f"{ms[0]:.2f}", f"{100 * totals[0][name] / max(totals[0]['all'], 1e-9):.1f} %"]
+        if len(ranks) > 1:
+            line += [f"{sum(ms) / len(ms):.2f}", f"{max(ms):.2f}", str(ms.index(max(ms)))]
+        lines.append(line)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines
+    )
+
+
+def _of_process(trace: dict[str, Any], comm: Comm) -> bytes:
+    """What happened in this process, as JSON: that of the rank, or of all where they are threads."""
+    events = [{**event, "pid": comm.rank} for event in trace["traceEvents"] if event["pid"] == os.getpid()]
+    for event in events:
+        if event["name"] == "process_name":
+            event["args"] = {"name": "all ranks" if comm.name == "threads" else f"rank {comm.rank}"}
+    return json.dumps(events).encode()
