@@ -45,7 +45,9 @@ class Ledger:
         # Clients that last saw the same version get the same download.
         versions, which = self.seen[served].unique(return_inverse=True)
         made = [Bytes.of(server.download(state, seen)) for seen in versions.tolist()]
-        bytes_S, values_S = (torch.tensor([getattr(m, n) for m in made])[which] for n in ("all", "values"))
+        bytes_S, values_S = (
+            torch.tensor([getattr(m, n) for m in made], dtype=torch.int64)[which] for n in ("all", "values")
+        )
         self.download[served] += bytes_S
         self.seen[cohort] = int(state["version"])
         return Bytes(int(bytes_S.sum()), int(values_S.sum()))
