@@ -43,8 +43,8 @@ SWEEP = Results(
 )
 RUNS = Results(
     [
-        {"share": 0.1, "full": 20.0, "less": 10.0, "plan": "even"},
-        {"share": 0.2, "full": 22.0, "less": 25.0, "plan": "odd"},
+        {"share": 0.1, "full": 20.0, "less": 19.0, "loud": 10.0, "plan": "even"},
+        {"share": 0.2, "full": 22.0, "less": 20.0, "loud": 25.0, "plan": "odd"},
     ]
 )
 
@@ -101,10 +101,11 @@ def test_rules_on_points(rule: dict[str, Any], held: bool, figures: str) -> None
 def test_rules_on_numbers() -> None:
     assert RULES["between"](RUNS, "share", 0.1, 0.2) == ("share: 0.15 ± 0.05", True)
     assert RULES["between"](RUNS, "share", 0.0, 0.1) == ("share: 0.15 ± 0.05", False)
-    assert RULES["lower"](RUNS, ["less"], "full") == ("full 21; less 17.5", True)
-    verdict = RULES["lower"](RUNS, ["less", "full"], "share")
-    assert verdict is not None
-    assert not verdict.held
+    assert RULES["lower"](RUNS, ["less"], "full") == ("full 21 ± 1; less 19.5 ± 0.5", True)
+    for of in (["less", "full"], ["loud"]):  # loud: lower by 3.5 ± 6.5
+        verdict = RULES["lower"](RUNS, of, "full")
+        assert verdict is not None
+        assert not verdict.held
     assert RULES["differs"](RUNS, "share", "plan") == ("share: even: 0.1; odd: 0.2", True)
     assert RULES["differs"](Results(RUNS.loaded[:1]), "share", "plan") is None
     spread = Results([*RUNS.loaded, {"share": 0.4, "plan": "even"}])

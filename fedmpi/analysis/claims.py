@@ -197,11 +197,15 @@ def between(r: Results, number: str, low: float, high: float) -> Verdict:
 
 
 def lower(r: Results, of: list[str], than: str) -> Verdict:
-    """The mean of each number of ``of`` is below that of ``than``."""
-    base = mean_error(r.numbers(than))[0]
-    means = {name: mean_error(r.numbers(name))[0] for name in of}
-    shown = "; ".join(f"{name} {mean:.3g}" for name, mean in {than: base, **means}.items())
-    return Verdict(shown, all(mean < base for mean in means.values()))
+    """Each number of ``of`` is below that of ``than``, taken run by run, by more than twice the difference's error."""
+    base = r.numbers(than)
+    values = {name: r.numbers(name) for name in of}
+    shown = [
+        f"{name} {mean:.3g} ± {error:.2g}" if len(base) > 1 else f"{name} {mean:.3g}"
+        for name, (mean, error) in ((name, mean_error(v)) for name, v in {than: base, **values}.items())
+    ]
+    below = (mean_error([x - y for x, y in zip(base, v, strict=True)]) for v in values.values())
+    return Verdict("; ".join(shown), all(mean > 2 * error for mean, error in below))
 
 
 def differs(r: Results, number: str, by: str) -> Verdict | None:

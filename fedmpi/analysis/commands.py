@@ -103,12 +103,6 @@ def _positions_arguments(actions: _Commands) -> None:
     positions.add_argument(
         "--epochs", type=_numbers, default=(1, 10, 20, 30), metavar="E,E,…", help="shown (1,10,20,30)"
     )
-    positions.add_argument(
-        "--reference",
-        choices=("aggregate", "worker"),
-        default="aggregate",
-        help="whose first epoch gives the top m",
-    )
     positions.add_argument("--rounds-per-epoch", type=positive, metavar="N", help="(clients / cohort)")
     positions.set_defaults(run=_positions)
 
@@ -121,7 +115,7 @@ def _positions(arguments: argparse.Namespace) -> int:
     from fedmpi.analysis.positions import analyze
 
     out = _out(arguments)
-    names = ("m", "r", "epochs", "reference", "rounds_per_epoch", "quiet")
+    names = ("m", "r", "epochs", "rounds_per_epoch", "quiet")
     options = {name: getattr(arguments, name) for name in names}
     return _finish(arguments, out, analyze(_load(arguments), out, **options))
 
