@@ -55,14 +55,21 @@ class Ledger:
 
     def download_of(self, clients: Tensor, message: Message) -> Bytes:
         """Each of ``clients`` downloads the same ``message``; returns the bytes."""
-        one = Bytes.of(message)
-        self.download[clients] += one.all
-        return Bytes(one.all * len(clients), one.values * len(clients))
+        return self._each(self.download, clients, message)
 
     def uploads(self, clients_C: Tensor, message: Message) -> Bytes:
         """Clients sent ``message``; returns its bytes."""
         self.upload.index_add_(0, clients_C, message.nbytes())
         return Bytes.of(message)
+
+    def upload_of(self, clients: Tensor, message: Message) -> Bytes:
+        """Each of ``clients`` sent a ``message`` of this size; returns the bytes."""
+        return self._each(self.upload, clients, message)
+
+    def _each(self, counted: Tensor, clients: Tensor, message: Message) -> Bytes:
+        one = Bytes.of(message)
+        counted[clients] += one.all
+        return Bytes(one.all * len(clients), one.values * len(clients))
 
 
 def ratios(full_up: int, full_down: int, up: int, down: int) -> dict[str, float | None]:

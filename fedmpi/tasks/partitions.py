@@ -31,6 +31,17 @@ class Partition(NamedTuple):
             raise IndexError(f"client: expected 0 to {self.clients - 1}, got {client}")
         return self.index_N[int(self.offset[client]) : int(self.offset[client + 1])]
 
+    def rows(self, clients_C: Tensor) -> Tensor:
+        """The samples of several clients, int64 ``(C, the largest's)``; a smaller one's row ends with its last sample
+        again and again."""
+        sizes_C = self.sizes_of(clients_C)
+        place_CN = torch.arange(int(sizes_C.max())).expand(len(clients_C), -1)
+        return self.index_N[self.offset[clients_C][:, None] + torch.minimum(place_CN, sizes_C[:, None] - 1)]
+
+    def sizes_of(self, clients_C: Tensor) -> Tensor:
+        """Samples of these clients, int64 ``(C,)``."""
+        return self.offset[clients_C + 1] - self.offset[clients_C]
+
     @property
     def sizes(self) -> Tensor:
         """Samples of each client, int64 ``(clients,)``."""
