@@ -270,7 +270,7 @@ def _scores_picture(scores: dict[Reference, Tensor], whose: dict[Reference, str]
         for i, scores_E in enumerate(scores_WE):
             axes.plot(x, scores_E, color="0.7", linewidth=0.8, label="a worker" if i == 0 else None)
         axes.plot(x, [_mean(s_W) for s_W in scores_WE.T], color=COLOURS[0], linewidth=2, label="mean")
-        axes.set(xlabel="epoch", ylim=(0, 103), title=f"within {whose[reference]} first top m")
+        axes.set(xlabel="epoch", ylim=(0, 103), title=f"top m of {whose[reference]} first epoch")
         tidy(axes)
     grid[0].set_ylabel("overlap score (%)")
     grid[0].legend(frameon=False)
