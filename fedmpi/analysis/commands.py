@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedmpi.comm import Comm
     from fedmpi.config import Config
 
 _Commands = Any  # argparse's own type for add_subparsers() is private
@@ -21,6 +23,7 @@ def add(commands: _Commands) -> None:
     _subspace_arguments(actions)
     _positions_arguments(actions)
     _inversion_arguments(actions)
+    _dimension_arguments(actions)
     _sweep_arguments(commands)
     _claims_arguments(commands)
 
@@ -100,12 +103,6 @@ def _positions_arguments(actions: _Commands) -> None:
     positions.add_argument(
         "--epochs", type=_numbers, default=(1, 10, 20, 30), metavar="E,E,…", help="shown (1,10,20,30)"
     )
-    positions.add_argument(
-        "--reference",
-        choices=("aggregate", "worker"),
-        default="aggregate",
-        help="whose first epoch gives the top m",
-    )
     positions.add_argument("--rounds-per-epoch", type=positive, metavar="N", help="(clients / cohort)")
     positions.set_defaults(run=_positions)
 
@@ -118,7 +115,7 @@ def _positions(arguments: argparse.Namespace) -> int:
     from fedmpi.analysis.positions import analyze
 
     out = _out(arguments)
-    names = ("m", "r", "epochs", "reference", "rounds_per_epoch", "quiet")
+    names = ("m", "r", "epochs", "rounds_per_epoch", "quiet")
     options = {name: getattr(arguments, name) for name in names}
     return _finish(arguments, out, analyze(_load(arguments), out, **options))
 
@@ -161,6 +158,47 @@ def _inversion(arguments: argparse.Namespace) -> int:
     return _finish(arguments, out, analyze(_load(arguments), out, chosen, **options))
 
 
+def _dimension_arguments(actions: _Commands) -> None:
+    dimension = actions.add_parser(
+        "dimension",
+        help="the smallest subspace that reaches 90 % of the full accuracy",
+        description="Search the smallest d that reaches a share of the uncompressed accuracy, with real runs. "
+        "Finished runs are not run again; under mpirun all ranks work on one run at a time.",
+    )
+    _common(dimension)
+    dimension.add_argument("--share", type=_share, default=0.9, metavar="S", help="(%(default)s)")
+    dimension.add_argument("--low", type=positive, default=25, metavar="D", help="the first d (%(default)s)")
+    dimension.add_argument("--high", type=positive, metavar="D", help="the last d (the parameters)")
+    dimension.add_argument(
+        "--within", type=_share, default=0.1, metavar="S", help="how near the answer (%(default)s: 10 %%)"
+    )
+    dimension.add_argument(
+        "--seeds", type=positive, default=3, metavar="N", help="runs of each d (%(default)s)"
+    )
+    dimension.add_argument("--schedule", choices=("static", "time_varying", "k_varying"), help="(CONFIG's)")
+    dimension.set_defaults(run=_dimension)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, at most 1, got {text!r}")
+    return share
+
+
+def _dimension(arguments: argparse.Namespace) -> int:
+    from fedmpi.analysis.dimension import Asked, analyze
+
+    out, base = _out(arguments), Path(arguments.config)
+    asked = Asked(**{name: getattr(arguments, name) for name in Asked._fields})
+    return _runs(
+        arguments, lambda comm: analyze(base, arguments.overrides, out, comm, asked, arguments.quiet)
+    )
+
+
 def _sweep_arguments(commands: _Commands) -> None:
     sweep = commands.add_parser(
         "sweep",
@@ -182,16 +220,25 @@ def _sweep_arguments(commands: _Commands) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from fedmpi.analysis.page import dump, write
     from fedmpi.analysis.sweep import sweep
+
+    out = arguments.out or Path("runs") / f"sweep-{arguments.over.stem}"
+    options = (arguments.side_by_side, arguments.quiet)
+    return _runs(
+        arguments,
+        lambda comm: sweep(arguments.config, arguments.over, arguments.overrides, out, comm, *options),
+    )
+
+
+def _runs(arguments: argparse.Namespace, work: Callable[[Comm], tuple[str, dict[str, Any] | None]]) -> int:
+    """Do what all ranks do, and on rank 0 show its text and write its results."""
+    from fedmpi.analysis.page import dump, write
     from fedmpi.comm import connect
     from fedmpi.errors import FedMPIError, Stopped
 
     comm = connect()
-    out = arguments.out or Path("runs") / f"sweep-{arguments.over.stem}"
-    options = (arguments.side_by_side, arguments.quiet)
     try:
-        text, results = sweep(arguments.config, arguments.over, arguments.overrides, out, comm, *options)
+        text, results = work(comm)
     except Stopped as stopped:
         if comm.rank == 0:
             print(f"fedmpi: {stopped}; the same command goes on from there", file=sys.stderr, flush=True)
@@ -204,7 +251,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         print(text)
         if results is not None and arguments.results is not None:
             write(arguments.results, dump(results), "--results")
-    return 1 if results is not None and results["failed"] else 0
+    return 1 if results is not None and results.get("failed") else 0
 
 
 def _claims_arguments(commands: _Commands) -> None:
