@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import fedmpi
+from fedmpi import project
 from fedmpi.analysis import commands as analysis
 from fedmpi.errors import FedMPIError
 
@@ -39,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {fedmpi.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    project.add(commands)
     _train_arguments(commands)
     _methods_arguments(commands)
     _report_arguments(commands)

@@ -15,14 +15,16 @@ LAYERS = {
     "spec": {"errors"},
     "message": {"errors"},
     "optimizers": set(),
+    "own": {"errors"},
+    "project": {"errors"},
     "validation": {"errors"},
     "ops": BASE,
     "comm": {"errors"},  # and nothing of what it carries
-    "tasks": BASE | {"validation"},
+    "tasks": BASE | {"own", "validation"},
     "method": BASE | {"message", "spec"},
     "methods": BASE
-    | {"method", "message", "spec", "ops", "optimizers", "validation"},  # never comm or engine
-    "config": {"errors", "methods", "tasks", "optimizers", "validation"},
+    | {"method", "message", "spec", "ops", "optimizers", "own", "validation"},  # never comm or engine
+    "config": {"errors", "methods", "own", "tasks", "optimizers", "validation"},
     "engine": BASE | {"comm", "config", "method", "methods", "message", "ops", "spec", "tasks"},
     "analysis": BASE
     | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks", "validation"},
@@ -39,6 +41,7 @@ LAYERS = {
         "doctor",
         "engine",
         "errors",
+        "project",
         "spec",
         "tasks",
     },
