@@ -32,19 +32,8 @@ LAYERS = {
     | {"comm", "engine", "message", "method", "methods", "spec", "validation"},  # never what runs a job
     "bench": BASE | {"ops"},
     "doctor": {"comm", "errors"},
-    "cli": {
-        "integrations",
-        "analysis",
-        "bench",
-        "comm",
-        "config",
-        "doctor",
-        "engine",
-        "errors",
-        "project",
-        "spec",
-        "tasks",
-    },
+    "tools": {"analysis", "comm", "config", "doctor", "integrations", "spec", "tasks"},
+    "cli": {"analysis", "bench", "comm", "config", "engine", "errors", "project", "tools"},
     "__main__": {"cli"},
     "__init__": {"integrations"},  # on demand
 }
