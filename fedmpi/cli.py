@@ -74,13 +74,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides += rest
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
-        return run(arguments)
+        code = run(arguments)
+        sys.stdout.flush()
+        return code
     except FedMPIError as error:
         _complain(error)
         return 2
     except KeyboardInterrupt:
         print("fedmpi: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # fedmpi methods | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return 1
 
 
 def _complain(error: FedMPIError | str, again: str = "") -> None:
