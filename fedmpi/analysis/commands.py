@@ -203,7 +203,7 @@ def _inversion(arguments: argparse.Namespace) -> int:
 def _dimension_arguments(actions: _Commands) -> None:
     dimension = actions.add_parser(
         "dimension",
-        help="the smallest subspace that reaches 90 % of the full accuracy",
+        help="the smallest subspace that reaches 90 %% of the full accuracy",
         description="Search the smallest d that reaches a share of the uncompressed accuracy, with real runs. "
         "Finished runs are not run again; under mpirun all ranks work on one run at a time.",
     )
