@@ -9,6 +9,8 @@ Shape suffixes: N samples, C clients, n labels of a client, S slots (a label at 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,7 +23,8 @@ from fedmpi.tasks import Options, choose, parse_options
 from fedmpi.tasks.dataset import Split
 
 
-class Partition(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Partition:
     index_N: Tensor  # int64, the samples grouped by client, in random order inside a client
     offset: Tensor  # int64 (clients + 1,): client c has index_N[offset[c] : offset[c + 1]]
 
@@ -31,9 +34,9 @@ class Partition(NamedTuple):
             raise IndexError(f"client: expected 0 to {self.clients - 1}, got {client}")
         return self.index_N[int(self.offset[client]) : int(self.offset[client + 1])]
 
-    @property
+    @cached_property
     def sizes(self) -> Tensor:
-        """Samples of each client, int64 ``(clients,)``."""
+        """Samples of each client, int64 ``(clients,)``: read it, never write. Rounds look up a cohort's in it."""
         return self.offset.diff()
 
     @property
@@ -340,8 +343,8 @@ def _fill_up(owner_N: Tensor, clients: int, minimum: int, key: int) -> Tensor:
     keep = sizes.clamp(max=low)
     above = (sizes > low).nonzero()[:, 0]
     keep[above[: int((sizes - keep).sum()) - missing]] += 1
-    index_N, offset = _group(owner_N, clients, key)
-    rank_N = torch.arange(len(index_N)) - offset[:-1].repeat_interleave(sizes)
-    pool = index_N[rank_N >= keep.repeat_interleave(sizes)]
+    held = _group(owner_N, clients, key)
+    rank_N = torch.arange(len(held.index_N)) - held.offset[:-1].repeat_interleave(sizes)
+    pool = held.index_N[rank_N >= keep.repeat_interleave(sizes)]
     owner_N[pool] = torch.arange(clients).repeat_interleave(short)
     return owner_N
