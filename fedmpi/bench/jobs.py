@@ -22,10 +22,12 @@ from fedmpi.bench import synthetic
 from fedmpi.comm import Comm, connect, run_ranks, solo
 from fedmpi.engine import exchange
 from fedmpi.engine.rounds import Simulation
+from fedmpi.engine.status import SUMMED
+from fedmpi.method import Compressor
 from fedmpi.tasks import data
 
 _STATUS = Path("/proc/self/status")
-_BUDGET = 1.0  # seconds of rounds that a point of the grid takes, about
+_BUDGET = 0.5  # seconds of rounds that a point of the grid takes, about
 
 
 def memory() -> int:
@@ -75,17 +77,28 @@ def wire(comm: Comm, cases: list[dict[str, Any]], rounds: int) -> list[dict[str,
         mine = [(now - then) / rounds for now, then in zip((comm.sent, comm.received), before, strict=True)]
         ranks = [json.loads(part) for part in comm.allgather(json.dumps(mine).encode())]
         up, parallel = run.method.up, run.config.mode == "data_parallel"
+        passes = 1 if run.method.first is None else 2
         found.append(
             {
                 "sent": [sent for sent, _ in ranks],
                 "received": [received for _, received in ranks],
                 "message": sum(line["upload_bytes"] / line["clients"] for line in lines) / rounds,
+                "clients": lines[-1]["clients"],
                 "summed": run.topology.sum().total_S.nbytes,
+                "status": 8
+                * passes
+                * (len(SUMMED) + len(run.counters) + 3),  # a pass's counts and three flags
                 "way": exchange.build(comm, up).name if parallel else "",
+                "entry": entry(up),
                 "parameters": run.spec.size,
             }
         )
     return found
+
+
+def entry(up: Compressor) -> int:
+    """Bytes of an entry of the array that ranks can merge in parts; 1 where there is none."""
+    return up.layout()[up.merged].dtype.itemsize if up.merged else 1
 
 
 def wire_of_ranks(cases: list[dict[str, Any]], rounds: int, threads: int) -> list[dict[str, Any]] | None:
@@ -97,41 +110,45 @@ def wire_of_ranks(cases: list[dict[str, Any]], rounds: int, threads: int) -> lis
     return found if comm.rank == 0 else None
 
 
-def start(asked: float, clients: int, cohort: int, rounds: int) -> dict[str, Any]:
-    """Seconds and memory of a run of ``clients`` with a sample each: what it takes until its first round, and a
-    round's. ``asked`` is when the process was started."""
-    imports, began = time.time() - asked, time.perf_counter()
-    bare = memory()
+def start(clients: int, cohort: int, rounds: int) -> dict[str, Any]:
+    """Processor seconds and memory of a run of ``clients`` with a sample each: what it takes from the process's start
+    to its first round, and a round's."""
+    seconds, nbytes, since = {"imports": time.process_time()}, {"imports": memory()}, time.process_time()
     data.load(synthetic.PATH, samples=clients)
-    loaded, filled = time.perf_counter(), memory()
+    seconds["data"] = time.process_time() - since
+    nbytes["data"] = memory() - nbytes["imports"]
     with peak_memory() as peak:
+        since = time.process_time()
         run = simulation(solo(), clients, model="linear", clients=clients, cohort=cohort, method="dense")
-        prepared = time.perf_counter()
-        first = run.round(0)["seconds"]
-        each = [run.round(t + 1)["seconds"] for t in range(rounds)]
+        seconds["preparation"] = time.process_time() - since
+        seconds["first round"], *each = [clock(run, t) for t in range(1 + rounds)]
+    nbytes["peak"] = peak[0]
+    parameters = run.spec.size
+    seconds["round"] = median(each)
     return {
         "clients": clients,
         "cohort": cohort,
-        "parameters": run.spec.size,
-        "seconds": {
-            "imports": imports,
-            "data": loaded - began,
-            "preparation": prepared - loaded,
-            "first round": first,
-            "round": median(each),
-        },
-        "bytes": {"imports": bare, "data": filled - bare, "peak": peak[0]},
+        "parameters": parameters,
+        "seconds": seconds,
+        "bytes": nbytes,
     }
 
 
+def clock(run: Simulation, t: int) -> float:
+    """Processor seconds of round ``t``: of one rank with one thread, which never waits, they are a quiet machine's."""
+    since = time.process_time()
+    run.round(t)
+    return time.process_time() - since
+
+
 def cost(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Median seconds of a round at each point: ``clients``, ``cohort``, ``model`` and ``method``."""
+    """Median seconds (:func:`clock`) of a round at each point: ``clients``, ``cohort``, ``model`` and ``method``."""
     found = []
     for point in points:
         run = simulation(solo(), point["clients"], **point)
-        began, each = time.perf_counter(), [run.round(0)["seconds"]]
-        while len(each) < 4 or (len(each) < 50 and time.perf_counter() - began < _BUDGET):
-            each.append(run.round(len(each))["seconds"])
+        each = [clock(run, 0)]
+        while len(each) < 4 or (len(each) < 50 and sum(each) < _BUDGET):
+            each.append(clock(run, len(each)))
         timed = {"seconds": median(each[1:]), "rounds": len(each) - 1}
         found.append({**point, "parameters": run.spec.size, **timed})
     return found

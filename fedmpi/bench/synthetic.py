@@ -12,10 +12,11 @@ from fedmpi.tasks.data import Data, Split
 PATH = f"{__name__}:load"
 """A configuration's ``data.name``."""
 
+FEATURES, CLASSES = 16, 10
 _DIFFERENT = 4096  # samples, which repeat
 
 
-def load(folder: Path, samples: int, features: int = 16, classes: int = 10) -> Data:
+def load(folder: Path, samples: int, features: int = FEATURES, classes: int = CLASSES) -> Data:
     """``samples`` training and 256 test samples of so many numbers; nothing is read from ``folder``."""
     rows = random.normal(random.key(0, stream="noise"), _DIFFERENT * features).view(_DIFFERENT, features)
     index = torch.arange(samples)
