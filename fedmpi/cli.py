@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import fedmpi
+from fedmpi import project, tools
 from fedmpi.analysis import commands as analysis
 from fedmpi.bench import commands as bench
 from fedmpi.errors import FedMPIError
@@ -21,37 +23,49 @@ if TYPE_CHECKING:
     from fedmpi.comm import Comm
     from fedmpi.config import Config
 
-_EPILOG = """\
+_FIRST = """\
+first steps:
+  fedmpi init lab && cd lab                         a folder with configurations, Slurm jobs and a README
+  fedmpi train configs/quickstart.yaml              a run of seconds, its data inside the package
+  launch/mpirun.sh -n 4 fedmpi train configs/quickstart.yaml method=signsgd server.lr=0.003
+  fedmpi report runs/*                              a table and plots of the runs
+  fedmpi methods                                    what there is, with all options
+in a job of your own:
+  fedmpi.ddp.attach(ddp, {"name": "signsgd", "feedback": True})    and fedmpi advise says whether it pays
+"""
+_TRAIN = """\
 examples:
   fedmpi train configs/quickstart.yaml                          one process
   fedmpi train configs/quickstart.yaml --local-ranks 4          four ranks as threads
   mpirun -n 4 fedmpi train configs/quickstart.yaml method=signsgd server.lr=0.003
   mpirun -n 4 fedmpi train configs/quickstart.yaml 'method={name: topk, ratio: 0.05, feedback: true}'
   torchrun --nproc-per-node 4 -m fedmpi train configs/quickstart.yaml    over Gloo, without MPI
+  srun -n 4 fedmpi train configs/quickstart.yaml --out runs/one --resume starts it, or goes on from its last checkpoint
 """
+
+
+def arguments_of() -> argparse.ArgumentParser:
+    """All commands and what they take; nothing heavy is imported before one of them runs."""
+    parser = argparse.ArgumentParser(
+        prog="fedmpi",
+        description="Communication-compressed training over MPI: federated simulation and data-parallel.",
+        epilog=_FIRST,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {fedmpi.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    project.add(commands)
+    _train_arguments(commands)
+    tools.add(commands)
+    analysis.add(commands)
+    bench.add(commands)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for a failed run, 2 for a wrong command or configuration, 75 (EX_TEMPFAIL) for a run
     that a signal stopped and ``--resume`` continues, 130 for one that ended without a checkpoint."""
-    parser = argparse.ArgumentParser(
-        prog="fedmpi",
-        description="Communication-compressed training over MPI: federated simulation and data-parallel.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _train_arguments(commands)
-    _methods_arguments(commands)
-    _report_arguments(commands)
-    _data_arguments(commands)
-    _advise_arguments(commands)
-    analysis.add(commands)
-    bench.add(commands)
-    doctor = commands.add_parser(
-        "doctor", help="show what MPI, torch, GPUs and launcher are here, and try them"
-    )
-    doctor.set_defaults(run=_doctor)
+    parser = arguments_of()
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes positionals of nargs="*" in one run only; overrides may stand anywhere.
     if getattr(arguments, "overrides", None) is None or any(word.startswith("-") for word in rest):
@@ -61,13 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides += rest
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
-        return run(arguments)
+        code = run(arguments)
+        sys.stdout.flush()
+        return code
     except FedMPIError as error:
         _complain(error)
         return 2
     except KeyboardInterrupt:
         print("fedmpi: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # fedmpi methods | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return 1
 
 
 def _complain(error: FedMPIError | str, again: str = "") -> None:
@@ -82,11 +101,16 @@ def _train_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParse
         help="train as a configuration says",
         description="Train as a configuration says. Alone it is one rank; under mpirun, mpiexec, srun or "
         "torchrun it is one rank of many.",
-        epilog=_EPILOG,
+        epilog=_TRAIN,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument("config", metavar="CONFIG", help="a YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides; values are YAML")
+    train.add_argument("config", metavar="CONFIG", help="a YAML file; fedmpi init writes some")
+    train.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="overrides of the file's keys; values are YAML, {…} and […] in quotes",
+    )
     train.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/<config>-<time>)")
     train.add_argument(
         "--resume",
@@ -97,7 +121,11 @@ def _train_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParse
         "checkpoint; with --out a run that has none yet starts",
     )
     train.add_argument(
-        "--local-ranks", type=analysis.positive, default=1, metavar="N", help="run N ranks as threads"
+        "--local-ranks",
+        type=analysis.positive,
+        default=1,
+        metavar="N",
+        help="run N ranks as threads of this process (1)",
     )
     train.add_argument(
         "--profile",
@@ -209,141 +237,3 @@ def _run_folder(arguments: argparse.Namespace) -> Path:
             f"--resume: expected a run of {stem} in {runs.absolute()}, found none; name its folder"
         )
     return earlier[-1]
-
-
-def _methods_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    listing = commands.add_parser("methods", help="list the methods, their options and what they cost")
-    listing.add_argument(
-        "--params", type=analysis.positive, metavar="D", help="measure bytes for D parameters"
-    )
-    listing.add_argument("--model", metavar="MODEL", help="measure bytes for a model on 3x32x32 images")
-    listing.add_argument(
-        "names",
-        nargs="*",
-        metavar="METHOD",
-        help="only these; with --params or --model also {name: topk, ratio: 0.1}",
-    )
-    listing.set_defaults(run=_methods)
-
-
-def _methods(arguments: argparse.Namespace) -> int:
-    from fedmpi.analysis.listing import costs, describe
-    from fedmpi.spec import Spec
-    from fedmpi.tasks.models import build
-
-    if arguments.model:
-        print(costs(Spec.of(build(arguments.model, (3, 32, 32), 10, 0)), arguments.names))
-    elif arguments.params:
-        print(costs(Spec(("parameters",), ((arguments.params,),)), arguments.names))
-    else:
-        print(describe(arguments.names))
-    return 0
-
-
-def _report_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    report = commands.add_parser("report", help="compare runs: a table and plots")
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
-    report.add_argument("--out", type=Path, metavar="DIR", help="where report.md and report.png go")
-    report.set_defaults(run=_report)
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from fedmpi.analysis.report import report
-
-    print(report(arguments.runs, arguments.out))
-    return 0
-
-
-def _data_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    data = commands.add_parser("data", help="get data sets, and show who holds what")
-    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
-    fetch = actions.add_parser("fetch", help="download a data set and verify it")
-    fetch.add_argument("name", help="e.g. fashion-mnist")
-    fetch.add_argument("--to", type=Path, metavar="DIR", help="default: $FEDMPI_DATA or ~/.cache/fedmpi")
-    fetch.set_defaults(run=_fetch)
-    show = actions.add_parser("show", help="show which client holds what")
-    show.add_argument("config", metavar="CONFIG", help="a YAML file")
-    show.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides; values are YAML")
-    show.add_argument("--plot", type=Path, metavar="PNG", help="the picture (default: <config>-clients.png)")
-    show.set_defaults(run=_show)
-
-
-def _fetch(arguments: argparse.Namespace) -> int:
-    from fedmpi.tasks.data import default_folder
-    from fedmpi.tasks.fetch import fetch
-
-    to = arguments.to or default_folder()
-    print(f"{arguments.name} is in {fetch(arguments.name, to, lambda line: print(line, flush=True))}")
-    return 0
-
-
-def _advise_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    advise = commands.add_parser(
-        "advise",
-        help="measure whether compression pays on this link",
-        description="Measure this launch's link and each method's coding and exchange of gradients, and say which "
-        "method is fastest. Start it as the job is started: mpirun, srun or torchrun.",
-    )
-    size = advise.add_mutually_exclusive_group()
-    size.add_argument("--params", type=analysis.positive, metavar="N", help="parameters (default: 11000000)")
-    size.add_argument(
-        "--model", metavar="MODEL", help="the layers of a model on 3x32x32 images, e.g. resnet9"
-    )
-    advise.add_argument(
-        "--method",
-        action="append",
-        metavar="METHOD",
-        help="only this, as YAML, besides bf16; can be given several times",
-    )
-    advise.add_argument("--comm", default="auto", help="auto, mpi, gloo or nccl")
-    advise.set_defaults(run=_advise)
-
-
-def _advise(arguments: argparse.Namespace) -> int:
-    import yaml
-
-    from fedmpi.comm import connect
-    from fedmpi.integrations import advise
-    from fedmpi.spec import Spec
-    from fedmpi.tasks.models import build
-
-    comm = connect(arguments.comm)
-    shapes = advise.shapes_of(arguments.params or 11_000_000)
-    if arguments.model:
-        spec = Spec.of(build(arguments.model, (3, 32, 32), 10, 0))
-        shapes = dict(zip(spec.names, spec.shapes, strict=True))
-    candidates = advise.CANDIDATES
-    if arguments.method:
-        candidates = tuple(advise.check([yaml.safe_load(method) for method in arguments.method]))
-
-    def say(line: str) -> None:
-        if comm.rank == 0:
-            print(line, file=sys.stderr, flush=True)
-
-    text = advise.advise(comm, shapes, candidates, say)
-    if comm.rank == 0:
-        print(text)
-    return 0
-
-
-def _show(arguments: argparse.Namespace) -> int:
-    from fedmpi import config as configuration
-    from fedmpi.analysis.holdings import holdings, plot, table
-    from fedmpi.tasks import data, partitions
-
-    config = configuration.load(arguments.config, arguments.overrides)
-    train, options = data.load(config.data.name, **config.data.options), config.partition.options
-    split = partitions.divide(config.partition.name, train.train, config.clients, config.seed, **options)
-    held = holdings(split.index_N, split.offset, train.train.y, train.classes)
-    title = f"{config.data.name}, partition {config.partition.name}"
-    path = arguments.plot or Path(f"{Path(arguments.config).stem}-clients.png")
-    print(f"{title}: {table(held)}")
-    plot(held, title, path)
-    print(f"picture: {path}")
-    return 0
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
-    from fedmpi.doctor import examine
-
-    return examine()

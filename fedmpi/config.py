@@ -21,11 +21,10 @@ from pydantic import (
     model_validator,
 )
 
-from fedmpi import methods
+from fedmpi import methods, own
 from fedmpi.errors import ConfigError
 from fedmpi.methods.base import Options
 from fedmpi.optimizers import Name, Optimizer
-from fedmpi.tasks import own
 from fedmpi.tasks.data import DATA
 from fedmpi.tasks.models import MODELS
 from fedmpi.tasks.objectives import OBJECTIVES
@@ -238,21 +237,23 @@ class Config(_Section):
             if not self.clients:
                 raise ValueError("clients: required, not given")
             return self
-        wrong = {
-            "cohort": (self.cohort is None, "none (every rank trains in every round)"),
-            "dropout": (self.dropout == 0, "0"),
-            "topology": (self.topology == "allreduce", "allreduce"),
-            "local.steps": (
-                self.local.steps in (None, 1) and self.local.epochs is None,
-                "1, and no local.epochs",
-            ),
-            "local.momentum": (self.local.momentum == 0, "0 (use server.optimizer: momentum)"),
-            "time": (self.time is None, "none"),
-            "on_bad_update": (self.on_bad_update == "stop", "stop (every rank's message is needed)"),
+        local, time = self.local, self.time and self.time.model_dump(exclude_defaults=True)
+        wanted: dict[
+            str, tuple[Any, Any, str]
+        ] = {  # key → value, the only one that goes, why or what instead
+            "cohort": (self.cohort, None, " (every rank trains in every round)"),
+            "dropout": (self.dropout, 0, ""),
+            "topology": (self.topology, "allreduce", ""),
+            "local.steps": (local.steps or 1, 1, ""),
+            "local.epochs": (local.epochs, None, " (a round is one step)"),
+            "local.momentum": (local.momentum, 0, " (use server.optimizer: momentum)"),
+            "time": (time, None, ""),
+            "on_bad_update": (self.on_bad_update, "stop", " (every rank's message is needed)"),
         }
-        for key, (fits, expected) in wrong.items():
-            if not fits:
-                raise ValueError(f"{key}: expected {expected} with mode: data_parallel")
+        for key, (value, only, why) in wanted.items():
+            if value != only:
+                expected = "none" if only is None else only
+                raise ValueError(f"{key}: expected {expected}{why} with mode: data_parallel, got {value}")
         return self
 
     @model_validator(mode="after")
@@ -341,6 +342,11 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 def _read(path: Path, depth: int = 0) -> Any:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"config: cannot read {path}: no such file, seen from {Path.cwd()}; fedmpi init writes "
+            f"configs/quickstart.yaml and more"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: cannot read {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -367,7 +373,9 @@ def _override(values: Any, override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ConfigError(f"override: the value in {override!r} is not YAML") from None
+        raise ConfigError(
+            f"override: expected a YAML value after =, got {override!r}; put {{…}} and […] into quotes"
+        ) from None
     for depth, key in enumerate(keys[:-1]):
         inner = values.get(key) if isinstance(values, dict) else None
         if inner is None:
@@ -375,7 +383,9 @@ def _override(values: Any, override: str) -> None:
         elif isinstance(inner, str):
             inner = {"name": inner}  # model: cnn, then model.hidden=64
         elif not isinstance(inner, dict):
-            raise ConfigError(f"override: {'.'.join(keys[: depth + 1])} has no keys inside, in {override!r}")
+            raise ConfigError(
+                f"override: expected {'.'.join(keys[: depth + 1])} to have keys inside, got {inner!r}, in {override!r}"
+            )
         values[key] = inner
         values = inner
     values[keys[-1]] = value

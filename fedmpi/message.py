@@ -74,6 +74,11 @@ class Message(NamedTuple):
             total_C += self.lengths[name] * row if name in self.lengths else row
         return total_C
 
+    def total_nbytes(self, positions: bool = True) -> int:
+        """The sum of :meth:`nbytes` over all clients."""
+        kept = (a for n, a in self.arrays.items() if positions or n.rpartition(".")[2] not in POSITIONS)
+        return sum(array.nbytes for array in kept)
+
     def select(self, index: Tensor) -> Message:
         """The messages of the clients ``index`` (int64, increasing), in that order."""
         arrays, lengths = {}, {}

@@ -26,6 +26,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
+_LAST = (1 << 63) - 1  # no signed word sorts behind it
 
 # Below this length a permutation sorts 64-bit words (uniform over all permutations up to the
 # generator); from it on it is a keyed bijection, which needs no memory and no sort.
@@ -172,6 +173,20 @@ def _bijection(x: Tensor, key: int, log2: int) -> Tensor:
 def permutation(key: int, n: int, device: torch.device | None = None) -> Tensor:
     """A permutation of ``range(n)``, int64 ``(n,)``."""
     return sample(key, n, n, device)
+
+
+def permutations(keys_C: Tensor, sizes_C: Tensor) -> Tensor:
+    """A :func:`permutation` of ``range(n)`` for each key, with each its own n, int64 ``(C, largest n)``; behind a
+    shorter one come the numbers from n on."""
+    largest = int(sizes_C.max())
+    if largest < SORT_BELOW:
+        words_CN = bits(keys_C, largest)
+        words_CN[torch.arange(largest) >= sizes_C[:, None]] = _LAST
+        return words_CN.argsort(stable=True)
+    order_CN = torch.arange(largest).repeat(len(keys_C), 1)
+    for order_N, key, n in zip(order_CN, keys_C.tolist(), sizes_C.tolist(), strict=True):
+        order_N[:n] = permutation(key, n)
+    return order_CN
 
 
 def sample(key: int, n: int, k: int, device: torch.device | None = None) -> Tensor:

@@ -34,9 +34,12 @@ class Spec:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         for name, p in named:
             if p.dtype != torch.float32:
-                raise ConfigError(f"model: parameter {name} is {p.dtype}, expected torch.float32")
+                raise ConfigError(
+                    f"model: parameter {name} is {p.dtype}, expected torch.float32; local.precision: bfloat16 "
+                    f"computes in bfloat16 all the same"
+                )
         if not named:
-            raise ConfigError("model: it has no trainable parameter")
+            raise ConfigError("model: expected a parameter with requires_grad, got none")
         return cls(tuple(name for name, _ in named), tuple(tuple(p.shape) for _, p in named))
 
     @cached_property

@@ -18,17 +18,27 @@ def suggest(got: object, valid: Iterable[str]) -> str:
     return (f"did you mean {near[0]!r}? " if near else "") + f"valid: {', '.join(valid)}"
 
 
+def name_in(where: str, value: Any, table: Mapping[str, object]) -> str:
+    """The name in ``{name: …}``.
+
+    Raises:
+      ConfigError: there is none; it lists ``table``'s.
+    """
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise ConfigError(f"{where}: expected a name or {{name: …}}, got {value!r}; {suggest('', table)}")
+    return str(value["name"])
+
+
 def choose(where: str, value: Any, table: Mapping[str, object]) -> str:
     """The name in ``{name: …}``, when it is one of ``table``'s.
 
     Raises:
       ConfigError: there is no name, or no such row.
     """
-    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        raise ConfigError(f"{where}: expected a name or {{name: …}}, got {value!r}; {suggest('', table)}")
-    if value["name"] not in table:
-        raise ConfigError(f"{where}.name: unknown {value['name']!r}; {suggest(value['name'], table)}")
-    return str(value["name"])
+    name = name_in(where, value, table)
+    if name not in table:
+        raise ConfigError(f"{where}.name: unknown {name!r}; {suggest(name, table)}")
+    return name
 
 
 def describe(error: ValidationError, model: type[BaseModel], where: str = "") -> str:

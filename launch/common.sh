@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: the virtual environment in .venv, MPICH in .mpich, settings for MPI.
+# Sourced by the scripts beside it: the virtual environment in .venv, MPICH in .mpich.
 #
 # One environment, two MPIs. mpi4py's wheel holds an extension module for each MPI ABI and takes the libmpi
 # that it finds first, which is .venv/lib (Open MPI, extra "mpi"). MPI4PY_LIBMPI points it at another folder:
@@ -8,15 +8,13 @@
 # LD_LIBRARY_PATH alone is not enough (.venv/lib still comes first, and every process becomes rank 0 of 1), and
 # MPI4PY_MPIABI must not be set alone: it chooses the module without loading the library.
 
+# shellcheck source=launch/mpi.sh
+source "$(dirname "${BASH_SOURCE[0]}")/mpi.sh"
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 VENV=$ROOT/.venv
 MPICH=$ROOT/.mpich
 
 say() { printf '\n==> %s\n' "$*"; }
-die() {
-    printf 'error: %s\n' "$*" >&2
-    exit 1
-}
 
 find_python() { # prints the first Python that is new enough and can make virtual environments
     local p
@@ -83,28 +81,4 @@ ensure_mpich() {
 # Slurm from the system's packages, for the tests: only root can install it.
 ensure_slurm() {
     "$ROOT/slurm/test-cluster.sh" install
-}
-
-cores() { # processors that this process may use, a container's quota included
-    local n quota period
-    n=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc obeys both
-    if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [[ $quota != max ]]; then
-        quota=$(((quota + period - 1) / period))
-        n=$((quota < n ? quota : n))
-    fi
-    echo "$n"
-}
-
-# mpi_env RANKS: what Open MPI needs on one machine (MPICH needs nothing and ignores it): root allowed, more ranks
-# than cores allowed, no binding, and no more threads than cores. Whatever is set already stays as it is, and inside a
-# Slurm job slots, binding and threads are Slurm's business.
-mpi_env() {
-    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-    [[ -z ${SLURM_JOB_ID-} ]] || return 0
-    export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy-:oversubscribe}
-    export PRTE_MCA_hwloc_default_binding_policy=${PRTE_MCA_hwloc_default_binding_policy-none}
-    if [[ -z ${OMP_NUM_THREADS-} ]]; then
-        local threads=$(($(cores) / $1))
-        export OMP_NUM_THREADS=$((threads > 1 ? threads : 1))
-    fi
 }

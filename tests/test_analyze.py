@@ -188,7 +188,7 @@ def test_positions_of_a_run_are_those_of_its_gradients() -> None:
     """Against the same run watched by hand: sent positions counted, the first epoch's aggregate, each score."""
     values = {**CENTRAL, "clients": 4, "cohort": 2, "sampling": "epoch_shuffle", "rounds": 6}
     config = configuration.parse({**values, "method": {"name": "topk", "k": 9, "feedback": True}})
-    seen = positions.watch(config, 9, 60, "aggregate", (1, 3), per_epoch=2, quiet=True)
+    seen = positions.watch(config, 9, 60, (1, 3), per_epoch=2, quiet=True)
     sums = torch.zeros(3, 4, seen.frequency_D.numel())
     chosen = torch.zeros_like(seen.frequency_D)
 
@@ -207,8 +207,10 @@ def test_positions_of_a_run_are_those_of_its_gradients() -> None:
     for epoch in range(3):
         for w in range(4):
             top = sums[epoch, w].abs().topk(9).indices.tolist()
-            expected = 100 * len(set(top) & set(first)) / 9
-            assert float(seen.scores_WE[w, epoch]) == pytest.approx(expected)
+            own = sums[0, w].abs().topk(60).indices.tolist()
+            for reference, kept in (("aggregate", first), ("worker", own)):
+                expected = 100 * len(set(top) & set(kept)) / 9
+                assert float(seen.scores_WE[reference][w, epoch]) == pytest.approx(expected)
     torch.testing.assert_close(seen.mean_ED[3], (sums[2] * weights[:, None]).sum(0))
     assert seen.mean_ED.keys() == {1, 3}
 
@@ -228,9 +230,11 @@ def test_positions_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert sum(times.values()) == summary["parameters"]
         assert sum(n * count for n, count in times.items()) == 4 * 3 * 9  # rounds, clients, k
         assert summary[f"{name}: never chosen"] == pytest.approx(times[0] / summary["parameters"], rel=1e-5)
-    scores = torch.tensor(numbers["scores"]["top-k"])
-    assert scores.shape == (3, 4)
-    assert summary["score, epoch 4"] == pytest.approx(float(scores[:, 3].mean()), rel=1e-4)
+    for called in ("score", "own score"):
+        scores = torch.tensor(numbers[f"{called}s"]["top-k"])
+        assert scores.shape == (3, 4)
+        assert summary[f"{called}, epoch 4"] == pytest.approx(float(scores[:, 3].mean()), rel=1e-4)
+    assert summary["own score, epoch 1"] == 100
     assert "score, epoch 9" not in summary  # the run has no ninth
     capsys.readouterr()
     for wrong, message in {

@@ -1,4 +1,5 @@
-"""What must hold of every row of METHODS, alone and under each wrapper. A new row needs no edit here.
+"""What must hold of every row of METHODS, alone and under each wrapper. A new row needs no edit here, and a method
+that is no row is named by FEDMPI_METHOD=package.module:ENTRY (else the example in configs/own.py is taken).
 
 The properties are those of the protocol (fedmpi/method.py). Gradients are correlated from round to round
 (random ones hide what look-back does), clients have different keys.
@@ -7,6 +8,7 @@ The properties are those of the protocol (fedmpi/method.py). Gradients are corre
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import pytest
@@ -29,12 +31,14 @@ from .jobs.runs import outcome
 
 SPEC = Spec(("conv.weight", "conv.bias", "fc.weight", "fc.bias"), ((4, 2, 3, 3), (4,), (11, 20), (11,)))
 CLIENTS, ROUNDS, LR = 5, 8, 0.1
+OWN = os.environ.get("FEDMPI_METHOD", "configs.own:SIGN")
+ROWS = METHODS | {OWN: methods.entry(OWN)}
 
 
 def cases() -> dict[str, dict[str, Any]]:
     """Each row's example, with error feedback where it can be asked for, and under each wrapper."""
     found = {}
-    for name, entry in METHODS.items():
+    for name, entry in ROWS.items():
         example = {"name": name, **entry.example}
         found[name] = example
         found |= {f"{name} {variant}": example | options for variant, options in entry.variants.items()}
@@ -43,7 +47,7 @@ def cases() -> dict[str, dict[str, Any]]:
                 **example,
                 "feedback": not example.get("feedback", False),
             }
-        for wrapper, outer in METHODS.items():
+        for wrapper, outer in ROWS.items():
             if name in outer.wraps or (outer.wraps == "any" and not entry.wraps and not entry.two_passes):
                 found[f"{wrapper} over {name}"] = {"name": wrapper, **outer.example, "inner": example}
     return found

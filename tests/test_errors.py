@@ -84,8 +84,8 @@ def train(capsys: pytest.CaptureFixture[str], tmp_path: Path, *more: str, **chan
         ("partition={name: labels, labels_per_client: 11}", "labels_per_client"),
         ("data={name: fashion-mnist, folder: /nowhere}", "fedmpi data fetch fashion-mnist"),
         ("rounds", "override: expected key.path=value, got 'rounds'"),
-        ("rounds=[", "override: the value in 'rounds=[' is not YAML"),
-        ("rounds.x=1", "override: rounds has no keys inside"),
+        ("rounds=[", "override: expected a YAML value after =, got 'rounds=['"),
+        ("rounds.x=1", "override: expected rounds to have keys inside, got "),
     ],
 )
 def test_runs_that_cannot_be(

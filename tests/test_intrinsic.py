@@ -44,7 +44,10 @@ def values(clients: int = 6, cohort: int = 2, epochs: int = 4, **method: Any) ->
 def test_against_the_algorithm_with_explicit_matrices(schedule: str, matrix: str) -> None:
     """θ ← θ − η/W Σ_w A^(k_w) A^(k_w)ᵀ g_w in float64, 20 rounds; the gradients are the simulation's own."""
     extra = {"subspaces": 3} if schedule == "k_varying" else {}
-    run = config.parse({**values(schedule=schedule, matrix=matrix, **extra), "rounds": 20})
+    # reproducible: each client is compressed by itself
+    run = config.parse(
+        {**values(schedule=schedule, matrix=matrix, **extra), "rounds": 20, "reproducible": True}
+    )
     simulation = Simulation(run, solo())
     theta = simulation.topology.parameters().double()
     sums: list[Any] = []

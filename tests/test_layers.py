@@ -15,14 +15,16 @@ LAYERS = {
     "spec": {"errors"},
     "message": {"errors"},
     "optimizers": set(),
+    "own": {"errors"},
+    "project": {"errors"},
     "validation": {"errors"},
     "ops": BASE,
     "comm": {"errors"},  # and nothing of what it carries
-    "tasks": BASE | {"validation"},
+    "tasks": BASE | {"own", "validation"},
     "method": BASE | {"message", "spec"},
     "methods": BASE
-    | {"method", "message", "spec", "ops", "optimizers", "validation"},  # never comm or engine
-    "config": {"errors", "methods", "tasks", "optimizers", "validation"},
+    | {"method", "message", "spec", "ops", "optimizers", "own", "validation"},  # never comm or engine
+    "config": {"errors", "methods", "own", "tasks", "optimizers", "validation"},
     "engine": BASE | {"comm", "config", "method", "methods", "message", "ops", "spec", "tasks"},
     "analysis": BASE
     | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks", "validation"},
@@ -31,18 +33,8 @@ LAYERS = {
     "bench": BASE
     | {"analysis", "comm", "config", "engine", "message", "method", "methods", "ops", "spec", "tasks"},
     "doctor": {"comm", "errors"},
-    "cli": {
-        "integrations",
-        "analysis",
-        "bench",
-        "comm",
-        "config",
-        "doctor",
-        "engine",
-        "errors",
-        "spec",
-        "tasks",
-    },
+    "tools": {"analysis", "comm", "config", "doctor", "integrations", "spec", "tasks"},
+    "cli": {"analysis", "bench", "comm", "config", "engine", "errors", "project", "tools"},
     "__main__": {"cli"},
     "__init__": {"integrations"},  # on demand
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmpi import config
+from fedmpi import config, methods
 from fedmpi.cli import main
 from fedmpi.comm import solo
 from fedmpi.engine.rounds import Simulation
@@ -67,6 +67,39 @@ def test_own_model_and_data_train(mine: str) -> None:
     first, second = (build(f"{mine}:build", (2,), 2, 5).state_dict() for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_own_method_trains_alone_and_inside_a_wrapper() -> None:
+    """configs/own.py's, which tests/test_conformance.py takes through all properties."""
+    own = {"name": "configs.own:SIGN", "feedback": True}
+    for method in (own, {"name": "lookback", "threshold": 0.5, "inner": own}):
+        parsed = config.parse(SMALL | {"method": method})
+        assert config.parse(parsed.plain()) == parsed
+        assert Simulation(parsed, solo()).round(0)["upload_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"name": "none_such:SIGN"}, "method.name: cannot import 'none_such:SIGN'"),
+        (
+            {"name": "configs.own:SIGM"},
+            "method.name: cannot import .* 'SIGM'.* to a fedmpi.methods.base.Entry",
+        ),
+        (
+            {"name": "configs.own:load"},
+            "method.name: configs.own:load is a function, expected a fedmpi.methods",
+        ),
+        ({"name": "configs.own:SIGN", "ratio": 1}, "method.ratio: unknown key; .*valid: name, feedback"),
+        (
+            {"name": "prune", "keep": 0.1, "inner": {"name": "configs.own:SIGN"}},
+            "method.inner: prune does not go over configs.own:SIGN; valid: topk",
+        ),
+    ],
+)
+def test_own_method_that_does_not_fit_is_named(method: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        methods.parse(method)
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,21 @@ class TestVoc:
         with pytest.raises(DataError, match=rf"{path}: expected a whole picture"):
             load("voc", tmp_path, size=8)
 
+    def test_damaged_pictures_and_lists(self, tmp_path: Path) -> None:
+        voc(tmp_path)
+        root = tmp_path / "VOCdevkit" / "VOC2012"
+        path = root / "JPEGImages" / "b.jpg"
+        path.write_bytes(path.read_bytes()[:200])
+        with pytest.raises(DataError, match=rf"{path}: expected a whole picture, got"):
+            load("voc", tmp_path, size=8)
+        path.unlink()
+        with pytest.raises(DataError, match=rf"{path}: expected a whole picture, got FileNotFoundError"):
+            load("voc", tmp_path, size=8)
+        path = root / "ImageSets" / "Segmentation" / "train.txt"
+        path.write_text("")
+        with pytest.raises(DataError, match=rf"{path}: expected the names of pictures"):
+            load("voc", tmp_path, size=8)
+
 
 def coco(folder: Path, **changes: Any) -> Path:
     for part, name in (("train2017", "a.jpg"), ("val2017", "b.jpg")):
@@ -277,6 +292,19 @@ class TestCoco:
         path.write_text('{"images": []}')
         with pytest.raises(DataError, match=rf"{path}: expected images, annotations and categories"):
             load("coco", tmp_path, size=8)
+        path.write_text('{"images": [], "annotations": [], "categories": []}')
+        with pytest.raises(DataError, match=rf"{path}: expected images, .*no images"):
+            load("coco", tmp_path, size=8)
+
+    def test_damaged_files(self, tmp_path: Path) -> None:
+        annotations = coco(tmp_path)
+        path = tmp_path / "val2017" / "b.jpg"
+        path.write_bytes(path.read_bytes()[:200])
+        with pytest.raises(DataError, match=rf"{path}: expected a whole picture, got"):
+            load("coco", tmp_path, size=8)
+        annotations.write_bytes(annotations.read_bytes()[:-9])
+        with pytest.raises(DataError, match=rf"{annotations}: expected JSON, got JSONDecodeError"):
+            load("coco", tmp_path, size=8)
 
 
 class TestImageFolder:
@@ -292,6 +320,15 @@ class TestImageFolder:
         picture(tmp_path / "test" / "dog" / "0.png")
         with pytest.raises(DataError, match=r"test: expected the folders of train \(ant, cat\), got dog"):
             load("image-folder", tmp_path, size=9)
+        path = tmp_path / "train" / "cat" / "0.png"
+        for content in (path.read_bytes()[:300], b"no picture"):
+            path.write_bytes(content)
+            with pytest.raises(DataError, match=rf"{path}: expected a whole picture, got"):
+                load("image-folder", tmp_path, size=8 + len(content))
+        for path in (tmp_path / "train" / "cat").iterdir():
+            path.unlink()
+        with pytest.raises(DataError, match=rf"{tmp_path / 'train' / 'cat'}: expected pictures .* got none"):
+            load("image-folder", tmp_path, size=10)
         (tmp_path / "x" / "train" / "one").mkdir(parents=True)
         (tmp_path / "x" / "test").mkdir()
         with pytest.raises(DataError, match="expected a folder for each of two classes"):
@@ -318,10 +355,30 @@ def test_emnist_is_turned_upright(tmp_path: Path) -> None:
         load("emnist", tmp_path / "again", split="letters")
 
 
+WANTED = {  # of each reader, a file that a folder without it is told of
+    "fashion-mnist": "train-images-idx3-ubyte",
+    "mnist": "t10k-labels-idx1-ubyte",
+    "emnist": "emnist-balanced-train-images-idx3-ubyte",
+    "femnist": "train, test",
+    "cifar-10": "data_batch_1.bin",
+    "cifar-100": "train.bin",
+    "celeba": "list_landmarks_align_celeba.txt",
+    "voc": "ImageSets/Segmentation/train.txt",
+    "coco": "annotations/instances_train2017.json",
+    "sst-2": "train.tsv",
+    "movie-reviews": "movieReviewSnippets_GroundTruth.txt",
+    "personachat": "personachat_self_original.json",
+    "image-folder": "train, test",
+    "hub": "a split 'train'",
+}
+
+
 @pytest.mark.parametrize("name", sorted(set(DATA) - {"digits"}))
 def test_a_wrong_folder_says_what_was_expected(name: str, tmp_path: Path) -> None:
     options = {"tokenizer": "x"} if {"tokenizer"} & set(DATA[name].options.model_fields) else {}
     if name == "hub":
         options["dataset"] = str(tmp_path / "none")
-    with pytest.raises(DataError, match="expected"):
+    with pytest.raises(DataError, match="expected") as error:
         load(name, tmp_path, **options)
+    assert WANTED[name] in str(error.value)
+    assert str(tmp_path) in str(error.value)

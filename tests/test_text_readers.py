@@ -176,3 +176,35 @@ class TestHub:
             load("hub", tmp_path, **{**options, "input": "sentence"})
         with pytest.raises(DataError, match=r"data\.dataset: expected a hub name .* got '/none/such'"):
             load("hub", tmp_path, dataset="/none/such")
+
+    @pytest.mark.parametrize(
+        ("file", "content", "message"),
+        [
+            (
+                "train.json",
+                '{"text": "a", "label": 1}\n{"text": "b", "la',
+                "of whole tables, got .*Missing a closing quotation mark",
+            ),
+            ("train.parquet", "PAR1 and no more", "of whole tables, got .*not a parquet file"),
+            (
+                "train.csv",
+                "text,label\na,1\nb",
+                r"train, row 1: expected a value in column 'label', got none",
+            ),
+            ("train.csv", "text,label\na,1\nb,2,3,4\n", "of whole tables, got .*Expected 2 fields in line 3"),
+            ("train.csv", "text,label\n", "whole tables|expected samples in train, got none"),
+        ],
+    )
+    def test_damaged_tables(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: str, message: str
+    ) -> None:
+        datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        tables = tmp_path / "tables"
+        tables.mkdir()
+        (tables / file).write_text(content)
+        (tables / f"test.{file.split('.')[1]}").write_text(content)
+        with pytest.raises(DataError, match=message) as error:
+            load("hub", tmp_path, dataset=str(tables), tokenizer="x")
+        assert str(tables) in str(error.value)

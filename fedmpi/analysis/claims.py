@@ -173,14 +173,20 @@ def slower(r: Results, of: list[str], than: str, most: float) -> Verdict:
     return Verdict(shown, max(times.values()) <= most)
 
 
-def smallest(r: Results, of: list[str], than: str, share: float) -> Verdict:
-    """One of ``of`` (from small to large) reaches ``share`` of the accuracy of ``than``: the first that does."""
-    full = mean_error(r.point(than)["accuracy"])[0]
-    for label in of:
-        if mean_error(r.point(label)["accuracy"])[0] >= share * full:
-            reached = _percent(r.point(label)["accuracy"])
-            return Verdict(f"{label}: {reached} of {_percent(r.point(than)['accuracy'])}", True)
-    return Verdict(f"none reaches {100 * share:g} % of {100 * full:.2f} %", False)
+def dimension(r: Results, at_most: float) -> Verdict:
+    """The smallest d that a search found to reach its share of the full accuracy is at most ``at_most`` of all
+    parameters."""
+    found = r.loaded[0]
+    share, D, d, missed = (found[key] for key in ("share", "parameters", "dimension", "falls short"))
+    full, accuracy = (
+        _percent(found["full"]["accuracy"]),
+        {p["values"]["method.dim"]: p["accuracy"] for p in found["points"]},
+    )
+    if d is None:
+        return Verdict(f"none up to {missed:,} reaches {100 * share:g} % of {full}", False)
+    shown = f"d = {d:,} of {D:,} ({100 * d / D:.2g} %): {_percent(accuracy[d])} of {full}"
+    below = "" if missed is None else f"; d = {missed:,}: {_percent(accuracy[missed])}"
+    return Verdict(shown + below, d <= at_most * D)
 
 
 def between(r: Results, number: str, low: float, high: float) -> Verdict:
@@ -191,11 +197,15 @@ def between(r: Results, number: str, low: float, high: float) -> Verdict:
 
 
 def lower(r: Results, of: list[str], than: str) -> Verdict:
-    """The mean of each number of ``of`` is below that of ``than``."""
-    base = mean_error(r.numbers(than))[0]
-    means = {name: mean_error(r.numbers(name))[0] for name in of}
-    shown = "; ".join(f"{name} {mean:.3g}" for name, mean in {than: base, **means}.items())
-    return Verdict(shown, all(mean < base for mean in means.values()))
+    """Each number of ``of`` is below that of ``than``, taken run by run, by more than twice the difference's error."""
+    base = r.numbers(than)
+    values = {name: r.numbers(name) for name in of}
+    shown = [
+        f"{name} {mean:.3g} ± {error:.2g}" if len(base) > 1 else f"{name} {mean:.3g}"
+        for name, (mean, error) in ((name, mean_error(v)) for name, v in {than: base, **values}.items())
+    ]
+    below = (mean_error([x - y for x, y in zip(base, v, strict=True)]) for v in values.values())
+    return Verdict("; ".join(shown), all(mean > 2 * error for mean, error in below))
 
 
 def differs(r: Results, number: str, by: str) -> Verdict | None:
@@ -213,7 +223,20 @@ def differs(r: Results, number: str, by: str) -> Verdict | None:
 
 RULES: dict[str, Callable[..., Verdict | None]] = {
     rule.__name__: rule
-    for rule in (saves, most_saved, trade, ahead, tie, grows, peak, slower, smallest, between, lower, differs)
+    for rule in (
+        saves,
+        most_saved,
+        trade,
+        ahead,
+        tie,
+        grows,
+        peak,
+        slower,
+        dimension,
+        between,
+        lower,
+        differs,
+    )
 }
 
 
@@ -278,5 +301,9 @@ def judge(claim: Claim, files: Sequence[Path]) -> Verdict | None:
         raise ConfigError(f"claims: unknown rule {name!r}; {suggest(name, RULES)}")
     try:
         return RULES[name](Results(loaded), **rule)
+    except KeyError as error:
+        raise DataError(
+            f"claims: rule {name}: no {error} in the results, which hold {', '.join(loaded[0])}"
+        ) from None
     except TypeError as error:
         raise ConfigError(f"claims: rule {name}: {error}") from None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedmpi.comm import Comm
     from fedmpi.config import Config
 
 _Commands = Any  # argparse's own type for add_subparsers() is private
@@ -16,11 +18,17 @@ _Commands = Any  # argparse's own type for add_subparsers() is private
 
 def add(commands: _Commands) -> None:
     """Add the commands to the parser's."""
-    analyze = commands.add_parser("analyze", help="figures and numbers on a model, data and a method")
+    analyze = commands.add_parser(
+        "analyze",
+        help="figures and numbers on a model, data and a method",
+        description="Figures and numbers on a model, its data and a method: what the papers draw. Each trains as "
+        "CONFIG says and writes a page, pictures and JSON.",
+    )
     actions = analyze.add_subparsers(dest="action", required=True, metavar="ANALYSIS")
     _subspace_arguments(actions)
     _positions_arguments(actions)
     _inversion_arguments(actions)
+    _dimension_arguments(actions)
     _sweep_arguments(commands)
     _claims_arguments(commands)
 
@@ -65,17 +73,31 @@ def _out(arguments: argparse.Namespace) -> Path:
 
 def _subspace_arguments(actions: _Commands) -> None:
     subspace = actions.add_parser(
-        "subspace", help="N-PCA of the gradients, principal gradients, consecutive gradients"
+        "subspace",
+        help="N-PCA of the gradients, principal gradients, consecutive gradients",
+        description="How many principal components the gradients of training have (N-PCA), what they are, and how "
+        "near one gradient is to the next.",
+        epilog="example: fedmpi analyze subspace configs/quickstart.yaml rounds=20",
     )
     _common(subspace)
-    subspace.add_argument("--measure", choices=("variance", "singular"), default="variance")
+    subspace.add_argument(
+        "--measure",
+        choices=("variance", "singular"),
+        default="variance",
+        help="what the components shown explain (variance)",
+    )
     subspace.add_argument(
         "--center",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="principal gradients of the centred gradients (the numbers are reported both ways)",
     )
-    subspace.add_argument("--schedule", choices=("constant", "linear", "cosine"), default="constant")
+    subspace.add_argument(
+        "--schedule",
+        choices=("constant", "linear", "cosine"),
+        default="constant",
+        help="of the learning rate (constant)",
+    )
     subspace.add_argument("--memmap", action="store_true", help="keep the gradients in a file, not in memory")
     subspace.set_defaults(run=_subspace)
 
@@ -92,21 +114,25 @@ def _subspace(arguments: argparse.Namespace) -> int:
 
 def _positions_arguments(actions: _Commands) -> None:
     positions = actions.add_parser(
-        "positions", help="where the largest gradients lie: how often each is chosen, overlap scores"
+        "positions",
+        help="where the largest gradients lie: how often each is chosen, overlap scores",
+        description="Whether the positions of the largest gradients stay where they are: how often top-k and rTop-k "
+        "choose each, and how much of it the first epoch's m hold. CONFIG's method is topk.",
+        epilog="example: fedmpi analyze positions configs/methods/topk.yaml rounds=60",
     )
     _common(positions)
     positions.add_argument("--m", type=positive, metavar="M", help="positions of the first epoch (D / 10)")
     positions.add_argument("--r", type=positive, metavar="R", help="rTop-k's candidates (10 k)")
     positions.add_argument(
-        "--epochs", type=_numbers, default=(1, 10, 20, 30), metavar="E,E,…", help="shown (1,10,20,30)"
+        "--epochs",
+        type=_numbers,
+        default=(1, 10, 20, 30),
+        metavar="E,E,…",
+        help="the epochs shown (1,10,20,30)",
     )
     positions.add_argument(
-        "--reference",
-        choices=("aggregate", "worker"),
-        default="aggregate",
-        help="whose first epoch gives the top m",
+        "--rounds-per-epoch", type=positive, metavar="N", help="rounds that make an epoch (clients / cohort)"
     )
-    positions.add_argument("--rounds-per-epoch", type=positive, metavar="N", help="(clients / cohort)")
     positions.set_defaults(run=_positions)
 
 
@@ -118,13 +144,19 @@ def _positions(arguments: argparse.Namespace) -> int:
     from fedmpi.analysis.positions import analyze
 
     out = _out(arguments)
-    names = ("m", "r", "epochs", "reference", "rounds_per_epoch", "quiet")
+    names = ("m", "r", "epochs", "rounds_per_epoch", "quiet")
     options = {name: getattr(arguments, name) for name in names}
     return _finish(arguments, out, analyze(_load(arguments), out, **options))
 
 
 def _inversion_arguments(actions: _Commands) -> None:
-    inversion = actions.add_parser("inversion", help="reconstruct images from clients' messages")
+    inversion = actions.add_parser(
+        "inversion",
+        help="reconstruct images from clients' messages",
+        description="What an attacker who knows the model reads from one message of each method: images reconstructed "
+        "by matching gradients, and how near they come.",
+        epilog="example: fedmpi analyze inversion configs/quickstart.yaml --images 1",
+    )
     _common(inversion)
     inversion.add_argument(
         "--methods",
@@ -132,8 +164,15 @@ def _inversion_arguments(actions: _Commands) -> None:
         help="names or YAML options with semicolons between: 'dense; {name: topk, ratio: 0.1}' (all)",
     )
     inversion.add_argument("--images", type=positive, default=2, metavar="N", help="images attacked (2)")
-    inversion.add_argument("--iterations", type=positive, default=200, metavar="N", help="(200)")
-    inversion.add_argument("--optimizer", choices=("lbfgs", "adam"), default="lbfgs")
+    inversion.add_argument(
+        "--iterations", type=positive, default=200, metavar="N", help="of the optimizer (200)"
+    )
+    inversion.add_argument(
+        "--optimizer",
+        choices=("lbfgs", "adam"),
+        default="lbfgs",
+        help="what matches the gradients (lbfgs)",
+    )
     inversion.add_argument(
         "--clip", type=float, metavar="C", help="also attack gradients clipped to length C"
     )
@@ -161,6 +200,47 @@ def _inversion(arguments: argparse.Namespace) -> int:
     return _finish(arguments, out, analyze(_load(arguments), out, chosen, **options))
 
 
+def _dimension_arguments(actions: _Commands) -> None:
+    dimension = actions.add_parser(
+        "dimension",
+        help="the smallest subspace that reaches 90 %% of the full accuracy",
+        description="Search the smallest d that reaches a share of the uncompressed accuracy, with real runs. "
+        "Finished runs are not run again; under mpirun all ranks work on one run at a time.",
+    )
+    _common(dimension)
+    dimension.add_argument("--share", type=_share, default=0.9, metavar="S", help="(%(default)s)")
+    dimension.add_argument("--low", type=positive, default=25, metavar="D", help="the first d (%(default)s)")
+    dimension.add_argument("--high", type=positive, metavar="D", help="the last d (the parameters)")
+    dimension.add_argument(
+        "--within", type=_share, default=0.1, metavar="S", help="how near the answer (%(default)s: 10 %%)"
+    )
+    dimension.add_argument(
+        "--seeds", type=positive, default=3, metavar="N", help="runs of each d (%(default)s)"
+    )
+    dimension.add_argument("--schedule", choices=("static", "time_varying", "k_varying"), help="(CONFIG's)")
+    dimension.set_defaults(run=_dimension)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, at most 1, got {text!r}")
+    return share
+
+
+def _dimension(arguments: argparse.Namespace) -> int:
+    from fedmpi.analysis.dimension import Asked, analyze
+
+    out, base = _out(arguments), Path(arguments.config)
+    asked = Asked(**{name: getattr(arguments, name) for name in Asked._fields})
+    return _runs(
+        arguments, lambda comm: analyze(base, arguments.overrides, out, comm, asked, arguments.quiet)
+    )
+
+
 def _sweep_arguments(commands: _Commands) -> None:
     sweep = commands.add_parser(
         "sweep",
@@ -170,7 +250,9 @@ def _sweep_arguments(commands: _Commands) -> None:
         "takes its share.",
     )
     sweep.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
-    sweep.add_argument("over", type=Path, metavar="OVER", help="a YAML file: seeds, cases, over")
+    sweep.add_argument(
+        "over", type=Path, metavar="OVER", help="a YAML file: seeds, cases, over (see configs/claims)"
+    )
     sweep.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of CONFIG")
     sweep.add_argument("--out", type=Path, metavar="DIR", help="the folder (runs/sweep-<over>)")
     sweep.add_argument("--results", type=Path, metavar="FILE", help="write the points' figures here, too")
@@ -182,16 +264,25 @@ def _sweep_arguments(commands: _Commands) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from fedmpi.analysis.page import dump, write
     from fedmpi.analysis.sweep import sweep
+
+    out = arguments.out or Path("runs") / f"sweep-{arguments.over.stem}"
+    options = (arguments.side_by_side, arguments.quiet)
+    return _runs(
+        arguments,
+        lambda comm: sweep(arguments.config, arguments.over, arguments.overrides, out, comm, *options),
+    )
+
+
+def _runs(arguments: argparse.Namespace, work: Callable[[Comm], tuple[str, dict[str, Any] | None]]) -> int:
+    """Do what all ranks do, and on rank 0 show its text and write its results."""
+    from fedmpi.analysis.page import dump, write
     from fedmpi.comm import connect
     from fedmpi.errors import FedMPIError, Stopped
 
     comm = connect()
-    out = arguments.out or Path("runs") / f"sweep-{arguments.over.stem}"
-    options = (arguments.side_by_side, arguments.quiet)
     try:
-        text, results = sweep(arguments.config, arguments.over, arguments.overrides, out, comm, *options)
+        text, results = work(comm)
     except Stopped as stopped:
         if comm.rank == 0:
             print(f"fedmpi: {stopped}; the same command goes on from there", file=sys.stderr, flush=True)
@@ -204,14 +295,24 @@ def _sweep(arguments: argparse.Namespace) -> int:
         print(text)
         if results is not None and arguments.results is not None:
             write(arguments.results, dump(results), "--results")
-    return 1 if results is not None and results["failed"] else 0
+    return 1 if results is not None and results.get("failed") else 0
 
 
 def _claims_arguments(commands: _Commands) -> None:
-    claims = commands.add_parser("claims", help="the papers' claims beside the figures of result files")
+    claims = commands.add_parser(
+        "claims",
+        help="the papers' claims beside the figures of result files",
+        description="Set the papers' claims beside our figures, from result files that sweeps and analyses wrote with "
+        "--results; what is not run names its command.",
+        epilog="example: fedmpi claims configs/claims/claims.yaml",
+    )
     claims.add_argument("claims", type=Path, metavar="CLAIMS", help="e.g. configs/claims/claims.yaml")
     claims.add_argument(
-        "--results", type=Path, default=Path("configs/results"), metavar="DIR", help="(%(default)s)"
+        "--results",
+        type=Path,
+        default=Path("configs/results"),
+        metavar="DIR",
+        help="where the result files are (%(default)s)",
     )
     claims.add_argument(
         "--out", type=Path, metavar="FILE", help="write the Markdown here, not to the terminal"

@@ -12,34 +12,27 @@ from fedmpi import random
 from fedmpi.engine.progress import human
 from fedmpi.message import Message
 from fedmpi.method import Compressor, Context, Method, Round, State, believed
-from fedmpi.methods import METHODS, build, parse
+from fedmpi.methods import METHODS, build, entry, parse
 from fedmpi.methods.base import Entry, Setup
 from fedmpi.spec import Spec
-from fedmpi.validation import choose
 
 
 def describe(names: Sequence[str] = ()) -> str:
-    """Each method with its options, what clients keep, what sums, and what it can be laid over."""
-    return "\n\n".join(_description(name, METHODS[name]) for name in _chosen(names))
+    """Each method (all, or those named) with its options, what clients keep, what sums, what it can be laid over."""
+    return "\n\n".join(_description(name, entry(name, "METHOD")) for name in names or METHODS)
 
 
-def _chosen(names: Sequence[str]) -> list[str]:
-    for name in names:
-        choose("METHOD", {"name": name}, METHODS)
-    return [name for name in METHODS if not names or name in names]
-
-
-def _description(name: str, entry: Entry) -> str:
+def _description(name: str, row: Entry) -> str:
     lines = [
-        f"{name}: {entry.summary}",
-        f"    client   keeps {entry.keeps}",
-        f"    sums     {entry.sums}",
-        f"    source   {entry.source}",
+        f"{name}: {row.summary}",
+        f"    client   keeps {row.keeps}",
+        f"    sums     {row.sums}",
+        f"    source   {row.source}",
     ]
-    if entry.wraps:
-        over = "any method that is no wrapper" if entry.wraps == "any" else ", ".join(entry.wraps)
+    if row.wraps:
+        over = "any method that is no wrapper" if row.wraps == "any" else ", ".join(row.wraps)
         lines.append(f"    goes over {over}")
-    for key, field in entry.options.model_fields.items():
+    for key, field in row.options.model_fields.items():
         if key != "name":
             default = "required" if field.is_required() else f"default {field.default}"
             lines.append(f"    .{key:<10} {field.description} ({default})")
@@ -57,7 +50,7 @@ def costs(spec: Spec, chosen: Sequence[str] = ()) -> str:
     full = 4 * spec.size
     rows = ["| method | options | upload first | again | upload ratio | download | download ratio |"]
     rows.append("|:--|:--|--:|--:|--:|--:|--:|")
-    everything = [{"name": name, **entry.example} for name, entry in METHODS.items()]
+    everything = [{"name": name, **row.example} for name, row in METHODS.items()]
     for value in [yaml.safe_load(text) for text in chosen] or everything:
         options = parse(value, "METHOD")
         name, method = options.name, build(options, spec, Setup())

@@ -78,23 +78,37 @@ def sweep(
     group, number = split(comm, side_by_side)
     task, tasks = slurm_array()
     share = todo[task * side_by_side + number :: tasks * side_by_side]
-    tell = group.rank == 0 and not quiet
-    started, ran = time.monotonic(), 0
-    for i, job in enumerate(share):
-        state = _state(job, group)
-        if state == "finished":
-            continue
-        if tell:
-            left = (
-                f", about {(time.monotonic() - started) / ran * (len(share) - i):.0f} s left" if ran else ""
-            )
-            print(f"run {i + 1}/{len(share)}: {job.name}{left}", file=sys.stderr, flush=True)
-        _run(job, group, quiet=quiet or side_by_side > 1, resume=state == "begun")
-        ran += 1
+    finish(share, group, quiet, alone=side_by_side == 1)
     comm.allgather(b"")  # the report waits for the slowest group
     if comm.rank:
         return "", None
     return _conclude(todo, out, command(base, over, overrides, out))
+
+
+def finish(jobs: Sequence[Job], group: Comm, quiet: bool = False, alone: bool = True) -> None:
+    """Run what is not finished of ``jobs``, one after the other; a run that fails is noted in its folder.
+
+    Args:
+      jobs: runs, each with its folder.
+      group: the ranks that do each of them; all call this alike.
+      quiet: show nothing.
+      alone: no other group shows its progress in the same terminal.
+
+    Raises:
+      Stopped: a signal asked for it.
+      FedMPIError: a folder cannot be written.
+    """
+    tell = group.rank == 0 and not quiet
+    started, ran = time.monotonic(), 0
+    for i, job in enumerate(jobs):
+        state = _state(job, group)
+        if state == "finished":
+            continue
+        if tell:
+            left = f", about {(time.monotonic() - started) / ran * (len(jobs) - i):.0f} s left" if ran else ""
+            print(f"run {i + 1}/{len(jobs)}: {job.name}{left}", file=sys.stderr, flush=True)
+        _run(job, group, quiet=quiet or not alone, resume=state == "begun")
+        ran += 1
 
 
 def slurm_array(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -167,15 +181,11 @@ def command(base: Path, over: Path, overrides: Sequence[str], out: Path) -> str:
 def _conclude(todo: list[Job], out: Path, made_by: str) -> tuple[str, dict[str, Any] | None]:
     """The report of what is finished, unless some runs are still others' business."""
     done = [job for job in todo if (job.folder / "summary.json").is_file()]
-    failed = {
-        j.name: (j.folder / _ERROR).read_text()
-        for j in todo
-        if j not in done and (j.folder / _ERROR).is_file()
-    }
+    failed = failures(todo)
     missing = len(todo) - len(done) - len(failed)
     if missing:
         return f"{missing} of {len(todo)} runs are not finished: the task that finishes last reports", None
-    results = {"command": made_by, "points": _points(done), "failed": failed}
+    results = {"command": made_by, "points": points(done), "failed": failed}
     if not done:
         return "Every run failed: nothing to report", results
     groups: dict[str, list[Run]] = {}
@@ -188,12 +198,21 @@ def _conclude(todo: list[Job], out: Path, made_by: str) -> tuple[str, dict[str, 
     return f"{text_table(rows, LEFT)}{lost}\n\nWritten: {', '.join(map(str, written))}", results
 
 
-def _points(done: list[Job]) -> list[dict[str, Any]]:
+def failures(jobs: Sequence[Job]) -> dict[str, str]:
+    """The messages of those that failed, by name."""
+    return {
+        job.name: (job.folder / _ERROR).read_text()
+        for job in jobs
+        if not (job.folder / "summary.json").is_file() and (job.folder / _ERROR).is_file()
+    }
+
+
+def points(done: Sequence[Job]) -> list[dict[str, Any]]:
     """The results: for each point what its runs came to, a list over seeds."""
-    points: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for job in done:
         summary = json.loads((job.folder / "summary.json").read_text())
-        point = points.setdefault(
+        point = found.setdefault(
             job.label,
             {
                 "label": job.label,
@@ -208,7 +227,7 @@ def _points(done: list[Job]) -> list[dict[str, Any]]:
         for name in _KEPT:
             if name in summary:
                 point.setdefault(name, []).append(summary[name])
-    return list(points.values())
+    return list(found.values())
 
 
 def _page(

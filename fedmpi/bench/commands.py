@@ -133,10 +133,17 @@ def _scale(arguments: argparse.Namespace) -> Outcome:
     return scale.run(arguments.ranks, arguments.processes, arguments.clients, say, arguments.out)
 
 
+def _rounds(arguments: argparse.Namespace) -> Outcome:
+    from fedmpi.bench import rounds
+
+    return rounds.run(arguments.repeats)
+
+
 BENCHES: dict[str, Bench] = {
     "kernels": Bench("the kernels, against copying the vector they work on", _kernels_arguments, _kernels),
     "methods": Bench("each method's coding, against copying the gradients", _methods_arguments, _methods),
     "scale": Bench(
         "what grows with ranks, clients, cohort, D and d; a page of arithmetic", _scale_arguments, _scale
     ),
+    "rounds": Bench("rounds of small models, against a bare loop and single clients", _repeats, _rounds),
 }

@@ -99,7 +99,10 @@ class TorchComm(Comm):
             return cls(backend=None if backend == "auto" else backend, timeout=timeout)
         launch = launcher(environ)
         if launch is None:
-            raise CommError("torch.distributed: expected torchrun's, MPI's or Slurm's variables, got none")
+            raise CommError(
+                "torch.distributed: expected torchrun's, MPI's or Slurm's variables, got none; start it with "
+                "torchrun --nproc-per-node N -m fedmpi …, mpirun or srun"
+            )
         if backend == "nccl":
             require_gpu()
         here = find(launch.variables, environ, timeout)

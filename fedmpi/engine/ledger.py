@@ -20,7 +20,7 @@ class Bytes:
 
     @classmethod
     def of(cls, message: Message) -> Bytes:
-        return cls(int(message.nbytes().sum()), int(message.nbytes(positions=False).sum()))
+        return cls(message.total_nbytes(), message.total_nbytes(positions=False))
 
     def __add__(self, other: Bytes) -> Bytes:
         return Bytes(self.all + other.all, self.values + other.values)
@@ -42,27 +42,33 @@ class Ledger:
 
     def downloads(self, cohort: Tensor, served: Tensor, server: Server, state: State) -> Bytes:
         """The cohort catches up with the server; returns the bytes of the clients ``served`` of it."""
-        total = Bytes()
-        made: dict[int, Bytes] = {}  # clients that last saw the same version get the same download
-        for client in served.tolist():
-            seen = int(self.seen[client])
-            if seen not in made:
-                made[seen] = Bytes.of(server.download(state, seen))
-            self.download[client] += made[seen].all
-            total += made[seen]
+        # Clients that last saw the same version get the same download.
+        versions, which = self.seen[served].unique(return_inverse=True)
+        made = [Bytes.of(server.download(state, seen)) for seen in versions.tolist()]
+        bytes_S, values_S = (
+            torch.tensor([getattr(m, n) for m in made], dtype=torch.int64)[which] for n in ("all", "values")
+        )
+        self.download[served] += bytes_S
         self.seen[cohort] = int(state["version"])
-        return total
+        return Bytes(int(bytes_S.sum()), int(values_S.sum()))
 
     def download_of(self, clients: Tensor, message: Message) -> Bytes:
         """Each of ``clients`` downloads the same ``message``; returns the bytes."""
-        one = Bytes.of(message)
-        self.download[clients] += one.all
-        return Bytes(one.all * len(clients), one.values * len(clients))
+        return self._each(self.download, clients, message)
 
     def uploads(self, clients_C: Tensor, message: Message) -> Bytes:
         """Clients sent ``message``; returns its bytes."""
         self.upload.index_add_(0, clients_C, message.nbytes())
         return Bytes.of(message)
+
+    def upload_of(self, clients: Tensor, message: Message) -> Bytes:
+        """Each of ``clients`` sent a ``message`` of this size; returns the bytes."""
+        return self._each(self.upload, clients, message)
+
+    def _each(self, counted: Tensor, clients: Tensor, message: Message) -> Bytes:
+        one = Bytes.of(message)
+        counted[clients] += one.all
+        return Bytes(one.all * len(clients), one.values * len(clients))
 
 
 def ratios(full_up: int, full_down: int, up: int, down: int) -> dict[str, float | None]:

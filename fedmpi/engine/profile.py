@@ -90,9 +90,9 @@ def _work(simulation: Simulation) -> Iterator[tuple[object, str, str]]:
     """Whose functions belong to which phase."""
     first, up = simulation.method.first, simulation.method.up
     yield simulation.comm, _COLLECTIVES, "wire"
-    yield simulation.trainer, "train alone", "compute"
+    yield simulation.trainer, "train pool alone", "compute"
     yield simulation.clients, "get put", "load"
-    yield simulation.topology, "prepare start take only between finish skip", "server"
+    yield simulation.topology, "prepare start take take_sum only between finish skip", "server"
     yield simulation.ledger, "downloads download_of", "server"
     yield simulation, "evaluate", "evaluate"
     for codec in (first, up) if first else (up,):
@@ -131,6 +131,7 @@ class Profile:
             (owner, attribute): _marked(getattr(owner, attribute), name)
             for owner, attributes, name in _work(self.simulation)
             for attribute in attributes.split()
+            if hasattr(owner, attribute)  # only some topologies take a sum
         }
         wrapped[self.simulation, "round"] = self._round(self.simulation.round)
         for (owner, attribute), function in wrapped.items():

@@ -168,10 +168,14 @@ def _check_run(folder: Path, described: Manifest, simulation: Simulation) -> Non
                 f"configuration (only these may change: {', '.join(FREE)})"
             )
     if described.parameters != simulation.spec.plain():
-        raise ConfigError(f"--resume: the model's parameters are not those of {folder}")
+        raise ConfigError(
+            f"--resume: expected the model that {folder} was written with, got one of other parameters (names or "
+            f"shapes); has the code that builds {config.model.name} changed, or its data?"
+        )
     if described.round > config.rounds:
         raise ConfigError(
-            f"--resume: rounds is {config.rounds}, but {folder} has {described.round} rounds behind it"
+            f"--resume: expected rounds of at least {described.round}, which {folder} has behind it, "
+            f"got {config.rounds}"
         )
     if any(before.server_lr(t) != config.server_lr(t) for t in range(described.round)):
         raise ConfigError(

@@ -17,13 +17,15 @@ from fedmpi.comm.base import Comm, together
 from fedmpi.comm.placement import own_cpus
 from fedmpi.config import Config
 from fedmpi.engine import ordered, updates
-from fedmpi.engine.clients import Trainer, Update, cohort, place, survivors
+from fedmpi.engine.clients import cohort, place, survivors
 from fedmpi.engine.ledger import Ledger, ratios
 from fedmpi.engine.manifest import Lost
 from fedmpi.engine.status import SUMMED, Status
 from fedmpi.engine.store import ClientStore, Kept, fits, make_store, nobody
+from fedmpi.engine.sums import LARGEST
 from fedmpi.engine.timing import Clock
-from fedmpi.engine.topology import Workers
+from fedmpi.engine.topology import AllReduce, Workers
+from fedmpi.engine.trainer import Trainer, Update
 from fedmpi.errors import ConfigError, FedMPIError, NumericalError
 from fedmpi.message import Message, from_bytes, row_nbytes, to_bytes
 from fedmpi.method import Compressor, Context, Round, State
@@ -62,11 +64,12 @@ class Simulation:
 
     Attributes:
       observe: is shown everything that this rank's clients send.
+      chunk: so many clients' gradients are held at a time.
     """
 
     def __init__(self, config: Config, comm: Comm) -> None:
         self.config, self.comm = config, comm
-        self.observe: Callable[[Sent], None] = lambda sent: None
+        self.observe: Callable[[Sent], None] | None = None
         self.data = data.load(config.data.name, **config.data.options)
         self.objective = objectives.OBJECTIVES[config.loss]
         objectives.check(config.loss, self.data.train.y)
@@ -97,7 +100,11 @@ class Simulation:
         self.rounds_per_epoch = self._passes_of_data() if workers else config.rounds_per_epoch
         kind = Workers if workers else ordered.topology(config, self.method)
         self.topology = kind(comm, self.method, theta_D, config.reproducible, peers)
-        self.trainer = Trainer(model, self.spec, self.objective.loss, config.local, config.seed, workers)
+        together = not config.reproducible  # a row of a batched product may have other last bits
+        self.trainer = Trainer(
+            model, self.spec, self.objective, config.local, config.seed, workers, together and not workers
+        )
+        self._fusable = self._can_fuse()
         self.ledger = Ledger(config.clients)
         self.clock = self._clock()
         self.rejects = config.on_bad_update == "reject"
@@ -148,6 +155,13 @@ class Simulation:
     def _store(self, init: Callable[[], State]) -> ClientStore:
         config = self.config
         return make_store(init, config.store, config.clients, config.store_folder)
+
+    def _can_fuse(self) -> bool:
+        """The method is additive and keeps nothing, all messages have one size, and nothing asks for a single one."""
+        up, config = self.method.up, self.config
+        single = config.on_bad_update == "reject" or config.clip or config.reproducible or self.method.first
+        plain = up.additive and not up.counters and not up.init() and row_nbytes(up.layout()) is not None
+        return self.topology.fuses and plain and not single
 
     def _passes_of_data(self) -> int:
         """Rounds in which a rank sees all its samples once."""
@@ -205,7 +219,7 @@ class Simulation:
         """Who takes part in round t, with what weight, and where."""
         config = self.config
         called = cohort(config, self.partition, t)
-        full = called[self.partition.sizes[called] > 0]  # who has no sample has nothing to send
+        full = called[self.partition.sizes_of(called) > 0]  # who has no sample has nothing to send
         clients = survivors(config, full, t)
         if t in self.dropped:
             clients = clients[~torch.isin(clients, self.dropped[t])]
@@ -213,14 +227,15 @@ class Simulation:
         return self._among(now, called, clients)
 
     def _among(self, now: Round, called: Tensor, clients: Tensor) -> _Call:
-        config, samples = self.config, self.partition.sizes[clients]
+        config, samples = self.config, self.partition.sizes_of(clients)
         # A client that was drawn by its number of samples counts once; so do a vote and a rank.
         workers = config.mode == "data_parallel"
         by_samples = self.method.server.weighted and config.sampling != "weighted" and not workers
         weights = (samples if by_samples else torch.ones_like(samples)).double()
         placed = place(clients, samples, self.topology.workers, self.home(clients))
         mine = placed.get(self.comm.rank, clients[:0])
-        chunks = mine.split(self.chunk) if len(mine) else ()
+        chunk = len(clients) if self._pools else self.chunk
+        chunks = mine.split(chunk) if len(mine) else ()
         return _Call(now, called, clients, weights / weights.sum(), placed, chunks)
 
     def _in_time(self, call: _Call, status: Status) -> _Call:
@@ -245,7 +260,9 @@ class Simulation:
             topology.start(codec, call.clients, call.weights, call.placed, call.now)
             sent: list[Tensor] = []
             with status.watch():
-                for i, chunk in enumerate(call.chunks):
+                for chunk in call.chunks if self._fuses else ():
+                    sent.append(self._send_sum(call, chunk, status))
+                for i, chunk in enumerate(() if self._fuses else call.chunks):
                     positions, update = kept.pop(i) if i in kept else self._train(call, chunk, status)
                     if codec is first:
                         kept[i] = positions, update
@@ -275,7 +292,7 @@ class Simulation:
         """Add the round to the run's totals, and return its line of metrics."""
         total, sent = status.total, int(sent_C.sum())
         total["rejected"] = len(call.clients) - sent
-        total["empty"] = int((self.partition.sizes[call.called] == 0).sum())
+        total["empty"] = int((self.partition.sizes_of(call.called) == 0).sum())
         self.trained += sum(map(len, call.chunks))
         self.participations += sent
         self.called += len(call.called)
@@ -361,6 +378,44 @@ class Simulation:
             status.count({"clipped": clipped})
         return positions[rows], update
 
+    @property
+    def _fuses(self) -> bool:
+        """A rank's clients' messages are made as one, for the sum of their gradients."""
+        return self._fusable and self.observe is None
+
+    @property
+    def _pools(self) -> bool:
+        """Even their gradients are made as one."""
+        return self._fuses and self.trainer.pools
+
+    def _send_sum(self, call: _Call, positions: Tensor, status: Status) -> Tensor:
+        """Train some of this rank's clients and hand over one message for all of them; returns their positions."""
+        topology, up, clients_C = self.topology, self.method.up, call.clients[positions]
+        weights_C = call.weights[positions]
+        weight = weights_C.sum()
+        if self._pools and len(positions) > 1:
+            theta_D, frozen_D = topology.parameters(), self.method.server.frozen(topology.state)
+            g_D, loss_C = self.trainer.pool(
+                theta_D, self.data.train, self.partition, clients_C, weights_C / weight, call.now.t, frozen_D
+            )
+            if not bool(g_D.sum().isfinite() & (loss_C.abs() <= LARGEST).all()):
+                for position in positions.split(1):
+                    self._train(call, position, status)  # names the client
+                raise NumericalError(
+                    f"round {call.now.t}: the sum of the clients' gradients is not finite; try a smaller local.lr "
+                    f"than {self.config.local.lr:g}"
+                )
+        else:
+            _, (g_CD, loss_C, _) = self._train(call, positions, status)
+            g_D = (weights_C / weight).float() @ g_CD
+        assert isinstance(topology, AllReduce)
+        ctx = Context(call.now, clients_C[:1], torch.ones(1, dtype=torch.int64), topology.shared())
+        message, _ = up.compress(g_D[None], {}, ctx)
+        topology.take_sum(message, weight[None], ctx)
+        status.upload += self.ledger.upload_of(clients_C, message)
+        status.loss += int(to_fixed(loss_C * weights_C).sum())
+        return positions
+
     def _send(
         self, codec: Compressor, update: Update, positions: Tensor, ctx: Context, status: Status
     ) -> Tensor:
@@ -380,7 +435,8 @@ class Simulation:
                 ctx = ctx.select(rows)
         if not len(positions):
             return positions
-        self.observe(Sent(codec, update, before, message, ctx))
+        if self.observe:
+            self.observe(Sent(codec, update, before, message, ctx))
         self.topology.take(positions, message, before, ctx)
         status.upload += self.ledger.uploads(ctx.clients_C, message)
         if codec is self.method.up:

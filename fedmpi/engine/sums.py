@@ -49,7 +49,8 @@ class Sum:
                 if not add_fixed(self.total_S, v_S, weight, self.largest):
                     largest = float((v_S.double() * weight).abs().amax())
                     raise NumericalError(
-                        f"reproducible: expected weighted values up to {self.largest:.3g}, got {largest:.3g}"
+                        f"reproducible: expected weighted values up to {self.largest:.3g}, got {largest:.3g}; "
+                        f"a smaller local.lr keeps them small, reproducible: false takes any"
                     )
         else:
             for v_S, weight in zip(v_CS, weights_C.tolist(), strict=True):

@@ -25,10 +25,12 @@ class Topology(ABC):
     Attributes:
       state: the server's state where this rank aggregates, else the view of it.
       workers: the ranks that train clients.
+      fuses: clients' messages may be taken as one (:meth:`AllReduce.take_sum`).
     """
 
     state: State
     workers: list[int]
+    fuses: bool = False
 
     def __init__(self, comm: Comm, method: Method, exact: bool) -> None:
         self.comm, self.method, self.exact = comm, method, exact
@@ -120,6 +122,8 @@ class AllReduce(Topology):
     """Ranks are peers: each decodes and sums its own clients, the sums are all-reduced, and every rank
     holds the server. The receiver's per-client state lives beside its sender's, which it equals."""
 
+    fuses = True
+
     def __init__(self, comm: Comm, method: Method, theta_D: Tensor, exact: bool, peers: ClientStore) -> None:
         super().__init__(comm, method, exact)
         self.state = method.server.init(theta_D)
@@ -139,6 +143,12 @@ class AllReduce(Topology):
     def take(self, positions: Tensor, message: Message, before: State, ctx: Context) -> None:
         v_CS, _ = self.up.decompress(message, believed(self.up, before), ctx)
         self._total.add(v_CS, self.weights[positions])
+
+    def take_sum(self, message: Message, weight: Tensor, ctx: Context) -> None:
+        """Take the message that one client would send for the weighted mean of several, with their ``weight`` ``(1,)``
+        in all."""
+        v_1S, _ = self.up.decompress(message, {}, ctx)
+        self._total.add(v_1S, weight)
 
     def _mean(self) -> Tensor:
         self._total.over(self.comm)
@@ -162,6 +172,8 @@ class AllReduce(Topology):
 class Workers(AllReduce):
     """Data-parallel training: in every round each rank trains the client of its own number, and their messages meet
     in the way that sends least (:mod:`fedmpi.engine.exchange`)."""
+
+    fuses = False
 
     def __init__(self, comm: Comm, method: Method, theta_D: Tensor, exact: bool, peers: ClientStore) -> None:
         super().__init__(comm, method, theta_D, exact, peers)

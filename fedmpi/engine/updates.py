@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fedmpi.config import Config
-from fedmpi.engine.clients import Update
 from fedmpi.engine.sums import LARGEST
+from fedmpi.engine.trainer import Update
 from fedmpi.message import Message
 from fedmpi.method import Compressor, Context, State, believed
 from fedmpi.tasks.partitions import Partition

@@ -38,7 +38,8 @@ try:
     from fedmpi.comm.horovod import HorovodComm
 except ImportError as error:
     raise CommError(
-        f"fedmpi.horovod: expected Horovod with torch, got: {error}; ./launch/install-horovod.sh builds it"
+        f"fedmpi.horovod: expected Horovod with torch, got: {error}; "
+        f"launch/install-horovod.sh of the repository builds it"
     ) from None
 
 

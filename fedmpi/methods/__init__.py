@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fedmpi import own
 from fedmpi.errors import ConfigError
 from fedmpi.method import Method
 from fedmpi.methods import (
@@ -26,7 +27,7 @@ from fedmpi.methods import (
 )
 from fedmpi.methods.base import Entry, Options, Setup
 from fedmpi.spec import Spec
-from fedmpi.validation import choose, describe
+from fedmpi.validation import choose, describe, name_in
 
 METHODS: dict[str, Entry] = {
     "dense": dense.ENTRY,
@@ -46,6 +47,22 @@ METHODS: dict[str, Entry] = {
 }
 
 
+def entry(name: str, where: str = "method") -> Entry:
+    """The row ``name``, or the one that an import path of your own names.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if not own.is_path(name):
+        return METHODS[choose(where, {"name": name}, METHODS)]
+    found = own.find(f"{where}.name", name, "to a fedmpi.methods.base.Entry")
+    if not isinstance(found, Entry):
+        raise ConfigError(
+            f"{where}.name: {name} is a {type(found).__name__}, expected a fedmpi.methods.base.Entry"
+        )
+    return found
+
+
 def parse(value: Any, where: str = "method") -> Options:
     """The options of ``{name: topk, ratio: 0.01}`` or of the bare name.
 
@@ -56,11 +73,11 @@ def parse(value: Any, where: str = "method") -> Options:
         return value
     if isinstance(value, str):
         value = {"name": value}
-    entry = METHODS[choose(where, value, METHODS)]
+    model = entry(name_in(where, value, METHODS), where).options
     try:
-        return entry.options.model_validate(value)
+        return model.model_validate(value)
     except ValidationError as error:
-        raise ConfigError(describe(error, entry.options, where)) from None
+        raise ConfigError(describe(error, model, where)) from None
 
 
 def parse_inner(value: Any, wrapper: str) -> Options:
@@ -69,15 +86,19 @@ def parse_inner(value: Any, wrapper: str) -> Options:
     Raises:
       ConfigError: as :func:`parse`, or the wrapper cannot be laid over it.
     """
-    options, allowed = parse(value, "method.inner"), METHODS[wrapper].wraps
-    valid: Sequence[str] = allowed
-    if allowed == "any":
-        valid = [name for name, entry in METHODS.items() if not entry.wraps and not entry.two_passes]
-    if options.name not in valid:
+    options, allowed = parse(value, "method.inner"), entry(wrapper).wraps
+    inner, names = entry(options.name), [name for name, row in METHODS.items() if _plain(row)]
+    valid: Sequence[str] = names if allowed == "any" else allowed
+    if not (_plain(inner) if allowed == "any" else options.name in valid):
         raise ConfigError(
             f"method.inner: {wrapper} does not go over {options.name}; valid: {', '.join(valid)}"
         )
     return options
+
+
+def _plain(row: Entry) -> bool:
+    """It wraps none and has one pass: any wrapper goes over it."""
+    return not row.wraps and not row.two_passes
 
 
 def build(options: Options | dict[str, Any] | str, spec: Spec, setup: Setup) -> Method:
@@ -87,4 +108,4 @@ def build(options: Options | dict[str, Any] | str, spec: Spec, setup: Setup) -> 
       ConfigError: the options are wrong, or do not fit a model of this size.
     """
     options = parse(options)
-    return METHODS[options.name].build(options, spec, setup)
+    return entry(options.name).build(options, spec, setup)

@@ -257,13 +257,17 @@ def build(options: LookBackOptions, spec: Spec, setup: Setup) -> Method:
     if (options.feedback or options.scope == "tensor") and inner.up.size != spec.size:
         which = "feedback" if options.feedback else "scope"
         raise ConfigError(
-            f"method.{which}: expected an inner method that sums D numbers, this one sums fewer"
+            f"method.{which}: expected an inner method that sums D numbers, and {options.inner.name} sums fewer; "
+            f"take feedback: false and scope: model"
         )
     if options.keep == "clustered":
         from fedmpi.methods.lookback_clusters import ClusteredLookBack, ClusterServer  # built on this module
 
         if options.feedback or options.scope == "tensor":
-            raise ConfigError("method.keep: clustered goes with scope: model and without feedback")
+            raise ConfigError(
+                "method.keep: clustered goes with scope: model and feedback: false, got "
+                f"scope: {options.scope} and feedback: {str(options.feedback).lower()}"
+            )
         return Method(
             ClusteredLookBack(inner.up, options), ClusterServer(inner.server, inner.up.size, options.clusters)
         )

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fedmpi import own
 from fedmpi.errors import ConfigError, DataError
-from fedmpi.tasks import choose, own, parse_options
+from fedmpi.tasks import choose, parse_options
 from fedmpi.tasks.dataset import Data, DataOptions, Places, Split, default_folder
 from fedmpi.tasks.readers import celeba, cifar, hub, idx, images, leaf, personachat, segmentation, text
 

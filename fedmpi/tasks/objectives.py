@@ -29,11 +29,12 @@ class Objective(NamedTuple):
     count: Callable[[Tensor], int]  # how much counts, from the targets alone
     dtype: torch.dtype = torch.int64  # of the targets
     dims: int = 1  # of the targets, the samples included
+    pads: bool = False  # a sample whose targets are all IGNORE does not count
 
 
 def cross_entropy(logits_BK: Tensor, y_B: Tensor) -> Tensor:
     """Mean of −log softmax(logits)[y], in nats; ``y_B`` int64 in [0, K)."""
-    return F.cross_entropy(logits_BK, y_B)
+    return F.cross_entropy(logits_BK, y_B, ignore_index=IGNORE)
 
 
 def squared_hinge(scores_BK: Tensor, y_B: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def _counted_after(y_BL: Tensor) -> int:
 
 OBJECTIVES: dict[str, Objective] = {
     "cross_entropy": Objective(
-        cross_entropy, top1, "softmax cross entropy; metric: top-1 accuracy", _samples
+        cross_entropy, top1, "softmax cross entropy; metric: top-1 accuracy", _samples, pads=True
     ),
     "squared_hinge": Objective(
         squared_hinge, top1, "one class against the rest, a linear SVM's; metric: top-1 accuracy", _samples
@@ -118,10 +119,15 @@ OBJECTIVES: dict[str, Objective] = {
         2,
     ),
     "pixels": Objective(
-        pixels, pixels_right, "cross entropy a pixel; metric: share of pixels", _counted, dims=3
+        pixels, pixels_right, "cross entropy a pixel; metric: share of pixels", _counted, dims=3, pads=True
     ),
     "next_token": Objective(
-        next_token, tokens_right, "language modelling; metric: share of tokens", _counted_after, dims=2
+        next_token,
+        tokens_right,
+        "language modelling; metric: share of tokens",
+        _counted_after,
+        dims=2,
+        pads=True,
     ),
 }
 

@@ -9,8 +9,6 @@ Shape suffixes: N samples, C clients, n labels of a client, S slots (a label at 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,8 +21,7 @@ from fedmpi.tasks import Options, choose, parse_options
 from fedmpi.tasks.dataset import Split
 
 
-@dataclass(frozen=True, eq=False)
-class Partition:
+class Partition(NamedTuple):
     index_N: Tensor  # int64, the samples grouped by client, in random order inside a client
     offset: Tensor  # int64 (clients + 1,): client c has index_N[offset[c] : offset[c + 1]]
 
@@ -34,9 +31,20 @@ class Partition:
             raise IndexError(f"client: expected 0 to {self.clients - 1}, got {client}")
         return self.index_N[int(self.offset[client]) : int(self.offset[client + 1])]
 
-    @cached_property
+    def rows(self, clients_C: Tensor) -> Tensor:
+        """The samples of several clients, int64 ``(C, the largest's)``; a smaller one's row ends with its last sample
+        again and again."""
+        sizes_C = self.sizes_of(clients_C)
+        place_CN = torch.arange(int(sizes_C.max())).expand(len(clients_C), -1)
+        return self.index_N[self.offset[clients_C][:, None] + torch.minimum(place_CN, sizes_C[:, None] - 1)]
+
+    def sizes_of(self, clients_C: Tensor) -> Tensor:
+        """Samples of these clients, int64 ``(C,)``."""
+        return self.offset[clients_C + 1] - self.offset[clients_C]
+
+    @property
     def sizes(self) -> Tensor:
-        """Samples of each client, int64 ``(clients,)``: read it, never write. Rounds look up a cohort's in it."""
+        """Samples of each client, int64 ``(clients,)``."""
         return self.offset.diff()
 
     @property
@@ -343,8 +351,8 @@ def _fill_up(owner_N: Tensor, clients: int, minimum: int, key: int) -> Tensor:
     keep = sizes.clamp(max=low)
     above = (sizes > low).nonzero()[:, 0]
     keep[above[: int((sizes - keep).sum()) - missing]] += 1
-    held = _group(owner_N, clients, key)
-    rank_N = torch.arange(len(held.index_N)) - held.offset[:-1].repeat_interleave(sizes)
-    pool = held.index_N[rank_N >= keep.repeat_interleave(sizes)]
+    index_N, offset = _group(owner_N, clients, key)
+    rank_N = torch.arange(len(index_N)) - offset[:-1].repeat_interleave(sizes)
+    pool = index_N[rank_N >= keep.repeat_interleave(sizes)]
     owner_N[pool] = torch.arange(clients).repeat_interleave(short)
     return owner_N

@@ -1,4 +1,4 @@
-"""Two rounds of 100 of 10,000 clients with residuals of ResNet-9's size in mapped files: ``memory.py FOLDER``.
+"""Two rounds of a configuration, with noise as its pictures: ``memory.py CONFIG IMAGES [key=value …]``.
 
 Prints the peak of RssAnon + RssShmem (sampled by a thread) as JSON.
 """
@@ -16,10 +16,16 @@ import torch
 from fedmpi import config
 from fedmpi.comm import solo
 from fedmpi.engine.rounds import Simulation
-from fedmpi.tasks import data
+from fedmpi.tasks.data import Data, Split
 
 peak = 0
 done = threading.Event()
+
+
+def noise(folder: Path, images: int) -> Data:
+    """So many pictures of CIFAR-10's size; what they show does not matter here."""
+    x, y = torch.rand(images, 3, 32, 32), torch.arange(images) % 10
+    return Data("noise", Split(x, y), Split(x[:10], y[:10]), 10)
 
 
 def watch() -> None:
@@ -31,23 +37,25 @@ def watch() -> None:
         time.sleep(0.02)
 
 
-threading.Thread(target=watch, daemon=True).start()
-torch.set_num_threads(2)
-x, y = torch.rand(10_000, 3, 32, 32), torch.arange(10_000) % 10
-noise = data.Data("mnist", data.Split(x, y), data.Split(x[:10], y[:10]), 10)
-data.DATA["mnist"] = lambda places: noise  # one image a client; what it shows does not matter here
-values = {
-    "data": {"name": "mnist"},
-    "model": "resnet9",
-    "clients": 10_000,
-    "cohort": 100,
-    "rounds": 2,
-    "local": {"lr": 0.01, "batch": 1},
-    "method": {"name": "topk", "ratio": 0.001, "feedback": True},
-    "store": "mmap",
-    "store_folder": sys.argv[1],
-}
-simulation = Simulation(config.parse(values), solo())
-trained = sum(simulation.round(t)["clients"] for t in range(2))
-done.set()
-print(json.dumps({"clients": trained, "peak_anonymous_and_shared": peak, "parameters": simulation.spec.size}))
+def main() -> None:
+    path, images, *overrides = sys.argv[1:]
+    threading.Thread(target=watch, daemon=True).start()
+    torch.set_num_threads(2)
+    pictures = f"data={{name: 'tests.jobs.memory:noise', images: {images}}}"
+    simulation = Simulation(config.load(path, [pictures, "rounds=2", *overrides]), solo())
+    lines = [simulation.round(t) for t in range(2)]
+    done.set()
+    print(
+        json.dumps(
+            {
+                "clients": sum(line["clients"] for line in lines),
+                "upload_bytes": sum(line["upload_bytes"] for line in lines),
+                "peak_anonymous_and_shared": peak,
+                "parameters": simulation.spec.size,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fedmpi import own
 from fedmpi.errors import ConfigError
-from fedmpi.tasks import Options, choose, own, parse_options
+from fedmpi.tasks import Options, choose, parse_options
 from fedmpi.tasks.models import images, language
 from fedmpi.tasks.models.images import Shape
 from fedmpi.tasks.models.initial import check_supported, initialize

@@ -60,10 +60,11 @@ def _columns(options: HubOptions, split: str) -> _Columns:
     try:
         table = datasets.load_dataset(options.dataset, options.config, split=take)
     except Exception as error:  # the library raises whatever its readers and its network raise
-        first = (str(error).strip().splitlines() or [""])[0]
+        cause = error.__cause__ or error  # under "An error occurred while generating the dataset"
+        first = (str(cause).strip().splitlines() or [""])[0]
         raise DataError(
-            f"data.dataset: expected a hub name that can be reached or a folder, with a split {split!r}, got "
-            f"{options.dataset!r}: {type(error).__name__}: {first}"
+            f"data.dataset: expected a hub name that can be reached or a folder, with a split {split!r} of whole "
+            f"tables, got {options.dataset!r}: {type(cause).__name__}: {first}"
         ) from error
     for column in filter(None, (options.input, options.target, options.group)):
         if column not in table.column_names:
@@ -72,8 +73,24 @@ def _columns(options: HubOptions, split: str) -> _Columns:
             )
     if not len(table):
         raise DataError(f"{options.dataset}: expected samples in {split}, got none")
-    groups = None if options.group is None else [str(value) for value in table[options.group]]
-    return _Columns(list(table[options.input]), list(table[options.target]), groups)
+    return _Columns(
+        _values(options, table, split, options.input),
+        _values(options, table, split, options.target),
+        None
+        if options.group is None
+        else [str(value) for value in _values(options, table, split, options.group)],
+    )
+
+
+def _values(options: HubOptions, table: Any, split: str, column: str) -> list[Any]:
+    """A column, complete: a line that was cut off lacks its last values."""
+    values = list(table[column])
+    empty = next((row for row, value in enumerate(values) if value is None), None)
+    if empty is not None:
+        raise DataError(
+            f"{options.dataset}: {split}, row {empty}: expected a value in column {column!r}, got none"
+        )
+    return values
 
 
 def _inputs(options: HubOptions, places: Places, columns: list[list[Any]]) -> list[Tensor]:

@@ -78,11 +78,12 @@ def _labelled(root: Path, classes: list[str], options: FolderOptions) -> tuple[T
     lists = [
         sorted(path for path in (root / name).glob("*") if path.suffix.lower() in ENDINGS) for name in classes
     ]
+    empty = next((root / name for name, paths in zip(classes, lists, strict=True) if not paths), None)
+    if empty is not None:
+        raise DataError(f"{empty}: expected pictures ({', '.join(ENDINGS)}), got none")
     # The classes in turn, so that a limit takes some of each.
     turns = sorted((i, label, path) for label, paths in enumerate(lists) for i, path in enumerate(paths))
     samples = [(path, label) for _, label, path in turns[: options.limit]]
-    if not samples:
-        raise DataError(f"{root}: expected pictures ({', '.join(ENDINGS)}) in its folders, got none")
     mode = "L" if options.gray else "RGB"
     pixels = torch.stack([read_image(path, options.size, mode) for path, _ in samples])
     return pixels, torch.tensor([label for _, label in samples])

@@ -39,7 +39,10 @@ def voc(options: ImageOptions, places: Places) -> Data:
 
 
 def _voc_part(folder: Path, part: str, options: ImageOptions) -> Samples:
-    names = [name.strip() for name in text_lines(folder / _LISTS / f"{part}.txt")][: options.limit]
+    listed = folder / _LISTS / f"{part}.txt"
+    names = [name.strip() for name in text_lines(listed)][: options.limit]
+    if not names:
+        raise DataError(f"{listed}: expected the names of pictures, one a line, got none")
     samples = []
     for name in names:
         picture = read_image(folder / "JPEGImages" / f"{name}.jpg", options.size)
@@ -83,6 +86,8 @@ def _coco_part(path: Path, pictures: Path, options: ImageOptions) -> tuple[Sampl
         for annotation in content["annotations"]:
             by_image[annotation["image_id"]].append(annotation)
         named = [(image["id"], pictures / image["file_name"], _size(image)) for image in images]
+        if not named:
+            raise ValueError("no images")
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path}: expected images, annotations and categories as COCO has them, got {kind(content)} "
@@ -138,9 +143,6 @@ def _scaled(mask: Image.Image, size: int) -> Tensor:
 
 
 def _data(name: str, parts: list[Samples], classes: int) -> Data:
-    for part, samples in zip(("training", "test"), parts, strict=True):
-        if not samples:
-            raise DataError(f"{name}: expected at least one {part} picture, got none")
     x = normalised(*(torch.stack([picture for picture, _ in samples]) for samples in parts))
     y = [torch.stack([mask for _, mask in samples]) for samples in parts]
     return Data(name, Split(x[0], y[0]), Split(x[1], y[1]), classes)

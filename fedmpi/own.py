@@ -1,13 +1,13 @@
-"""A user's own model or data set, named by an import path: ``mypackage.mymodule:function``."""
+"""A user's own model, data set or method, named by an import path: ``mypackage.mymodule:name``."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from fedmpi.errors import ConfigError
 
@@ -20,13 +20,13 @@ def is_path(name: str) -> bool:
 def call(argument: str, path: str, *positional: Any, options: Mapping[str, Any], usage: str) -> Any:
     """What the function of ``path`` returns for ``positional`` and the keywords ``options``.
 
-    The module is looked for in the current folder too.
-
     Raises:
-      ConfigError: there is no such module or function, or it does not take these options (names ``argument``
-        and shows ``usage``). What the function itself raises is passed on.
+      ConfigError: there is no such module or function (see :func:`find`), or it does not take these options
+        (names ``argument`` and shows ``usage``). What the function itself raises is passed on.
     """
-    function = _function(argument, path, usage)
+    function = find(argument, path, f"to a function {usage}")
+    if not callable(function):
+        raise ConfigError(f"{argument}: {path} is a {type(function).__name__}, expected a function {usage}")
     try:
         inspect.signature(function).bind(*positional, **options)
     except TypeError as error:
@@ -38,7 +38,12 @@ def call(argument: str, path: str, *positional: Any, options: Mapping[str, Any],
     return function(*positional, **options)
 
 
-def _function(argument: str, path: str, usage: str) -> Callable[..., Any]:
+def find(argument: str, path: str, usage: str) -> Any:
+    """What ``path`` names. The module is looked for in the current folder too.
+
+    Raises:
+      ConfigError: there is no such module, or nothing of this name in it.
+    """
     module, _, name = path.partition(":")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
@@ -48,9 +53,7 @@ def _function(argument: str, path: str, usage: str) -> Callable[..., Any]:
             found = getattr(found, part)
     except (ImportError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"{argument}: cannot import {path!r} ({error}); expected an import path package.module:function "
-            f"that can be imported from here, to a function {usage}"
+            f"{argument}: cannot import {path!r} ({error}); expected an import path package.module:name "
+            f"that can be imported from {here}, {usage}"
         ) from error
-    if not callable(found):
-        raise ConfigError(f"{argument}: {path} is a {type(found).__name__}, expected a function {usage}")
-    return cast(Callable[..., Any], found)
+    return found

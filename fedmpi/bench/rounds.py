@@ -1,0 +1,127 @@
+"""``fedmpi bench rounds``: rounds of the engine against a bare torch loop that does the same mathematics, and cohorts
+of one step against their clients one after the other.
+
+The bare loop is what one would write for a single experiment: a model, its gradients, and nothing around them (no
+messages, no bytes counted, no other methods, no ranks). Evaluation is left out of both.
+
+Shape suffixes: N samples.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from fedmpi import config, random
+from fedmpi.bench.timing import Row, Table, measure
+from fedmpi.comm import solo
+from fedmpi.engine.rounds import Simulation
+from fedmpi.engine.trainer import Trainer
+from fedmpi.tasks.data import Data, Split
+
+_CLIENTS, _SAMPLES, _COHORT, _BATCH = 1000, 60, 10, 10
+_LR = 0.05
+
+
+def images(folder: Path, samples: int, side: int = 28) -> Data:
+    """Random images of one channel with random classes, 10 of them; ``folder`` is not used."""
+    x = random.uniform(random.key(0, stream="images"), samples * side * side).view(samples, 1, side, side)
+    train = Split(x, random.integers(random.key(0, stream="classes"), samples, 10))
+    return Data("random images", train, Split(train.x[:100], train.y[:100]), 10)
+
+
+class Bare:
+    """Federated averaging of one pass a client over its samples, as a plain loop."""
+
+    def __init__(self, like: Simulation) -> None:
+        self.model = copy.deepcopy(like.trainer.model)
+        for p in self.model.parameters():
+            p.data, p.grad = p.detach().clone(), None  # of their own, not views of the engine's vector
+        self.data, self.parts = like.data.train, like.partition
+        self.theta = [p.detach().clone() for p in self.model.parameters()]
+
+    def rounds(self, count: int) -> None:
+        parameters = list(self.model.parameters())
+        for _ in range(count):
+            mean = [torch.zeros_like(p) for p in self.theta]
+            for client in torch.randperm(_CLIENTS)[:_COHORT].tolist():
+                with torch.no_grad():
+                    for p, value in zip(parameters, self.theta, strict=True):
+                        p.copy_(value)
+                index_N = self.parts.of(client)
+                for batch_B in index_N[torch.randperm(len(index_N))].split(_BATCH):
+                    F.cross_entropy(self.model(self.data.x[batch_B]), self.data.y[batch_B]).backward()
+                    with torch.no_grad():
+                        for p in parameters:
+                            assert p.grad is not None
+                            p.sub_(p.grad, alpha=_LR)
+                            p.grad.zero_()  # fresh memory would cost it more
+                with torch.no_grad():
+                    for sums, p in zip(mean, parameters, strict=True):
+                        sums.add_(p, alpha=1 / _COHORT)
+            self.theta = mean
+
+
+class Engine:
+    """A simulation that goes on from where it is."""
+
+    def __init__(self, of: Simulation) -> None:
+        self.of, self.done = of, 0
+
+    def rounds(self, count: int) -> None:
+        for _ in range(count):
+            self.of.round(self.done)
+            self.done += 1
+
+
+def simulation(clients: int, samples: int, cohort: int, local: dict[str, Any], **values: Any) -> Simulation:
+    """The engine, with ``clients`` of so many random images each."""
+    data = {"name": "fedmpi.bench.rounds:images", "samples": clients * samples}
+    base = {"data": data, "clients": clients, "cohort": cohort, "rounds": 1 << 20, "evaluate_every": 1 << 20}
+    return Simulation(config.parse({**base, "threads": 1, "local": {"lr": _LR, **local}, **values}), solo())
+
+
+def _epochs(model: str, target: float, rounds: int, repeats: int) -> Row:
+    """Dense federated averaging against the bare loop."""
+    engine = simulation(
+        _CLIENTS, _SAMPLES, _COHORT, {"epochs": 1, "batch": _BATCH}, model=model, method="dense"
+    )
+    ours, bare = Engine(engine), Bare(engine)
+    name = f"{model}, {_CLIENTS} clients × {_SAMPLES} samples, cohort {_COHORT}, batch {_BATCH}"
+    return measure(name, partial(ours.rounds, rounds), partial(bare.rounds, rounds), 1 / target, repeats)
+
+
+def _one_step(model: str, method: dict[str, Any], target: float | None, repeats: int) -> Row:
+    """A cohort of one step, pooled, against the same with each client by itself."""
+    clients, samples = 100, 5
+    pooled, single = (
+        simulation(10 * clients, samples, clients, {"steps": 1}, model=model, method=method) for _ in range(2)
+    )
+    single.trainer = Trainer(
+        single.trainer.model, single.spec, single.objective, single.config.local, single.config.seed
+    )
+    single.observe = lambda sent: None  # which asks for single clients
+    name = (
+        f"{model}, {' '.join(map(str, method.values()))}, one step of {clients} clients × {samples} samples"
+    )
+    reference = partial(Engine(single).rounds, 1)
+    return measure(name, partial(Engine(pooled).rounds, 1), reference, target and 1 / target, repeats)
+
+
+def run(repeats: int = 5) -> Table:
+    """Time all cases, on one thread."""
+    torch.set_num_threads(1)
+    rows = [
+        _epochs("linear", 1.3, 20, repeats),
+        _epochs("cnn", 0.95, 1, repeats),
+        _one_step("linear", {"name": "dense"}, 10, repeats),
+        _one_step("fcn", {"name": "intrinsic", "dim": 1000}, 10, repeats),
+        _one_step("cnn", {"name": "intrinsic", "dim": 1000}, None, repeats),
+    ]
+    facts: dict[str, str | int] = {"threads": 1, "repeats": repeats}
+    return Table("rounds", facts, "the bare loop, or one client after the other", rows)

@@ -1,0 +1,91 @@
+"""Which samples several clients see in each of their local steps.
+
+Shape suffixes: C clients, B samples of a step, N samples of the largest client.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedmpi import random
+from fedmpi.tasks.data import Split
+from fedmpi.tasks.dataset import IGNORE
+from fedmpi.tasks.partitions import Partition
+
+
+def padded(n: int) -> int:
+    """``n`` or up to a quarter more: four values an octave, so that there are few shapes."""
+    step = 1 << max(0, n.bit_length() - 3)
+    return -(-n // step) * step
+
+
+class Step(NamedTuple):
+    """The samples of several clients' step.
+
+    Attributes:
+      index_CB: int64, rows that end with samples that do not count where a client has fewer than B.
+      count_C: int64, how many count.
+    """
+
+    index_CB: Tensor
+    count_C: Tensor
+
+    def first(self, rows: int) -> Step:
+        """Those of the first ``rows`` clients, with more of the last client's at the end if there are not so many."""
+        which = torch.arange(rows).clamp(max=len(self.count_C) - 1)
+        return Step(self.index_CB[which], self.count_C[which])
+
+    def of(self, data: Split) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, ``(C, B, …)``; targets that do not count are IGNORE."""
+        y_CB, width = data.y[self.index_CB], self.index_CB.shape[1]
+        if int(self.count_C.min()) < width:
+            y_CB[torch.arange(width) >= self.count_C[:, None]] = IGNORE
+        return data.x[self.index_CB], y_CB
+
+
+class Batches:
+    """The steps of ``clients_C`` in a round. Each client's samples are shuffled with a key of its own before each pass
+    over them, unless a step takes all: the same as :meth:`Trainer._batch` gives for one client."""
+
+    def __init__(
+        self, seed: int, partition: Partition, clients_C: Tensor, round: int, batch: int | None
+    ) -> None:
+        self._seed, self._clients_C, self._round, self._batch = seed, clients_C, round, batch
+        self.sizes_C = partition.sizes_of(clients_C)
+        self.batch_C = self.sizes_C if batch is None else self.sizes_C.clamp(max=batch)
+        self._turns_C = -(-self.sizes_C // self.batch_C)
+        self._equal = int(self.sizes_C.min()) == int(self.sizes_C.max())
+        self._own_CN = partition.rows(clients_C)
+        self._order_CN = self._own_CN.clone()
+
+    def step(self, step: int, clients: int) -> Step:
+        """The first ``clients``' samples of the step of this number; to be called for one after the other, with
+        ever fewer clients."""
+        if self._equal:  # the same as below, with less to do
+            passes, turn = divmod(step, int(self._turns_C[0]))
+            if turn == 0 and int(self._turns_C[0]) > 1:
+                self._shuffle(torch.arange(clients), passes)
+            width = int(self.batch_C[0])
+            index_CB = self._order_CN[:clients, turn * width : (turn + 1) * width].clone()
+            return Step(index_CB, torch.full((clients,), index_CB.shape[1]))
+        turn_C = step % self._turns_C[:clients]
+        fresh = ((turn_C == 0) & (self._turns_C[:clients] > 1)).nonzero()[:, 0]
+        for passes in (step // self._turns_C[fresh]).unique().tolist():
+            self._shuffle(fresh[step // self._turns_C[fresh] == passes], passes)
+        batch_C, sizes_C = self.batch_C[:clients], self.sizes_C[:clients]
+        count_C = torch.minimum(batch_C, sizes_C - turn_C * batch_C)
+        most = int(count_C.max())
+        alike = int(count_C.min()) == most
+        width = most if alike else self._batch or padded(most)
+        place_CB = (turn_C * batch_C)[:, None] + torch.arange(width)
+        last_C1 = (sizes_C - 1)[:, None]
+        return Step(self._order_CN[:clients].gather(1, torch.minimum(place_CB, last_C1)), count_C)
+
+    def _shuffle(self, rows: Tensor, passes: int) -> None:
+        """Before these clients' pass of this number."""
+        keys_C = random.keys(self._seed, self._round, self._clients_C[rows], f"batches {passes}")
+        order_CN = random.permutations(keys_C, self.sizes_C[rows])
+        self._order_CN[rows, : order_CN.shape[1]] = self._own_CN[rows].gather(1, order_CN)

@@ -1,0 +1,305 @@
+"""How clients train: one after the other, many small ones at once, or those of one step as one batch.
+
+Shape suffixes: C clients of a chunk, O of them that go on, D parameters, B samples of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from fedmpi import random
+from fedmpi.config import Local
+from fedmpi.engine.batches import Batches, padded
+from fedmpi.engine.profile import phase
+from fedmpi.engine.stacked import Stacked
+from fedmpi.spec import Spec
+from fedmpi.tasks.data import Split
+from fedmpi.tasks.objectives import Objective
+from fedmpi.tasks.partitions import Partition
+
+_POOL_VALUES = (
+    1 << 19
+)  # inputs of a pass; what a convolutional model keeps of each is some hundred times as much
+
+
+class Update(NamedTuple):
+    """What C clients computed: accumulated gradients, mean losses, local steps τ."""
+
+    g_CD: Tensor
+    loss_C: Tensor
+    steps_C: Tensor
+
+    def select(self, rows: Tensor) -> Update:
+        """Those of the clients at the positions ``rows``; itself where these are all."""
+        return self if len(rows) == len(self.g_CD) else Update(*(value[rows] for value in self))
+
+
+class Trainer:
+    """Local SGD on one flat parameter vector.
+
+    The accumulated gradient is the sum of the local steps' directions, as in LBGM's Algorithm 1
+    (lines 3 and 4); for plain SGD it is (θ₀ − θ_τ)/η, and for one step it is the gradient to the bit.
+
+    A client shuffles its samples afresh in every round, or, ``continuing`` (data-parallel training), goes on
+    where it was: it sees each sample once before it sees one again.
+
+    ``together``: small models' clients train at once, which gives the same up to rounding.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: Spec,
+        objective: Objective,
+        local: Local,
+        seed: int,
+        continuing: bool = False,
+        together: bool = False,
+    ) -> None:
+        self.model, self.spec, self.loss, self.local, self.seed = model, spec, objective.loss, local, seed
+        self.continuing = continuing
+        self._pads = objective.pads
+        self._orders: dict[int, tuple[int, Tensor]] = {}
+        self.theta_D = torch.empty(spec.size)
+        self.grad_D = torch.zeros(spec.size)
+        spec.bind(model, self.theta_D, self.grad_D)
+        plain = local.accumulate == 1 and local.precision == "float32"
+        self._stacked = Stacked(model, spec, self.loss) if together and plain and not continuing else None
+        self._worth: bool | None = None  # to train several clients so
+
+    @property
+    def pools(self) -> bool:
+        """:meth:`pool` can be called: clients make one step, and not in parts."""
+        local = self.local
+        return (
+            local.accumulate == 1
+            and not self.continuing
+            and local.epochs is None
+            and local.steps in (None, 1)
+        )
+
+    def time(self, data: Split, batch: int, threads: int) -> float:
+        """Seconds of a step on ``batch`` samples with so many threads: the best of a few."""
+        torch.set_num_threads(threads)
+        x, y = data.x[:batch], data.y[:batch]
+        self.theta_D.zero_()
+        seconds = []
+        for _ in range(4):
+            started = perf_counter()
+            self.grad_D.zero_()
+            self.loss(self.model(x), y).backward()
+            seconds.append(perf_counter() - started)
+        return min(seconds)
+
+    def work(self, sizes: Tensor) -> Tensor:
+        """Samples that clients of these sizes (int64) go through in a round, the same shape."""
+        batch = sizes if self.local.batch is None else sizes.clamp(max=self.local.batch)
+        return batch * self.steps(sizes)
+
+    def steps(self, sizes: Tensor) -> Tensor:
+        """τ for clients with so many samples, the same shape; 0 for none."""
+        if self.local.steps or not self.local.epochs:
+            steps = torch.full_like(sizes, self.local.steps or 1)
+        else:
+            batch = sizes.clamp(min=1) if self.local.batch is None else self.local.batch
+            steps = self.local.epochs * -(-sizes // batch)
+        return steps.where(sizes > 0, 0)
+
+    def train(
+        self,
+        theta_D: Tensor,
+        data: Split,
+        partition: Partition,
+        clients_C: Tensor,
+        round: int,
+        frozen_D: Tensor | None = None,
+    ) -> Update:
+        """Train each of ``clients_C`` from ``theta_D``, whose entries ``frozen_D`` stay as they are."""
+        sizes_C = partition.sizes_of(clients_C)
+        steps_C = self.steps(sizes_C)
+        if self._stacks(theta_D, data, sizes_C):
+            g_CD, loss_C = self._together(theta_D, data, partition, clients_C, steps_C, round, frozen_D)
+            return Update(g_CD, loss_C, steps_C)
+        g_CD, losses = torch.zeros(len(clients_C), self.spec.size), []
+        for row, (client, steps) in enumerate(zip(clients_C.tolist(), steps_C.tolist(), strict=True)):
+            index = partition.of(client)
+            losses.append(self._one(theta_D, g_CD[row], data, index, steps, client, round, frozen_D))
+        return Update(g_CD, torch.tensor(losses, dtype=torch.float64), steps_C)
+
+    def alone(self, theta_D: Tensor, data: Split, index: Tensor) -> Tensor:
+        """The accumulated gradient of somebody who is no client and has the samples ``index``."""
+        g_D, steps = torch.zeros_like(theta_D), int(self.steps(torch.tensor(len(index))))
+        self._one(theta_D, g_D, data, index, steps, client=-1, round=0, frozen_D=None)
+        return g_D
+
+    def pool(
+        self,
+        theta_D: Tensor,
+        data: Split,
+        partition: Partition,
+        clients_C: Tensor,
+        weights_C: Tensor,
+        round: int,
+        frozen_D: Tensor | None = None,
+        samples: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum of what clients of one step compute, ``(D,)``, and their losses ``(C,)``.
+
+        One forward and backward pass for about so many ``samples`` of all clients (by default, as many as a small model
+        has memory for): the gradient of the weighted sum of their mean losses is the weighted sum of their gradients.
+        """
+        samples = samples or max(64, _POOL_VALUES // data.x[0].numel())
+        loss_C = torch.empty(len(clients_C), dtype=torch.float64)
+        self._begin(theta_D)
+        self.grad_D.zero_()
+        for rows in self._alike(partition.sizes_of(clients_C), samples):
+            with phase("load"):
+                batches = Batches(self.seed, partition, clients_C[rows], round, self.local.batch)
+                x_CB, y_CB = batches.step(0, len(rows)).of(data)
+            with self._autocast():
+                output = self.model(x_CB.flatten(0, 1))
+                losses_C = vmap(self.loss)(output.unflatten(0, x_CB.shape[:2]), y_CB)
+            (losses_C * weights_C[rows].to(losses_C.dtype)).sum().backward()
+            loss_C[rows] = losses_C.detach().double()
+        g_D = self.grad_D.clone()
+        if self.local.weight_decay:
+            g_D.add_(theta_D, alpha=self.local.weight_decay * float(weights_C.sum()))
+        return (g_D if frozen_D is None else g_D.masked_fill(frozen_D, 0)), loss_C
+
+    def _alike(self, sizes_C: Tensor, samples: int) -> Iterator[Tensor]:
+        """Positions of clients whose steps take equally many samples, or nearly so where samples can be left out: all
+        of them, in parts of about ``samples``."""
+        batch_C = sizes_C.clamp(max=self.local.batch or int(sizes_C.max()))
+        order = batch_C.argsort(stable=True)
+        while len(order):
+            least = int(batch_C[order[0]])
+            rows = order[: max(1, samples // least)]
+            rows = rows[batch_C[rows] <= (padded(least) if self._pads else least)]
+            yield rows
+            order = order[len(rows) :]
+
+    def _begin(self, theta_D: Tensor) -> None:
+        self.theta_D.copy_(theta_D)
+        self.model.train()
+
+    def _autocast(self) -> torch.autocast:
+        mixed = self.local.precision == "bfloat16"
+        return torch.autocast(self.theta_D.device.type, torch.bfloat16, enabled=mixed)
+
+    def _stacks(self, theta_D: Tensor, data: Split, sizes_C: Tensor) -> bool:
+        """These clients train at once."""
+        if self._stacked is None or len(sizes_C) == 1:
+            return False
+        if self._worth is None:
+            batch = min(self.local.batch or int(sizes_C.double().mean()), len(data.y))
+            self._begin(theta_D)
+            self._worth = self._stacked.worth(data.x[:batch], data.y[:batch])
+        return self._worth and (self._pads or bool((sizes_C == sizes_C[0]).all()))
+
+    def _together(
+        self,
+        theta_D: Tensor,
+        data: Split,
+        partition: Partition,
+        clients_C: Tensor,
+        steps_C: Tensor,
+        round: int,
+        frozen_D: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """All clients' first steps, then all second ones, and so on: who makes most of them stands first, and from step
+        to step fewer are left."""
+        local, order = self.local, steps_C.argsort(descending=True, stable=True)
+        steps_C, back = steps_C[order], order.argsort()
+        batches = Batches(self.seed, partition, clients_C[order], round, local.batch)
+        theta_CD = theta_D.expand(padded(len(order)), -1).clone()
+        grad_CD, g_CD = torch.empty_like(theta_CD), torch.zeros(len(order), self.spec.size)
+        velocity_CD = torch.zeros_like(g_CD) if local.momentum else None
+        loss_C, seen_C = torch.zeros(len(order), dtype=torch.float64), torch.zeros_like(steps_C)
+        for step in range(int(steps_C[0])):
+            on = int((steps_C > step).sum())
+            with phase("load"):
+                taken, rows = batches.step(step, on), padded(on)
+                x_CB, y_CB = taken.first(rows).of(data)
+            assert self._stacked is not None
+            losses_C = self._stacked(theta_CD[:rows], x_CB, y_CB, grad_CD[:rows])[:on]
+            velocity_OD = None if velocity_CD is None else velocity_CD[:on]
+            direction_OD = self._direction(grad_CD[:on], theta_CD[:on], frozen_D, velocity_OD)
+            g_CD[:on] += direction_OD
+            theta_CD[:on].add_(direction_OD, alpha=-local.lr)
+            loss_C[:on] += losses_C * taken.count_C
+            seen_C[:on] += taken.count_C
+        ordered = bool((steps_C[:-1] == steps_C[1:]).all())
+        return (g_CD if ordered else g_CD[back]), (loss_C / seen_C)[back]
+
+    def _direction(
+        self, grad: Tensor, theta: Tensor, frozen_D: Tensor | None, velocity: Tensor | None
+    ) -> Tensor:
+        """What a step subtracts η times, ``(D,)`` or ``(C, D)``; ``velocity`` is changed in place."""
+        if self.local.weight_decay:
+            grad = grad.add(theta, alpha=self.local.weight_decay)
+        if frozen_D is not None:
+            grad = grad.masked_fill(frozen_D, 0)
+        return grad if velocity is None else velocity.mul_(self.local.momentum).add_(grad)
+
+    def _one(
+        self,
+        theta_D: Tensor,
+        g_D: Tensor,
+        data: Split,
+        index: Tensor,
+        steps: int,
+        client: int,
+        round: int,
+        frozen_D: Tensor | None,
+    ) -> float:
+        batch = min(self.local.batch or len(index), len(index))
+        self._begin(theta_D)
+        velocity_D = torch.zeros_like(self.theta_D) if self.local.momentum else None
+        total, seen = 0.0, 0
+        for step in range(steps):
+            with phase("load"):
+                chosen = self._batch(index, batch, client, round, step)
+            self.grad_D.zero_()
+            loss = self._backward(data, chosen)
+            direction_D = self._direction(self.grad_D, self.theta_D, frozen_D, velocity_D)
+            g_D.add_(direction_D)
+            self.theta_D.add_(direction_D, alpha=-self.local.lr)
+            total += loss * len(chosen)
+            seen += len(chosen)
+        return total / seen
+
+    def _batch(self, index: Tensor, batch: int, client: int, round: int, step: int) -> Tensor:
+        """The samples of a step."""
+        if batch == len(index):
+            return index
+        turns = -(-len(index) // batch)
+        if self.continuing:  # one step a round
+            round, turn = divmod(round, turns)
+            shuffle = 0
+        else:
+            shuffle, turn = divmod(step, turns)
+        key = random.key(self.seed, round, client, f"batches {shuffle}")
+        if self._orders.get(client, (None,))[0] != key:
+            if not self.continuing:
+                self._orders.clear()
+            self._orders[client] = key, index[random.permutation(key, len(index))]
+        return self._orders[client][1][turn * batch : (turn + 1) * batch]
+
+    def _backward(self, data: Split, chosen: Tensor) -> float:
+        """Add the gradient of the samples' mean loss, in so many parts as asked for; returns the loss."""
+        total = 0.0
+        for part in chosen.chunk(self.local.accumulate):
+            with phase("load"):
+                x, y = data.x[part], data.y[part]
+            with self._autocast():
+                loss = self.loss(self.model(x), y)
+            share = len(part) / len(chosen)
+            (loss if share == 1 else loss * share).backward()
+            total += loss.item() * share
+        return total

@@ -1,0 +1,200 @@
+"""The command line around a run: ``fedmpi methods``, ``report``, ``data``, ``advise`` and ``doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedmpi.analysis.commands import positive
+
+_Commands = Any  # argparse's own type for add_subparsers() is private
+
+
+def add(commands: _Commands) -> None:
+    """Add the commands to the parser's."""
+    _methods_arguments(commands)
+    _report_arguments(commands)
+    _data_arguments(commands)
+    _advise_arguments(commands)
+    doctor = commands.add_parser(
+        "doctor",
+        help="show what MPI, torch, GPUs and launcher are here, and try them",
+        description="Show what MPI, torch, GPUs and launcher are here, which of them would connect the ranks and why, "
+        "and try a collective. Start it as the job is started: alone, or under mpirun, srun or torchrun.",
+    )
+    doctor.set_defaults(run=_doctor)
+
+
+def _methods_arguments(commands: _Commands) -> None:
+    listing = commands.add_parser(
+        "methods",
+        help="list the methods, their options and what they cost",
+        description="List the methods with their options; with --params or --model, the bytes of one client, "
+        "measured on its messages.",
+        epilog="example: fedmpi methods --model resnet9 signsgd '{name: topk, ratio: 0.01}'",
+    )
+    listing.add_argument("--params", type=positive, metavar="D", help="measure bytes for D parameters")
+    listing.add_argument(
+        "--model", metavar="MODEL", help="measure bytes for a model on 3x32x32 images, e.g. resnet9"
+    )
+    listing.add_argument(
+        "names",
+        nargs="*",
+        metavar="METHOD",
+        help="only these (all); with --params or --model also {name: topk, ratio: 0.1}",
+    )
+    listing.set_defaults(run=_methods)
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    from fedmpi.analysis.listing import costs, describe
+    from fedmpi.spec import Spec
+    from fedmpi.tasks.models import build
+
+    if arguments.model:
+        print(costs(Spec.of(build(arguments.model, (3, 32, 32), 10, 0)), arguments.names))
+    elif arguments.params:
+        print(costs(Spec(("parameters",), ((arguments.params,),)), arguments.names))
+    else:
+        print(describe(arguments.names))
+    return 0
+
+
+def _report_arguments(commands: _Commands) -> None:
+    report = commands.add_parser(
+        "report",
+        help="compare runs: a table and plots",
+        description="Compare finished runs: a table here, and report.md with plots of accuracy against bytes. "
+        "Runs that differ in nothing but their seed are averaged in a second one.",
+        epilog="example: fedmpi report runs/*",
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    report.add_argument(
+        "--out", type=Path, metavar="DIR", help="where report.md and report.png go (report, beside the runs)"
+    )
+    report.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from fedmpi.analysis.report import report
+
+    print(report(arguments.runs, arguments.out))
+    return 0
+
+
+def _data_arguments(commands: _Commands) -> None:
+    data = commands.add_parser(
+        "data",
+        help="get data sets, and show who holds what",
+        description="Get data sets, and show which client holds what. Files of your own go into $FEDMPI_DATA/NAME, "
+        "~/.cache/fedmpi/NAME or the folder that data.folder names; digits needs none.",
+    )
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    fetch = actions.add_parser(
+        "fetch",
+        help="download a data set and verify it",
+        description="Download a data set, or a pretrained model, and verify its checksums.",
+    )
+    fetch.add_argument("name", metavar="NAME", help="fashion-mnist, movie-reviews or minilm (a text encoder)")
+    fetch.add_argument("--to", type=Path, metavar="DIR", help="($FEDMPI_DATA, else ~/.cache/fedmpi)")
+    fetch.set_defaults(run=_fetch)
+    show = actions.add_parser(
+        "show",
+        help="show which client holds what",
+        description="Show how a configuration's partition deals out its data: a table of clients and classes, and a "
+        "picture.",
+        epilog="example: fedmpi data show configs/quickstart.yaml partition.alpha=0.1",
+    )
+    show.add_argument("config", metavar="CONFIG", help="a YAML file")
+    show.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides; values are YAML")
+    show.add_argument("--plot", type=Path, metavar="PNG", help="the picture (<config>-clients.png)")
+    show.set_defaults(run=_show)
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    from fedmpi.tasks.data import default_folder
+    from fedmpi.tasks.fetch import fetch
+
+    to = arguments.to or default_folder()
+    print(f"{arguments.name} is in {fetch(arguments.name, to, lambda line: print(line, flush=True))}")
+    return 0
+
+
+def _advise_arguments(commands: _Commands) -> None:
+    advise = commands.add_parser(
+        "advise",
+        help="measure whether compression pays on this link",
+        description="Measure this launch's link and each method's coding and exchange of gradients, and say which "
+        "method is fastest. Start it as the job is started: mpirun, srun or torchrun.",
+        epilog="example: mpirun -n 2 fedmpi advise --model resnet9 --method '{name: topk}'",
+    )
+    size = advise.add_mutually_exclusive_group()
+    size.add_argument("--params", type=positive, metavar="N", help="parameters (11000000)")
+    size.add_argument(
+        "--model", metavar="MODEL", help="the layers of a model on 3x32x32 images, e.g. resnet9"
+    )
+    advise.add_argument(
+        "--method",
+        action="append",
+        metavar="METHOD",
+        help="only this, as YAML, besides bf16; can be given several times (a choice)",
+    )
+    advise.add_argument(
+        "--comm",
+        default="auto",
+        metavar="COMM",
+        help="what connects the ranks: auto, mpi, gloo or nccl (auto)",
+    )
+    advise.set_defaults(run=_advise)
+
+
+def _advise(arguments: argparse.Namespace) -> int:
+    import yaml
+
+    from fedmpi.comm import connect
+    from fedmpi.integrations import advise
+    from fedmpi.spec import Spec
+    from fedmpi.tasks.models import build
+
+    comm = connect(arguments.comm)
+    shapes = advise.shapes_of(arguments.params or 11_000_000)
+    if arguments.model:
+        spec = Spec.of(build(arguments.model, (3, 32, 32), 10, 0))
+        shapes = dict(zip(spec.names, spec.shapes, strict=True))
+    candidates = advise.CANDIDATES
+    if arguments.method:
+        candidates = tuple(advise.check([yaml.safe_load(method) for method in arguments.method]))
+
+    def say(line: str) -> None:
+        if comm.rank == 0:
+            print(line, file=sys.stderr, flush=True)
+
+    text = advise.advise(comm, shapes, candidates, say)
+    if comm.rank == 0:
+        print(text)
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from fedmpi import config as configuration
+    from fedmpi.analysis.holdings import holdings, plot, table
+    from fedmpi.tasks import data, partitions
+
+    config = configuration.load(arguments.config, arguments.overrides)
+    train, options = data.load(config.data.name, **config.data.options), config.partition.options
+    split = partitions.divide(config.partition.name, train.train, config.clients, config.seed, **options)
+    held = holdings(split.index_N, split.offset, train.train.y, train.classes)
+    title = f"{config.data.name}, partition {config.partition.name}"
+    path = arguments.plot or Path(f"{Path(arguments.config).stem}-clients.png")
+    print(f"{title}: {table(held)}")
+    plot(held, title, path)
+    print(f"picture: {path}")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from fedmpi.doctor import examine
+
+    return examine()
