@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from fedmpi.analysis.commands import positive
@@ -100,6 +101,38 @@ def _methods(arguments: argparse.Namespace) -> Outcome:
     return methods.run(arguments.size, arguments.clients, arguments.repeats, arguments.methods)
 
 
+def _scale_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ranks", type=_ranks, default=64, metavar="W", help="count bytes for 2, 4, 8, … W ranks (64)"
+    )
+    parser.add_argument(
+        "--processes", type=positive, default=16, metavar="W", help="up to W ranks are MPI processes (16)"
+    )
+    parser.add_argument("--clients", type=_clients, default=1_000_000, metavar="N", help="at most (1000000)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write scale.md and scale.json there")
+
+
+def _ranks(text: str) -> int:
+    if not text.isdigit() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 2, got {text!r}")
+    return int(text)
+
+
+def _clients(text: str) -> int:
+    if not text.isdigit() or int(text) < 10_000:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 10000, got {text!r}")
+    return int(text)
+
+
+def _scale(arguments: argparse.Namespace) -> Outcome:
+    from fedmpi.bench import scale
+
+    def say(line: str) -> None:
+        print(f"fedmpi: {line}", file=sys.stderr, flush=True)
+
+    return scale.run(arguments.ranks, arguments.processes, arguments.clients, say, arguments.out)
+
+
 def _rounds(arguments: argparse.Namespace) -> Outcome:
     from fedmpi.bench import rounds
 
@@ -109,5 +142,8 @@ def _rounds(arguments: argparse.Namespace) -> Outcome:
 BENCHES: dict[str, Bench] = {
     "kernels": Bench("the kernels, against copying the vector they work on", _kernels_arguments, _kernels),
     "methods": Bench("each method's coding, against copying the gradients", _methods_arguments, _methods),
+    "scale": Bench(
+        "what grows with ranks, clients, cohort, D and d; a page of arithmetic", _scale_arguments, _scale
+    ),
     "rounds": Bench("rounds of small models, against a bare loop and single clients", _repeats, _rounds),
 }

@@ -91,14 +91,29 @@ class Codings(NamedTuple):
         return json.dumps({"bench": "methods", **self.facts, "against": "memcpy", "rows": rows}, indent=2)
 
 
-class _Pass(NamedTuple):
+class Pass(NamedTuple):
     """One of a round's passes."""
 
     codec: Compressor
     ctx: Context
     message: Message
-    after: State
+    after: State  # the senders'
     total_S: Tensor
+
+
+class Third(NamedTuple):
+    """The third of three rounds with the same gradients: what was before it, and its passes."""
+
+    method: Method
+    senders: State
+    state: State
+    passes: list[Pass]
+
+    @property
+    def nbytes(self) -> float:
+        """Of a client's messages."""
+        clients = len(self.passes[0].ctx.clients_C)
+        return sum(int(one.message.nbytes().sum()) for one in self.passes) / clients
 
 
 def run(log2: int = 20, clients: int = 4, repeats: int = 5, chosen: Sequence[str] = ()) -> Codings:
@@ -144,16 +159,7 @@ def _read(chosen: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _coding(options: dict[str, Any], spec: Spec, g_CD: Tensor, repeats: int) -> Coding:
-    method = methods.build(options, spec, Setup(clients=len(g_CD)))
-    senders = {
-        name: value.expand(len(g_CD), *value.shape).clone() for name, value in method.up.init().items()
-    }
-    state = method.server.init(torch.zeros(spec.size))
-    for t in range(_ROUNDS):
-        passes = _round(method, g_CD, senders, state, t)
-        senders, state = passes[-1].after, _finish(method, state, passes)
-    passes = _round(method, g_CD, senders, state, _ROUNDS)
-    nbytes = sum(int(one.message.nbytes().sum()) for one in passes) / len(g_CD)
+    method, senders, state, passes = third = third_round(options, spec, g_CD)
     copy_CD = torch.empty_like(g_CD)
 
     def compress() -> None:
@@ -170,15 +176,27 @@ def _coding(options: dict[str, Any], spec: Spec, g_CD: Tensor, repeats: int) -> 
 
     return Coding(
         options,
-        nbytes,
-        4 * spec.size / nbytes,
+        third.nbytes,
+        4 * spec.size / third.nbytes,
         timed(compress, len(g_CD)),
         timed(decompress, len(g_CD)),
         timed(partial(_finish, method, state, passes), 1),
     )
 
 
-def _round(method: Method, g_CD: Tensor, senders: State, state: State, t: int) -> list[_Pass]:
+def third_round(options: dict[str, Any], spec: Spec, g_CD: Tensor) -> Third:
+    """What clients with the gradients ``g_CD`` send, once look-back has something to look back at."""
+    clients = len(g_CD)
+    method = methods.build(options, spec, Setup(clients=clients))
+    senders = {name: value.expand(clients, *value.shape).clone() for name, value in method.up.init().items()}
+    state = method.server.init(torch.zeros(spec.size))
+    for t in range(_ROUNDS):
+        passes = _round(method, g_CD, senders, state, t)
+        senders, state = passes[-1].after, _finish(method, state, passes)
+    return Third(method, senders, state, _round(method, g_CD, senders, state, _ROUNDS))
+
+
+def _round(method: Method, g_CD: Tensor, senders: State, state: State, t: int) -> list[Pass]:
     """The passes of round ``t``."""
     clients_C = torch.arange(len(g_CD))
     passes = []
@@ -187,13 +205,13 @@ def _round(method: Method, g_CD: Tensor, senders: State, state: State, t: int) -
         message, after = codec.compress(g_CD, senders, ctx)
         v_CS, _ = codec.decompress(message, believed(codec, senders), ctx)
         total_S = v_CS.sum(0, dtype=torch.int32) if codec.integer else v_CS.mean(0)
-        passes.append(_Pass(codec, ctx, message, after, total_S))
+        passes.append(Pass(codec, ctx, message, after, total_S))
         if codec is method.first:
             state = method.server.first(state, total_S, ctx.round)
     return passes
 
 
-def _finish(method: Method, state: State, passes: list[_Pass]) -> State:
+def _finish(method: Method, state: State, passes: list[Pass]) -> State:
     for one in passes[:-1]:
         state = method.server.first(state, one.total_S, one.ctx.round)
     return method.server.finish(state, passes[-1].total_S, passes[-1].ctx.round)
