@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedmpi.analysis import commands as analysis
+from fedmpi.bench import link_command
 from fedmpi.errors import FedMPIError
 
 if TYPE_CHECKING:
@@ -347,6 +348,7 @@ def _bench_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParse
     kernels.add_argument("--json", action="store_true", help="print JSON instead of a table")
     kernels.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
     kernels.set_defaults(run=_bench_kernels)
+    link_command.add(kinds)
 
 
 def _log2(text: str) -> int:

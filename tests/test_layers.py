@@ -27,8 +27,17 @@ LAYERS = {
     "analysis": BASE
     | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks", "validation"},
     "integrations": BASE
-    | {"comm", "engine", "message", "method", "methods", "spec", "validation"},  # never what runs a job
-    "bench": BASE | {"ops"},
+    | {
+        "comm",
+        "engine",
+        "message",
+        "method",
+        "methods",
+        "ops",
+        "spec",
+        "validation",
+    },  # never what runs a job
+    "bench": BASE | {"analysis", "integrations", "ops", "tasks"},
     "doctor": {"comm", "errors"},
     "cli": {
         "integrations",
