@@ -221,7 +221,8 @@ class Server(ABC):
     ) -> tuple[Tensor, State]:
         """The gradient ``(D,)`` that a round's mean stands for, and the new memory: for jobs that step with an
         optimizer of their own (a DDP hook). ``first`` and ``shared`` take a memory in a state's place there.
-        It may stand in ``out`` ``(D,)``, contiguous, where that is given.
+        It may stand in ``out`` ``(D,)``, contiguous, where that is given. A majority may come packed, as the array
+        :attr:`Compressor.merged` of a message.
 
         Raises:
           ConfigError: as :meth:`memory`.

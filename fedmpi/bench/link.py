@@ -56,11 +56,38 @@ class Turn:
 def steps(job: Job, speed: str, names: Sequence[str], repeats: int, most: int) -> Turn:
     """``repeats`` turns, and one more of which only the reference counts, after one that does not count."""
     job.pair.shape(SPEEDS[speed])
-    bits = SPEEDS[speed] or float("inf")
+    bits = SPEEDS[speed] or 1e12
     count = max(1, min(most, round(bits / _SLOW)))
     turn = Turn(job, [REFERENCE, *(name for name in names if name != REFERENCE)])
     for _ in range(repeats + 1):
         turn.take(count)
+    return turn
+
+
+def smoothed(curve: Sequence[float]) -> list[float]:
+    """The mean of each three looks that follow each other."""
+    return [sum(curve[i : i + 3]) / 3 for i in range(len(curve) - 2)]
+
+
+def steps_to(curve: Sequence[float], accuracy: float) -> int | None:
+    """Steps until the smoothed accuracy is reached; None if it is not."""
+    reached = (i for i, smooth in enumerate(smoothed(curve)) if smooth >= accuracy)
+    return next(((i + 3) * EVERY for i in reached), None)
+
+
+def compare_steps(job: Job, speed: str, repeats: int, count: int) -> Turn:
+    """All cases at one bandwidth, each in training anew; ``auto`` judges the link first."""
+    job.pair.shape(SPEEDS[speed])
+    for name, case in CASES.items():
+        job.start(name, case.options, case.rate)
+    for name in CASES:
+        warm = min(_WARM, 1 + round((SPEEDS[speed] or 1e12) / _SLOW))
+        job.ask("steps", name, count=warm)
+    while job.ask("stats", "auto")["auto"]["chosen"] is None:
+        job.ask("steps", "auto", count=1)
+    turn = steps(job, speed, list(CASES), repeats, count)
+    for name in CASES:
+        job.ask("stop", name)
     return turn
 
 
@@ -79,7 +106,7 @@ def train(job: Job, speed: str, names: Sequence[str], accuracy: float) -> dict[s
         for name in [name for name in names if name not in found]:
             seconds[name] += job.ask("steps", name + " anew", count=EVERY)["seconds"]
             curves[name].append(job.ask("accuracy", name + " anew", count=IMAGES)["accuracy"])
-            if len(curves[name]) >= 3 and sum(curves[name][-3:]) / 3 >= accuracy:
+            if steps_to(curves[name], accuracy) is not None:
                 found[name] = seconds[name], done
     for name in names:
         job.ask("stop", name + " anew")
@@ -121,19 +148,10 @@ def run(
     """
     rows: list[Row] = []
     with Job(name=data) as job:
-        for name, case in CASES.items():
-            job.start(name, case.options, case.rate)
-            job.ask("steps", name, count=_WARM)
         for speed in speeds:
-            job.pair.shape(SPEEDS[speed])
-            job.start("auto", CASES["auto"].options, CASES["auto"].rate)  # it judges each link afresh
-            while job.ask("stats", "auto")["auto"]["chosen"] is None:
-                job.ask("steps", "auto", count=1)
-            turn = steps(job, speed, list(CASES), repeats, count)
+            turn = compare_steps(job, speed, repeats, count)
             rows += [turn.row(name, speed) for name in turn.names if name != "auto"]
             rows.append(turn.row("auto", speed, SLOWER if speed == "unshaped" else None))
-        for name in CASES:
-            job.ask("stop", name)
         for speed in (s for s in speeds if s in FASTER):
             found = train(job, speed, (REFERENCE, POWERSGD, OURS), accuracy)
             rows.append(compare(found, OURS, REFERENCE, speed, accuracy, FASTER[speed]))

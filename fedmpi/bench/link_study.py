@@ -1,10 +1,10 @@
 """The link study: learning rates, steps to an accuracy, time a step at each bandwidth; a table and a picture.
 
     python -m fedmpi.bench.link_study tune DIR     steps to an accuracy: every case at every rate, then more seeds
-    python -m fedmpi.bench.link_study time DIR     seconds a step at every bandwidth
+    python -m fedmpi.bench.link_study time DIR     seconds a step at every bandwidth; whole trainings at two
     python -m fedmpi.bench.link_study report DIR   DIR/link.md, link.json and link.png
 
-Each part goes on where it was interrupted: what is measured stands in DIR/runs.jsonl and DIR/times.jsonl.
+Each part goes on where it was interrupted: what is measured stands in DIR/runs.jsonl, times.jsonl and wholes.jsonl.
 ``launch/link-study.sh`` runs all three.
 """
 
@@ -17,36 +17,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fedmpi.bench.link_cases import CASES
+from fedmpi.bench import link, link_report
+from fedmpi.bench.link_cases import CASES, OURS, POWERSGD, REFERENCE, SAME_AS_BF16
 from fedmpi.bench.link_driver import Job
 
-TARGETS = (0.80,)
 SEEDS = (0, 1, 2)
-EVERY, SMOOTHED = 20, 3  # steps between two looks at the test images, and looks that are averaged
-MOST = 300
-IMAGES = 1000
+MOST = 300  # steps of a training in the study
 
 
-def smoothed(curve: list[float]) -> list[float]:
-    """The mean of the last three looks, at each look from the third on."""
-    return [sum(curve[i - SMOOTHED + 1 : i + 1]) / SMOOTHED for i in range(SMOOTHED - 1, len(curve))]
-
-
-def steps_to(curve: list[float], target: float) -> int | None:
-    """Steps until the smoothed accuracy reaches ``target``; None if it does not."""
-    for i, accuracy in enumerate(smoothed(curve)):
-        if accuracy >= target:
-            return (i + SMOOTHED) * EVERY
-    return None
-
-
-def train(job: Job, options: dict[str, Any], rate: float, seed: int, most: int = MOST) -> list[float]:
-    """The accuracies of a training, until it has reached the last target, or plainly fails."""
+def train(job: Job, options: dict[str, Any], rate: float, seed: int) -> list[float]:
+    """The accuracies of a training, until it has reached the target, or plainly fails."""
     job.start("study", options, rate, seed)
     curve: list[float] = []
-    while len(curve) * EVERY < most and steps_to(curve, TARGETS[-1]) is None:
-        job.ask("steps", "study", count=EVERY)
-        curve.append(job.ask("accuracy", "study", count=IMAGES)["accuracy"])
+    while len(curve) * link.EVERY < MOST and link.steps_to(curve, link.ACCURACY) is None:
+        job.ask("steps", "study", count=link.EVERY)
+        curve.append(job.ask("accuracy", "study", count=link.IMAGES)["accuracy"])
         if len(curve) >= 6 and max(curve) < 0.2:
             break
     job.ask("stop", "study")
@@ -54,12 +39,11 @@ def train(job: Job, options: dict[str, Any], rate: float, seed: int, most: int =
 
 
 def best(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The run with fewest steps to the first target, then to the next; of those that reach neither, the most
-    accurate."""
+    """The run with fewest steps to the target; of those that do not reach it, the most accurate."""
 
-    def rank(run: dict[str, Any]) -> tuple[float, ...]:
-        steps = [steps_to(run["curve"], target) or float("inf") for target in TARGETS]
-        return *steps, -max(smoothed(run["curve"]), default=0.0)
+    def rank(run: dict[str, Any]) -> tuple[float, float]:
+        steps = link.steps_to(run["curve"], link.ACCURACY)
+        return steps or float("inf"), -max(link.smoothed(run["curve"]), default=0.0)
 
     return min(runs, key=rank)
 
@@ -74,10 +58,8 @@ def tune(folder: Path, names: list[str]) -> None:
                 return
             curve = train(job, CASES[name].options, rate, seed)
             append(path, wanted | {"curve": curve})
-            print(
-                f"{name}, rate {rate:g}, seed {seed}: {[steps_to(curve, t) for t in TARGETS]}",
-                file=sys.stderr,
-            )
+            steps = link.steps_to(curve, link.ACCURACY)
+            print(f"{name}, rate {rate:g}, seed {seed}: {steps} steps", file=sys.stderr)
 
         for name in names:
             for rate in CASES[name].rates:
@@ -86,6 +68,29 @@ def tune(folder: Path, names: list[str]) -> None:
             rate = best(d for d in lines(path) if d["case"] == name and d["seed"] == SEEDS[0])["rate"]
             for seed in SEEDS[1:]:
                 run(name, rate, seed)
+
+
+def time(folder: Path, speeds: list[str]) -> None:
+    """At each bandwidth by itself: a few minutes."""
+    times, wholes = folder / "times.jsonl", folder / "wholes.jsonl"
+    for speed in speeds:
+        if all(line["speed"] != speed for line in lines(times)):
+            with Job(name="fashion-mnist") as job:
+                turn = link.compare_steps(job, speed, repeats=5, count=8)
+            for name in turn.names:
+                row = turn.row(name, speed)
+                line = {
+                    "speed": speed,
+                    "case": name,
+                    "sent": turn.sent[name],
+                    "seconds": row.seconds._asdict(),
+                }
+                append(times, line | {"ratio": row.ratio._asdict()})
+        if speed in link.FASTER and all(line["speed"] != speed for line in lines(wholes)):
+            with Job(name="fashion-mnist") as job:
+                found = link.train(job, speed, (REFERENCE, POWERSGD, OURS), link.ACCURACY)
+            for name, (seconds, steps) in found.items():
+                append(wholes, {"speed": speed, "case": name, "seconds": seconds, "steps": steps})
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -97,16 +102,33 @@ def append(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def _names(runs: list[dict[str, Any]]) -> list[str]:
+    return [name for name in CASES if any(run["case"] == name for run in runs)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("part", choices=("tune", "time", "report"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--case", action="append", help="only this one; can be given several times")
+    parser.add_argument("--speed", action="append", choices=list(link.SPEEDS), help="likewise")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    names = arguments.case or [name for name in CASES if name not in ("fp32 DDP", "auto")]
+    folder = arguments.folder
     if arguments.part == "tune":
-        tune(arguments.folder, names)
+        tune(folder, arguments.case or [name for name in CASES if name not in SAME_AS_BF16])
+    elif arguments.part == "time":
+        time(folder, arguments.speed or list(link.SPEEDS))
+    else:
+        runs = lines(folder / "runs.jsonl")
+        tuned = {
+            name: best(r for r in runs if r["case"] == name and r["seed"] == SEEDS[0])
+            for name in _names(runs)
+        }
+        found = link_report.collect(
+            runs, tuned, lines(folder / "times.jsonl"), lines(folder / "wholes.jsonl")
+        )
+        link_report.write(found, folder)
 
 
 if __name__ == "__main__":

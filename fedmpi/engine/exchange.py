@@ -152,13 +152,12 @@ class GatherExchange(Exchange):
 
 
 class VoteExchange(GatherExchange):
-    """Every rank gets every message and merges them as they are, packed: what two ranks' majority comes to."""
+    """Every rank gets every message, and merges them. The mean is their majority, packed as a message is: for two
+    ranks, and a server that takes it so (:meth:`fedmpi.method.Server.gradient`)."""
 
     def _decode(self, everybody: Message, peers: State, ctx: Context) -> tuple[Tensor, State]:
-        ((name, rows_WN),) = everybody.arrays.items()
-        merged_1N = self.up.merge(rows_WN, 0, ctx.round)[None]
-        v_1S, _ = self.up.decompress(Message({name: merged_1N}), {}, ctx)
-        return v_1S[0], peers
+        (rows_WN,) = everybody.arrays.values()
+        return self.up.merge(rows_WN, 0, ctx.round), peers
 
 
 class MergeExchange(Exchange):
@@ -235,6 +234,7 @@ def build(
     exact: bool = False,
     owner: int | None = None,
     room: float = GATHER_BYTES,
+    packed: bool = False,
 ) -> Exchange:
     """The way asked for; with ``auto``, the one that sends least.
 
@@ -242,12 +242,15 @@ def build(
     (look-back) is gathered, since a sum would send all its numbers in every step; unless W receivers' state
     takes more than ``room`` bytes: then it goes to its ``owner``, or, where there is none, is summed.
 
+    Args:
+      packed: a majority may stay packed.
+
     Raises:
       ConfigError: the compressor does not fit it.
     """
     if way == "auto":
         way = _choose(comm, up, exact, owner is not None, room)
-        if way == "gather" and up.merged is not None and up.integer:
+        if packed and way == "gather" and up.merged is not None and up.integer:
             return VoteExchange(comm, up, exact)
     if way == "merge" and up.merged is None:
         raise ConfigError(

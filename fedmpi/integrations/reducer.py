@@ -100,7 +100,7 @@ class Group:
         self.method = methods.build(options, self.spec, setup)
         self.plain = methods.build("dense", self.spec, setup)
         up, first = self.method.up, self.method.first
-        self.ways = {up: exchanges.build(comm, up, settings.exchange, owner=owner, room=room)}
+        self.ways = {up: exchanges.build(comm, up, settings.exchange, owner=owner, room=room, packed=True)}
         if first is not None:
             self.ways[first] = exchanges.build(comm, first)
         self.ways[self.plain.up] = exchanges.build(comm, self.plain.up, "sum")

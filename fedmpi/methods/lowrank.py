@@ -85,7 +85,7 @@ def add_outer(total_CNM: Tensor, left_CN: Tensor, right_CM: Tensor) -> None:
 
 def set_product(out_CNM: Tensor, left_NR: Tensor, right_CMR: Tensor) -> None:
     """Each matrix becomes left · rightᵀ: terms are added in the order of R."""
-    kernels = fast.compiled("lowrank", out_CNM)
+    kernels = fast.compiled("lowrank", out_CNM, count=fast.worth("lowrank", out_CNM.numel()))
     if kernels is None:
         out_CNM.zero_()
         for r in range(left_NR.shape[1]):
@@ -97,7 +97,7 @@ def set_product(out_CNM: Tensor, left_NR: Tensor, right_CMR: Tensor) -> None:
 
 def subtract_product(out_CNM: Tensor, left_NR: Tensor, right_CMR: Tensor) -> None:
     """Each matrix less left · rightᵀ, as :func:`set_product` makes it."""
-    kernels = fast.compiled("lowrank", out_CNM)
+    kernels = fast.compiled("lowrank", out_CNM, count=fast.worth("lowrank", out_CNM.numel()))
     if kernels is None:
         product_CNM = torch.empty_like(out_CNM)
         set_product(product_CNM, left_NR, right_CMR)
@@ -121,7 +121,7 @@ def orthonormal(p_NR: Tensor, threshold: float = 1e-5, count: int = 0) -> Tensor
     Args:
       count: numbers of the vector of which this is a part: of a large one, kernels are loaded for this, too.
     """
-    kernels = fast.compiled("lowrank", p_NR, count=max(count, p_NR.numel()))
+    kernels = fast.compiled("lowrank", p_NR, count=fast.worth("lowrank", max(count, p_NR.numel())))
     if kernels is None:
         return orthonormal_reference(p_NR, threshold)
     columns_RN = p_NR.T.double().contiguous()

@@ -128,10 +128,11 @@ class VoteServer(Server):
     def gradient(
         self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        if (
-            mean_S.dtype == torch.int8 and out is not None and bool(mean_S.all())
-        ):  # of two voters: merged, no tie
-            return out.copy_(mean_S).sign_(), memory
+        if mean_S.dtype == torch.uint8:  # of two voters, packed
+            one_1 = torch.ones(1)
+            return bits.unpack_signs(mean_S[None], self.size, one_1, None if out is None else out[None])[
+                0
+            ], memory
         return majority(mean_S, round).float().mul_(2).sub_(1), memory
 
     def view(self, theta_D: Tensor) -> State:

@@ -11,6 +11,7 @@ process when two threads (ranks played by threads) are in a kernel at once, or d
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,11 @@ def compiled(name: str, *tensors: Tensor, count: int | None = None) -> ModuleTyp
     if any(t.device.type != "cpu" or t.requires_grad for t in tensors):
         return None
     return _module(name)
+
+
+def worth(name: str, count: int) -> int:
+    """``count``, or where these kernels are loaded already, no fewer than they are loaded for."""
+    return max(count, SMALLEST) if f"fedmpi.ops.compiled.{name}" in sys.modules else count
 
 
 @lru_cache

@@ -15,29 +15,36 @@ Doubles = NDArray[np.float64]
 
 
 @kernel
-def product(first: int, last: int, left: Floats, right: Floats, out: Floats) -> None:
-    """Rows ``first`` to ``last`` of left · right: (N, R) · (R, M). Terms are added in the order of R, to 0."""
-    for n in range(first, last):
-        row = out[n]
+def _row(left: Floats, right: Floats, row: Floats) -> None:
+    """row = Σ_r left[r] · right[r], terms added in the order of r to 0; two in a sweep."""
+    factor, column = left[0], right[0]
+    for m in range(len(row)):
+        row[m] = np.float32(0) + factor * column[m]
+    r = 1
+    while r + 1 < len(left):
+        a, x, b, y = left[r], right[r], left[r + 1], right[r + 1]
         for m in range(len(row)):
-            row[m] = 0
-        for r in range(len(right)):
-            factor, column = left[n, r], right[r]
-            for m in range(len(row)):
-                row[m] += factor * column[m]
+            row[m] = (row[m] + a * x[m]) + b * y[m]
+        r += 2
+    if r < len(left):
+        factor, column = left[r], right[r]
+        for m in range(len(row)):
+            row[m] += factor * column[m]
+
+
+@kernel
+def product(first: int, last: int, left: Floats, right: Floats, out: Floats) -> None:
+    """Rows ``first`` to ``last`` of left · right: (N, R) · (R, M)."""
+    for n in range(first, last):
+        _row(left[n], right, out[n])
 
 
 @kernel
 def subtract(first: int, last: int, left: Floats, right: Floats, out: Floats) -> None:
-    """out −= left · right, of whose rows each is made first."""
+    """out −= left · right."""
     row = np.empty(out.shape[1], np.float32)
     for n in range(first, last):
-        for m in range(len(row)):
-            row[m] = 0
-        for r in range(len(right)):
-            factor, column = left[n, r], right[r]
-            for m in range(len(row)):
-                row[m] += factor * column[m]
+        _row(left[n], right, row)
         target: Any = out[n]
         for m in range(len(row)):
             target[m] -= row[m]
