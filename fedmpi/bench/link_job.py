@@ -137,6 +137,11 @@ class Rank:
     def accuracy(self, trial: str, count: int) -> dict[str, Any]:
         return {"accuracy": self.trials[trial].accuracy(count)}
 
+    def checksum(self, trial: str) -> dict[str, Any]:
+        """Of the parameters' bits: equal trainings have equal ones."""
+        values = [p.detach().reshape(-1).view(torch.int32) for p in self.trials[trial].ddp.parameters()]
+        return {"bits": int(torch.cat(values).sum())}
+
     def stats(self, trial: str) -> dict[str, Any]:
         hook = self.trials[trial].hook
         return hook.stats() if hook else {}

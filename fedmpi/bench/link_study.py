@@ -76,7 +76,7 @@ def time(folder: Path, speeds: list[str]) -> None:
     for speed in speeds:
         if all(line["speed"] != speed for line in lines(times)):
             with Job(name="fashion-mnist") as job:
-                turn = link.compare_steps(job, speed, repeats=5, count=8)
+                turn = link.compare_steps(job, speed, repeats=4, count=4)
             for name in turn.names:
                 row = turn.row(name, speed)
                 line = {
