@@ -26,14 +26,15 @@ def collect(runs: Lines, tuned: dict[str, dict[str, Any]], times: Lines, wholes:
     cases: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(line["case"] for line in times):
         best = tuned[REFERENCE if name in SAME_AS_BF16 else name]
-        same = [r for r in runs if (r["case"], r["rate"]) == (best["case"], best["rate"])]
+        # What auto compresses differs from link to link: its steps to the accuracy are not those of a case.
+        same = [r for r in runs if name != "auto" and (r["case"], r["rate"]) == (best["case"], best["rate"])]
         steps = {str(r["seed"]): link.steps_to(r["curve"], link.ACCURACY) for r in same}
         reached = [count for count in steps.values() if count is not None]
         mine = {line["speed"]: line for line in times if line["case"] == name}
         cases[name] = {
             "rate": best["rate"],
             "steps": steps,
-            "median_steps": statistics.median(reached) if len(reached) == len(steps) else None,
+            "median_steps": statistics.median(reached) if steps and len(reached) == len(steps) else None,
             "sent": next(iter(mine.values()))["sent"],
             "seconds_a_step": {speed: line["seconds"]["median"] for speed, line in mine.items()},
             "step_against_bf16": {speed: line["ratio"] for speed, line in mine.items()},
@@ -92,7 +93,7 @@ def markdown(found: dict[str, Any]) -> str:
     head += [*(f"s to {found['accuracy']:.0%}, {s}" for s in speeds), "sooner than bf16 below"]
     rows = [head, [":--", *["--:"] * (len(head) - 1)]]
     for name, case in found["cases"].items():
-        each = ", ".join(str(s) if s else f"> {300}" for s in case["steps"].values())
+        each = ", ".join(str(s) if s else f"> {300}" for s in case["steps"].values()) or "–"
         times = [case["seconds_a_step"].get(s) for s in speeds]
         totals = [seconds_to(case, s) for s in speeds]
         row = [name, f"{case['rate']:g}", each, f"{case['sent'] / 1e6:.3f}"]
