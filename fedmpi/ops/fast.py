@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 # Below so many numbers torch stays: importing numba and loading a kernel takes a second, compiling some seconds.
-SMALLEST = 1 << 17
+SMALLEST = 1 << 16
 KEPT = 1 << 30
 _PIECES = 4  # of the work, for each thread: a core that others use as well does fewer of them
 
