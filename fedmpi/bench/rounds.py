@@ -40,8 +40,9 @@ class Bare:
 
     def __init__(self, like: Simulation) -> None:
         self.model = copy.deepcopy(like.trainer.model)
-        for p in self.model.parameters():
-            p.data, p.grad = p.detach().clone(), None  # of their own, not views of the engine's vector
+        start = like.spec.views(like.topology.parameters())
+        for name, p in self.model.named_parameters():
+            p.data, p.grad = start[name].clone(), None  # of their own, not views of the engine's vector
         self.data, self.parts = like.data.train, like.partition
         self.theta = [p.detach().clone() for p in self.model.parameters()]
 
