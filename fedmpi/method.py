@@ -16,7 +16,7 @@ Shape suffixes: C clients, D parameters, S numbers that are summed for one clien
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -135,6 +135,16 @@ class Compressor(ABC):
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         """Decode messages into what is summed, ``(C, S)``, and the new peer state."""
 
+    def add(
+        self, total_CS: Tensor, message: Message, peer: State, ctx: Context, weights: Sequence[float]
+    ) -> State:
+        """Decode messages and add each, times its weight, to its row of float32 totals, which may be one and the same
+        row. Returns the new peer state."""
+        v_CS, peer = self.decompress(message, peer, ctx)
+        for total_S, v_S, weight in zip(total_CS, v_CS, weights, strict=True):
+            total_S.add_(v_S, alpha=weight)
+        return peer
+
     def lift(self, v_CS: Tensor, ctx: Context) -> Tensor:
         """The gradients ``(C, D)`` that decoded vectors stand for (identity where S = D)."""
         return v_CS
@@ -206,9 +216,13 @@ class Server(ABC):
             "train with it through `fedmpi train`, also with mode: data_parallel"
         )
 
-    def gradient(self, memory: State, mean_S: Tensor, round: Round) -> tuple[Tensor, State]:
+    def gradient(
+        self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """The gradient ``(D,)`` that a round's mean stands for, and the new memory: for jobs that step with an
         optimizer of their own (a DDP hook). ``first`` and ``shared`` take a memory in a state's place there.
+        It may stand in ``out`` ``(D,)``, contiguous, where that is given. A majority may come packed, as the array
+        :attr:`Compressor.merged` of a message.
 
         Raises:
           ConfigError: as :meth:`memory`.

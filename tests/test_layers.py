@@ -29,9 +29,19 @@ LAYERS = {
     "analysis": BASE
     | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks", "validation"},
     "integrations": BASE
-    | {"comm", "engine", "message", "method", "methods", "spec", "validation"},  # never what runs a job
+    | {
+        "comm",
+        "engine",
+        "message",
+        "method",
+        "methods",
+        "ops",
+        "spec",
+        "validation",
+    },  # never what runs a job
     "bench": BASE
-    | {"analysis", "comm", "config", "engine", "message", "method", "methods", "ops", "spec", "tasks"},
+    | {"analysis", "comm", "config", "engine", "integrations"}
+    | {"message", "method", "methods", "ops", "spec", "tasks"},
     "doctor": {"comm", "errors"},
     "tools": {"analysis", "comm", "config", "doctor", "integrations", "spec", "tasks"},
     "cli": {"analysis", "bench", "comm", "config", "engine", "errors", "project", "tools"},

@@ -2,7 +2,8 @@
 
 Source: "Stationarity of Crucial Gradients in Deep Neural Networks": how often top-k and rTop-k choose each index
 (figures 2 and 3), the top-k positions of later epochs within the top-m of the first (figures 4 to 7), and the
-overlap score of each worker and epoch (equation 4, tables 1 and 2).
+overlap score of each worker and epoch (equation 4, tables 1 and 2). Figure 8, accuracy against r, is a sweep over
+``method.r`` (configs/claims/crucial-r.over.yaml).
 
 Readings. Scores are a worker's, in percent of k, and rank the gradients that workers compute (frequencies count what
 they send, which with error feedback is not the same). A worker's gradient of an epoch is the sum over its steps, as

@@ -139,6 +139,45 @@ def _rounds(arguments: argparse.Namespace) -> Outcome:
     return rounds.run(arguments.repeats)
 
 
+def _link_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Two ranks in network namespaces, a link of 10 Mb/s to 1 Gb/s between them. About six minutes."
+    )
+    _repeats(parser)
+    parser.add_argument("--steps", type=positive, default=8, metavar="N", help="steps a turn (8)")
+    parser.add_argument(
+        "--speed",
+        action="append",
+        metavar="SPEED",
+        help="only this: unshaped, '1 Gb/s', '100 Mb/s', '10 Mb/s'",
+    )
+    parser.add_argument(
+        "--accuracy", type=_share, default=0.80, metavar="A", help="on test images, to be reached (0.8)"
+    )
+    parser.add_argument("--data", default="fashion-mnist", help="a data set of images (fashion-mnist)")
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and below 1, got {text!r}")
+    return share
+
+
+def _link(arguments: argparse.Namespace) -> Outcome:
+    from fedmpi.bench.link import SPEEDS, run
+    from fedmpi.errors import ConfigError
+
+    speeds = arguments.speed or list(SPEEDS)
+    for speed in speeds:
+        if speed not in SPEEDS:
+            raise ConfigError(f"--speed: expected one of {', '.join(SPEEDS)}, got {speed!r}")
+    return run(arguments.repeats, arguments.steps, speeds, arguments.accuracy, arguments.data)
+
+
 BENCHES: dict[str, Bench] = {
     "kernels": Bench("the kernels, against copying the vector they work on", _kernels_arguments, _kernels),
     "methods": Bench("each method's coding, against copying the gradients", _methods_arguments, _methods),
@@ -146,4 +185,9 @@ BENCHES: dict[str, Bench] = {
         "what grows with ranks, clients, cohort, D and d; a page of arithmetic", _scale_arguments, _scale
     ),
     "rounds": Bench("rounds of small models, against a bare loop and single clients", _repeats, _rounds),
+    "link": Bench(
+        "data-parallel steps and trainings across slow links, against DDP's bf16 hook (Linux, root)",
+        _link_arguments,
+        _link,
+    ),
 }

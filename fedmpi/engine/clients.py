@@ -63,6 +63,8 @@ def place(clients: Tensor, work: Tensor, ranks: list[int], homes: Tensor | None)
     """
     if homes is not None:
         return {rank: (homes == rank).nonzero()[:, 0] for rank in ranks}
+    if len(ranks) == 1:
+        return {ranks[0]: torch.arange(len(clients))}
     load = [(0, rank) for rank in ranks]
     positions: dict[int, list[int]] = {rank: [] for rank in ranks}
     for position in work.argsort(descending=True, stable=True).tolist():

@@ -43,13 +43,16 @@ class Exchange(ABC):
 
     Attributes:
       wire: seconds spent in collectives so far.
+      reuse: a mean lies where the last one did.
     """
 
     name: ClassVar[str]
+    reuse = False
 
     def __init__(self, comm: Comm, up: Compressor, exact: bool = False) -> None:
         self.comm, self.up, self.exact = comm, up, exact
         self.wire = 0.0
+        self._kept: Sum | None = None
 
     def init(self) -> State:
         """The peers' state before the first message."""
@@ -68,12 +71,23 @@ class Exchange(ABC):
           peers: from :meth:`init` or the step before.
         """
 
-    def _added(self, v_CS: Tensor) -> Sum:
-        """The sum of some ranks' vectors, and a flag that counts ranks whose message is not usable."""
-        up, ranks = self.up, self.comm.size
-        total = Sum(up.size, integer=up.integer, exact=self.exact, terms=ranks, flag=True)
-        total.add(v_CS, torch.full((len(v_CS),), 1 / ranks, dtype=torch.float64))
-        return total
+    def _zero(self) -> Sum:
+        if self._kept is not None and self.reuse:
+            self._kept.clear()
+        else:
+            up = self.up
+            self._kept = Sum(up.size, integer=up.integer, exact=self.exact, terms=self.comm.size, flag=True)
+        return self._kept
+
+    def _decoded(self, total: Sum, message: Message, peers: State, ctx: Context) -> State:
+        """Adds some ranks' messages to the mean; returns their receivers' new state."""
+        count, weight = message.clients, 1 / self.comm.size
+        if not total.integer and not total.exact:
+            rows_CS = total.total_S.expand(count, -1)
+            return self.up.add(rows_CS, message, peers, ctx, [weight] * count)
+        v_CS, peers = self.up.decompress(message, peers, ctx)
+        total.add(v_CS, torch.full((count,), weight, dtype=torch.float64))
+        return peers
 
     def _everybody(self, ctx: Context) -> Context:
         """The context of all ranks' messages; rank r is client r."""
@@ -92,8 +106,9 @@ class SumExchange(Exchange):
     def mean(
         self, message: Message, before: State, peers: State, ctx: Context, usable: bool = True
     ) -> tuple[Tensor | None, State]:
-        v_1S, _ = self.up.decompress(message, believed(self.up, before), ctx)
-        total = self._added(v_1S if usable else torch.zeros_like(v_1S))
+        total = self._zero()
+        if usable:
+            self._decoded(total, message, believed(self.up, before), ctx)
         total.flag_1.fill_(not usable)
         started = perf_counter()
         total.over(self.comm)
@@ -121,8 +136,9 @@ class GatherExchange(Exchange):
         return (None, peers) if everybody is None else self._decode(everybody, peers, ctx)
 
     def _decode(self, everybody: Message, peers: State, ctx: Context) -> tuple[Tensor, State]:
-        v_WS, peers = self.up.decompress(everybody, peers, self._everybody(ctx))
-        return self._added(v_WS).value(), peers
+        total = self._zero()
+        peers = self._decoded(total, everybody, peers, self._everybody(ctx))
+        return total.value(), peers
 
     def _messages(self, message: Message, usable: bool) -> Message | None:
         """All ranks' messages, or None."""
@@ -133,6 +149,15 @@ class GatherExchange(Exchange):
         flag_1 = torch.tensor([[usable]], dtype=torch.uint8)
         rows_WB = self.comm.allgather_tensor(torch.cat([to_rows(message), flag_1], 1)[0])
         return from_rows(rows_WB[:, :-1], layout) if bool(rows_WB[:, -1].all()) else None
+
+
+class VoteExchange(GatherExchange):
+    """Every rank gets every message, and merges them. The mean is their majority, packed as a message is: for two
+    ranks, and a server that takes it so (:meth:`fedmpi.method.Server.gradient`)."""
+
+    def _decode(self, everybody: Message, peers: State, ctx: Context) -> tuple[Tensor, State]:
+        (rows_WN,) = everybody.arrays.values()
+        return self.up.merge(rows_WN, 0, ctx.round), peers
 
 
 class MergeExchange(Exchange):
@@ -209,6 +234,7 @@ def build(
     exact: bool = False,
     owner: int | None = None,
     room: float = GATHER_BYTES,
+    packed: bool = False,
 ) -> Exchange:
     """The way asked for; with ``auto``, the one that sends least.
 
@@ -216,11 +242,16 @@ def build(
     (look-back) is gathered, since a sum would send all its numbers in every step; unless W receivers' state
     takes more than ``room`` bytes: then it goes to its ``owner``, or, where there is none, is summed.
 
+    Args:
+      packed: a majority may stay packed.
+
     Raises:
       ConfigError: the compressor does not fit it.
     """
     if way == "auto":
         way = _choose(comm, up, exact, owner is not None, room)
+        if packed and way == "gather" and up.merged is not None and up.integer:
+            return VoteExchange(comm, up, exact)
     if way == "merge" and up.merged is None:
         raise ConfigError(
             "exchange: merge is for signsgd with a majority vote, bf16 and fp16; expected sum or gather"

@@ -36,6 +36,10 @@ class Sum:
         self.total_S, self.flag_1 = self._all[:size], self._all[size:]
         self.largest = largest_term(terms)
 
+    def clear(self) -> None:
+        """Begin again, in the same memory."""
+        self._all.zero_()
+
     def add(self, v_CS: Tensor, weights_C: Tensor) -> None:
         """Add C vectors with float64 weights (ignored for votes).
 

@@ -69,6 +69,8 @@ class Trainer:
         self.theta_D = torch.empty(spec.size)
         self.grad_D = torch.zeros(spec.size)
         spec.bind(model, self.theta_D, self.grad_D)
+        # θ_s = θ₀ − η Σ g then, and the sum is what is wanted: no pass over the parameters but this one.
+        self._sums = not local.momentum and not local.weight_decay
         plain = local.accumulate == 1 and local.precision == "float32"
         self._stacked = Stacked(model, spec, self.loss) if together and plain and not continuing else None
         self._worth: bool | None = None  # to train several clients so
@@ -231,7 +233,10 @@ class Trainer:
             velocity_OD = None if velocity_CD is None else velocity_CD[:on]
             direction_OD = self._direction(grad_CD[:on], theta_CD[:on], frozen_D, velocity_OD)
             g_CD[:on] += direction_OD
-            theta_CD[:on].add_(direction_OD, alpha=-local.lr)
+            if self._sums:
+                torch.add(theta_D, g_CD[:on], alpha=-local.lr, out=theta_CD[:on])
+            else:
+                theta_CD[:on].add_(direction_OD, alpha=-local.lr)
             loss_C[:on] += losses_C * taken.count_C
             seen_C[:on] += taken.count_C
         ordered = bool((steps_C[:-1] == steps_C[1:]).all())
@@ -260,18 +265,26 @@ class Trainer:
     ) -> float:
         batch = min(self.local.batch or len(index), len(index))
         self._begin(theta_D)
+        self.grad_D.zero_()
         velocity_D = torch.zeros_like(self.theta_D) if self.local.momentum else None
         total, seen = 0.0, 0
         for step in range(steps):
             with phase("load"):
                 chosen = self._batch(index, batch, client, round, step)
-            self.grad_D.zero_()
-            loss = self._backward(data, chosen)
+            total += self._backward(data, chosen) * len(chosen)
+            seen += len(chosen)
+            if self._sums:  # backward adds to what there is
+                if frozen_D is not None:
+                    self.grad_D.masked_fill_(frozen_D, 0)
+                if step + 1 < steps:
+                    torch.add(theta_D, self.grad_D, alpha=-self.local.lr, out=self.theta_D)
+                continue
             direction_D = self._direction(self.grad_D, self.theta_D, frozen_D, velocity_D)
             g_D.add_(direction_D)
             self.theta_D.add_(direction_D, alpha=-self.local.lr)
-            total += loss * len(chosen)
-            seen += len(chosen)
+            self.grad_D.zero_()
+        if self._sums:
+            g_D.copy_(self.grad_D)
         return total / seen
 
     def _batch(self, index: Tensor, batch: int, client: int, round: int, step: int) -> Tensor:

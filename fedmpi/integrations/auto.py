@@ -2,7 +2,8 @@
 
 Compression often does not pay: on a fast link coding takes longer than it saves. So what counts is the time of
 whole steps of this job on this link, its computing and what overlaps with it included, and a method that
-compresses more than bf16 must win clearly.
+compresses more than bf16 must win clearly. In a DDP hook bf16 is measured, and stays, as torch's own hook does it:
+whole buckets, small tensors too.
 """
 
 from __future__ import annotations
@@ -67,6 +68,11 @@ class Auto:
 
     def _make(self, options: Options) -> Reducer:
         return Reducer(self._shapes, options, self.comm, **self._settings)
+
+    @property
+    def plain(self) -> bool:
+        """The present method is what others are compared with."""
+        return self.reducer.options == self.tried[0]
 
     def between_steps(self) -> Reducer:
         """The reducer of the next step. Called by all ranks before each step."""

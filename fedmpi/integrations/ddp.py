@@ -11,6 +11,9 @@ is answered when its groups are done.
 All collectives of a rank go out from one thread, in the order in which groups become complete, which is that of
 DDP's buckets and so the same on all ranks; none is launched from a future's callback, whose order differs.
 They use a process group of their own, so that the job's own collectives may go on beside them.
+
+Where ``auto`` stays with bf16, nothing of this is worth its time: each bucket goes whole, rounded to bf16, into one
+all-reduce of the job's own group, as torch's ``bf16_compress_hook`` does it.
 """
 
 from __future__ import annotations
@@ -73,6 +76,16 @@ class Job:
     def between_steps(self) -> Reducer:
         return self._auto.between_steps() if self._auto else self._reducer
 
+    @property
+    def settled(self) -> bool:
+        """:attr:`reducer` stays."""
+        return self._auto is None or self._auto.chosen is not None
+
+    @property
+    def plain(self) -> bool:
+        """Buckets may go as they are, in bf16."""
+        return self._auto is not None and self._auto.plain
+
     def stats(self) -> dict[str, Any]:
         return self.reducer.stats() | (self._auto.facts() if self._auto else {})
 
@@ -89,16 +102,24 @@ class Job:
 class State:
     """What :func:`attach` returns: the job's view of its compression."""
 
-    def __init__(self, job: Job, names: Mapping[Tensor, str], scaler: Scaler | None) -> None:
-        self._job, self._names, self._scaler = job, names, scaler
+    def __init__(
+        self, job: Job, names: Mapping[Tensor, str], scaler: Scaler | None, group: dist.ProcessGroup | None
+    ) -> None:
+        """Args: group: the job's, if buckets may go through it as they are."""
+        self._job, self._names, self._scaler, self._group = job, names, scaler, group
+        self._halves: dict[int, Tensor] = {}  # by bucket
+        self._passing = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="fedmpi")
         self._left: list[set[str]] = []
         self._waiting: list[_Bucket] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def _begin(self) -> None:
-        self._reducer = self._worker.submit(self._job.between_steps).result()
-        self._left = [set(group.names) for group in self._reducer.groups]
+        if not (self._passing and self._job.settled):
+            self._reducer = self._worker.submit(self._job.between_steps).result()
+            self._passing = self._group is not None and self._job.plain
+        if not self._passing:
+            self._left = [set(group.names) for group in self._reducer.groups]
 
     def stats(self) -> dict[str, Any]:
         """Steps, bytes and seconds so far on this rank (:meth:`Reducer.stats`)."""
@@ -120,6 +141,8 @@ class State:
         """Called by DDP in each backward pass, in the same order on all ranks."""
         if bucket.index() == 0:
             self._begin()
+        if self._passing:
+            return self._pass(bucket)
         names = [self._names[p] for p in bucket.parameters()]
         waiting = _Bucket(
             dict(zip(names, bucket.gradients(), strict=True)),
@@ -134,6 +157,19 @@ class State:
                 complete.append(index)
         self._worker.submit(self._work, waiting, sorted(set(complete)))
         return waiting.future
+
+    def _pass(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """The bucket's mean in bf16: launched here, in DDP's order, and only copied by the callback."""
+        assert self._group is not None
+        buffer: Tensor = bucket.buffer()
+        half = self._halves.get(bucket.index())
+        if half is None or half.shape != buffer.shape:
+            half = self._halves[bucket.index()] = torch.empty_like(buffer, dtype=torch.bfloat16)
+        half.copy_(buffer).div_(self._group.size())
+        self._reducer.passed(half.nbytes, last=bucket.is_last())
+        future = dist.all_reduce(half, group=self._group, async_op=True).get_future()
+        answer: torch.futures.Future[Tensor] = future.then(lambda done: buffer.copy_(done.value()[0]))
+        return answer
 
     def _work(self, bucket: _Bucket, complete: list[int]) -> None:
         """In the one thread that communicates."""
@@ -238,7 +274,8 @@ def attach(
         name: p for name, p in ddp.module.named_parameters() if p.requires_grad and name not in ignored
     }
     job = Job(_shapes(parameters), method, _comm(ddp.process_group, comm), settings)
-    state = State(job, {p: name for name, p in parameters.items()}, scaler)
+    group = (ddp.process_group or dist.group.WORLD) if comm == "group" else None
+    state = State(job, {p: name for name, p in parameters.items()}, scaler, group)
     try:
         ddp.register_comm_hook(state, _hook)
     except RuntimeError as error:

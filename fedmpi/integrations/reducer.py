@@ -26,6 +26,7 @@ from fedmpi.errors import ConfigError
 from fedmpi.message import Message, concat, from_bytes, to_bytes
 from fedmpi.method import Compressor, Context, Round, State, believed
 from fedmpi.methods.base import Options, Setup
+from fedmpi.ops import fast
 from fedmpi.spec import Spec
 from fedmpi.validation import describe
 
@@ -99,10 +100,12 @@ class Group:
         self.method = methods.build(options, self.spec, setup)
         self.plain = methods.build("dense", self.spec, setup)
         up, first = self.method.up, self.method.first
-        self.ways = {up: exchanges.build(comm, up, settings.exchange, owner=owner, room=room)}
+        self.ways = {up: exchanges.build(comm, up, settings.exchange, owner=owner, room=room, packed=True)}
         if first is not None:
             self.ways[first] = exchanges.build(comm, first)
         self.ways[self.plain.up] = exchanges.build(comm, self.plain.up, "sum")
+        for way in self.ways.values():
+            way.reuse = True  # a mean is copied, or decoded, before the next step
         self.reset()
         self.seconds = dict.fromkeys(("encode", "wire", "decode"), 0.0)
         self.payload = 0
@@ -127,7 +130,7 @@ class Group:
         """
         settings = self.settings
         now = Round(self.seed, step, 1.0, settings.steps_per_epoch)
-        usable = math.isfinite(float(self.flat_D.sum(dtype=torch.float64)))
+        usable = _finite(self.flat_D)
         g_1D = (self.flat_D if usable else torch.zeros_like(self.flat_D))[None]
         if exact:
             mean_S, _, _ = self._pass(self.plain.up, g_1D, {}, {}, self._context(now, {}), usable)
@@ -138,26 +141,27 @@ class Group:
             self.flat_D.fill_(math.nan)
             return False
         self._after = after
-        self.flat_D.copy_(mean_S)
+        if mean_S.data_ptr() != self.flat_D.data_ptr():
+            self.flat_D.copy_(mean_S)
         return True
 
     def _compressed(
         self, g_1D: Tensor, now: Round, usable: bool
     ) -> tuple[Tensor | None, tuple[State, State, State]]:
         up, first, server = self.method.up, self.method.first, self.method.server
-        memory, before = self.memory, (self.state, self.memory, self.peers)
+        state, memory, before = self.state, self.memory, (self.state, self.memory, self.peers)
         if first is not None:
             ctx = self._context(now, server.shared(memory))
-            mean_S, _, _ = self._pass(first, g_1D, self.state, {}, ctx, usable)
+            mean_S, state, _ = self._pass(first, g_1D, state, {}, ctx, usable)
             if mean_S is None:
                 return None, before
             memory = server.first(memory, mean_S, now)
         ctx = self._context(now, server.shared(memory))
-        mean_S, state, peers = self._pass(up, g_1D, self.state, self.peers, ctx, usable)
+        mean_S, state, peers = self._pass(up, g_1D, state, self.peers, ctx, usable)
         if mean_S is None:
             return None, before
         started = perf_counter()
-        g_D, memory = server.gradient(memory, mean_S, now)
+        g_D, memory = server.gradient(memory, mean_S, now, self.flat_D)
         self.seconds["decode"] += perf_counter() - started
         return g_D, (state, memory, peers)
 
@@ -181,7 +185,10 @@ class Group:
 
     def commit(self) -> None:
         """The step counts."""
+        old = self.state.get("residual")
         self.state, self.memory, self.peers = self._after
+        if old is not None and old is not self.state["residual"]:
+            fast.give_back(old)  # for the next step's: fresh memory costs more than all that is done with it
 
     def rollback(self) -> None:
         """The step does not count."""
@@ -246,7 +253,7 @@ class Reducer:
         self.size = sum(group.spec.size for group in self.groups)
         self.step = self.skipped = 0
         self._results: dict[int, bool] = {}
-        self._reduced = 0
+        self._reduced = self._past = 0
         self._sent0, self._received0 = comm.sent, comm.received
 
     def _agree(self, shapes: Shapes) -> None:
@@ -317,9 +324,17 @@ class Reducer:
                 assert gradient is not None
                 gradient.copy_(view * scale)
 
+    def passed(self, payload: int, last: bool) -> None:
+        """A part of a step's gradients that the drop-in averaged by itself, sending so many bytes, or the ``last``."""
+        self._past += payload
+        self.comm.sent += payload
+        self.comm.received += payload
+        self._reduced += last
+        self.step += last
+
     def stats(self) -> dict[str, Any]:
         """What all steps so far came to on this rank: bytes and seconds."""
-        payload = sum(group.payload for group in self.groups)
+        payload = self._past + sum(group.payload for group in self.groups)
         full = 4 * self.size * self._reduced
         return {
             "method": self.options.name,
@@ -346,7 +361,7 @@ class Reducer:
             "step": self.step,
             "skipped": self.skipped,
             "groups": [
-                {"names": list(g.names), "state": dict(g.state), "memory": dict(g.memory)}
+                {"names": list(g.names), "state": _copy(g.state), "memory": _copy(g.memory)}
                 for g in self.groups
             ],
         }
@@ -384,6 +399,11 @@ class Reducer:
             group.rollback()
             group.believe()
         self.step, self.skipped = int(saved["step"]), int(saved["skipped"])
+
+
+def _finite(x_D: Tensor) -> bool:
+    """No infinity or NaN: such a sum has neither. One that overflows is looked at in float64, where none can."""
+    return math.isfinite(float(x_D.sum())) or math.isfinite(float(x_D.sum(dtype=torch.float64)))
 
 
 def _copy(state: State) -> State:

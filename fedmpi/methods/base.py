@@ -113,7 +113,9 @@ class MeanServer(Server):
     def memory(self) -> State:
         return {}
 
-    def gradient(self, memory: State, mean_S: Tensor, round: Round) -> tuple[Tensor, State]:
+    def gradient(
+        self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         return mean_S, memory
 
     def moved(self, state: State, theta_D: Tensor) -> State:

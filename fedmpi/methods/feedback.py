@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fedmpi.errors import ConfigError
 from fedmpi.message import Layout, Message
 from fedmpi.method import Compressor, Context, Round, State, believed, nest, unnest
+from fedmpi.ops import fast
 
 
 class Feedback(Compressor):
@@ -33,14 +36,23 @@ class Feedback(Compressor):
         return self.inner.layout()
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
-        p_CD, before = g_CD + state["residual"], unnest(state)
+        residual_CD, before = state["residual"], unnest(state)
+        p_CD = torch.add(g_CD, residual_CD, out=fast.fresh(residual_CD))
         message, after = self.inner.compress(p_CD, before, ctx)
-        sent_CD, _ = self.inner.decompress(message, believed(self.inner, before), ctx)
-        return message, {"residual": p_CD - sent_CD, **nest(after)}
+        if before:  # what keeps something may keep p itself
+            sent_CD, _ = self.inner.decompress(message, believed(self.inner, before), ctx)
+            return message, {"residual": p_CD - sent_CD, **nest(after)}
+        self.inner.add(p_CD, message, {}, ctx, [-1.0] * len(p_CD))
+        return message, {"residual": p_CD}
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         v_CD, after = self.inner.decompress(message, unnest(peer), ctx)
         return v_CD, nest(after)
+
+    def add(
+        self, total_CS: Tensor, message: Message, peer: State, ctx: Context, weights: Sequence[float]
+    ) -> State:
+        return nest(self.inner.add(total_CS, message, unnest(peer), ctx, weights))
 
     def merge(self, rows_WN: Tensor, start: int, round: Round) -> Tensor:
         return self.inner.merge(rows_WN, start, round)

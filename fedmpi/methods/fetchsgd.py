@@ -86,7 +86,9 @@ class FetchServer(MeanServer):
         index_K, delta_K, memory = self._step(state, mean_S, round.lr)
         return self.moved(state, state["theta"].index_add(0, index_K, delta_K, alpha=-1)) | memory
 
-    def gradient(self, memory: State, mean_S: Tensor, round: Round) -> tuple[Tensor, State]:
+    def gradient(
+        self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         index_K, delta_K, memory = self._step(memory, mean_S, lr=1.0)
         return torch.zeros(self.size).index_add(0, index_K, delta_K), memory
 

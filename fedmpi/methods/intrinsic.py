@@ -72,8 +72,10 @@ class Subspaces:
         key = random.key(self._seed, epoch if self.redrawn else 0, k, "subspace")
         return self._matrix(self.size, self.dim, key, self._factor)
 
-    def lift(self, v_CS: Tensor, epoch: int) -> Tensor:
-        """Σ_k A^(k) v^(k) for each row, ``(C, D)``."""
+    def lift(self, v_CS: Tensor, epoch: int, out: Tensor | None = None) -> Tensor:
+        """Σ_k A^(k) v^(k) for each row, ``(C, D)``; in ``out`` where that is given."""
+        if self.count == 1 and v_CS.numel():
+            return self.at(epoch, 0).lift(v_CS, out)
         total_CD = v_CS.new_zeros(len(v_CS), self.size)
         lifted_CD = fast.scratch("lifted", len(v_CS), self.size, v_CS.device)
         for k, v_Cd in enumerate(v_CS.split(self.dim, 1)):
@@ -181,8 +183,10 @@ class SubspaceServer(Server):
     def memory(self) -> State:
         return {}
 
-    def gradient(self, memory: State, mean_S: Tensor, round: Round) -> tuple[Tensor, State]:
-        return self.subspaces.lift(mean_S[None], round.epoch)[0], memory
+    def gradient(
+        self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        return self.subspaces.lift(mean_S[None], round.epoch, None if out is None else out[None])[0], memory
 
     def _theta(self, base_D: Tensor, sigma_S: Tensor, epoch: int) -> Tensor:
         return base_D + self.subspaces.lift(sigma_S[None], epoch)[0]

@@ -15,11 +15,13 @@ Shape suffixes: C clients, D parameters, N rows and M columns of a layer's matri
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fedmpi.ops import fast
 from fedmpi.spec import Spec
 
 
@@ -66,10 +68,14 @@ class Layers:
     def with_dense(self, dense: Tensor) -> Tensor:
         """A vector ``(C, D)`` with the dense parameters' numbers and zeros elsewhere."""
         flat_CD = dense.new_zeros(len(dense), self.spec_size)
+        self.set_dense(flat_CD, dense)
+        return flat_CD
+
+    def set_dense(self, flat_CD: Tensor, dense: Tensor) -> None:
+        """Give the dense parameters these numbers ``(C, dense_size)``."""
         parts = dense.split([s.stop - s.start for s in self._dense], dim=1)
         for s, part in zip(self._dense, parts, strict=True):
             flat_CD[:, s] = part
-        return flat_CD
 
 
 def add_outer(total_CNM: Tensor, left_CN: Tensor, right_CM: Tensor) -> None:
@@ -77,12 +83,55 @@ def add_outer(total_CNM: Tensor, left_CN: Tensor, right_CM: Tensor) -> None:
     total_CNM += left_CN[:, :, None] * right_CM[:, None, :]
 
 
-def orthonormal(p_NR: Tensor, threshold: float = 1e-5) -> Tensor:
+def set_product(out_CNM: Tensor, left_NR: Tensor, right_CMR: Tensor) -> None:
+    """Each matrix becomes left · rightᵀ: terms are added in the order of R."""
+    kernels = fast.compiled("lowrank", out_CNM, count=fast.worth("lowrank", out_CNM.numel()))
+    if kernels is None:
+        out_CNM.zero_()
+        for r in range(left_NR.shape[1]):
+            add_outer(out_CNM, left_NR[None, :, r], right_CMR[:, :, r])
+        return
+    for out_NM, right_MR in zip(out_CNM, right_CMR, strict=True):
+        _rows(kernels.product, out_NM, left_NR, right_MR)
+
+
+def subtract_product(out_CNM: Tensor, left_NR: Tensor, right_CMR: Tensor) -> None:
+    """Each matrix less left · rightᵀ, as :func:`set_product` makes it."""
+    kernels = fast.compiled("lowrank", out_CNM, count=fast.worth("lowrank", out_CNM.numel()))
+    if kernels is None:
+        product_CNM = torch.empty_like(out_CNM)
+        set_product(product_CNM, left_NR, right_CMR)
+        out_CNM -= product_CNM
+        return
+    for out_NM, right_MR in zip(out_CNM, right_CMR, strict=True):
+        _rows(kernels.subtract, out_NM, left_NR, right_MR)
+
+
+def _rows(kernel: Callable[..., None], out_NM: Tensor, left_NR: Tensor, right_MR: Tensor) -> None:
+    factors = left_NR.contiguous().numpy(), right_MR.T.contiguous().numpy()
+    fast.run(kernel, len(out_NM), *factors, out_NM.numpy())
+
+
+def orthonormal(p_NR: Tensor, threshold: float = 1e-5, count: int = 0) -> Tensor:
     """Columns that span what those of ``p_NR`` span, float32, by modified Gram–Schmidt in float64.
 
     A column of which the earlier ones leave at most ``threshold`` of its length is zero (as one that was
     zero before): normalised, it would be a direction made of rounding errors.
+
+    Args:
+      count: numbers of the vector of which this is a part: of a large one, kernels are loaded for this, too.
     """
+    kernels = fast.compiled("lowrank", p_NR, count=fast.worth("lowrank", max(count, p_NR.numel())))
+    if kernels is None:
+        return orthonormal_reference(p_NR, threshold)
+    columns_RN = p_NR.T.double().contiguous()
+    room = torch.empty(1 << (len(p_NR) - 1).bit_length(), dtype=torch.float64)
+    kernels.orthonormal(columns_RN.numpy(), room.numpy(), threshold)
+    return columns_RN.T.float().contiguous()
+
+
+def orthonormal_reference(p_NR: Tensor, threshold: float = 1e-5) -> Tensor:
+    """:func:`orthonormal` by torch."""
     rest_NR = p_NR.double()
     length_R = column_sums(rest_NR * rest_NR).sqrt()
     columns = []

@@ -30,7 +30,8 @@ from fedmpi import random
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, Round, Server, State, nest, unnest
 from fedmpi.methods.base import Entry, FeedbackOptions, Setup
-from fedmpi.methods.lowrank import Layer, Layers, add_outer, orthonormal
+from fedmpi.methods.lowrank import Layer, Layers, orthonormal, set_product, subtract_product
+from fedmpi.ops import fast
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
 
@@ -71,7 +72,9 @@ class Factors:
 
     def orthonormal(self, p_P: Tensor) -> Tensor:
         """P̂ of P."""
-        return torch.cat([p_P[:0], *(orthonormal(p_NR).flatten() for _, p_NR in self.left(p_P))])
+        size = self.layers.spec_size
+        columns = (orthonormal(p_NR, count=size).flatten() for _, p_NR in self.left(p_P))
+        return torch.cat([p_P[:0], *columns])
 
     def warm(self, mean_S: Tensor) -> Tensor:
         """The Q ``(Q,)`` that the next round starts from."""
@@ -79,12 +82,19 @@ class Factors:
         columns = (torch.where((q_MR == 0).all(0), q0_MR, q_MR).flatten() for (_, q_MR), (_, q0_MR) in pairs)
         return torch.cat([mean_S[:0], *columns])
 
-    def product(self, p_P: Tensor, v_CS: Tensor) -> Tensor:
-        """P̂ Qᵀ and the dense parameters: ``(C, D)``."""
-        g_CD = self.layers.with_dense(v_CS[:, self.q_size :])
+    def product(self, p_P: Tensor, v_CS: Tensor, out: Tensor | None = None) -> Tensor:
+        """P̂ Qᵀ and the dense parameters: ``(C, D)``; in ``out`` where that is given."""
+        g_CD = v_CS.new_empty(len(v_CS), self.layers.spec_size) if out is None else out
+        self.layers.set_dense(g_CD, v_CS[:, self.q_size :])
         for (layer, p_NR), (_, q_CMR) in zip(self.left(p_P), self.right(v_CS), strict=True):
-            for r in range(self.rank):
-                add_outer(layer.of(g_CD), p_NR[None, :, r], q_CMR[:, :, r])
+            set_product(layer.of(g_CD), p_NR, q_CMR)
+        return g_CD
+
+    def rest(self, g_CD: Tensor, p_P: Tensor, v_CS: Tensor) -> Tensor:
+        """g − P̂ Qᵀ, and 0 for the dense parameters: ``g_CD``, changed."""
+        self.layers.set_dense(g_CD, torch.zeros_like(v_CS[:, self.q_size :]))
+        for (layer, p_NR), (_, q_CMR) in zip(self.left(p_P), self.right(v_CS), strict=True):
+            subtract_product(layer.of(g_CD), p_NR, q_CMR)
         return g_CD
 
 
@@ -105,22 +115,27 @@ class _Pass(Compressor):
         return {self.array: Field(torch.float32, (self.size,))}
 
     def corrected(self, g_CD: Tensor, state: State) -> Tensor:
-        """p = g + e: both passes compress it."""
-        return g_CD + state["residual"] if self.feedback else g_CD
+        """p = g + e: both passes compress it. The second finds it in the state that the first gave, if it gets that."""
+        if not self.feedback:
+            return g_CD
+        if "corrected" in state:
+            return state["corrected"]
+        return torch.add(g_CD, state["residual"], out=fast.fresh(state["residual"]))
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         return message.arrays[self.array], peer
 
 
 class Left(_Pass):
-    """The first pass sends M Q. The state is that of :class:`Right`, which is only read here."""
+    """The first pass sends M Q. The state is that of :class:`Right`, which is only read here; what comes out has p
+    beside it."""
 
     array = "p"
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
         p_CD = self.corrected(g_CD, state)
         parts = [(layer.of(p_CD) @ q_MR).flatten(1) for layer, q_MR in self.factors.right(ctx.shared["q"])]
-        return Message({"p": torch.cat(parts, dim=1)}), state
+        return Message({"p": torch.cat(parts, dim=1)}), state | ({"corrected": p_CD} if self.feedback else {})
 
 
 class Right(_Pass):
@@ -135,7 +150,7 @@ class Right(_Pass):
         p_CD = self.corrected(g_CD, state)
         parts = [(layer.of(p_CD).mT @ p_NR).flatten(1) for layer, p_NR in self.factors.left(ctx.shared["p"])]
         v_CS = torch.cat([*parts, self.factors.layers.dense(p_CD)], dim=1)
-        after = {"residual": p_CD - self.lift(v_CS, ctx)} if self.feedback else {}
+        after = {"residual": self.factors.rest(p_CD, ctx.shared["p"], v_CS)} if self.feedback else {}
         return Message({"q": v_CS}), after
 
     def lift(self, v_CS: Tensor, ctx: Context) -> Tensor:
@@ -174,8 +189,10 @@ class PowerServer(Server):
     def memory(self) -> State:
         return {"q": self.factors.q0_Q, "p": self.factors.p0_P}
 
-    def gradient(self, memory: State, mean_S: Tensor, round: Round) -> tuple[Tensor, State]:
-        g_D = self.factors.product(memory["p"], mean_S[None])[0]
+    def gradient(
+        self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        g_D = self.factors.product(memory["p"], mean_S[None], None if out is None else out[None])[0]
         return g_D, {"q": self.factors.warm(mean_S), "p": self.factors.p0_P}
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from fedmpi.method import Compressor, Context, Method, Round, Server, State
 from fedmpi.methods.base import Entry, FeedbackOptions, MeanServer, Setup
 from fedmpi.methods.feedback import Feedback
 from fedmpi.ops import bits, fast
+from fedmpi.ops.sums import absolute
 from fedmpi.spec import Spec
 
 
@@ -57,12 +59,24 @@ class Sign(Compressor):
             state = {"momentum": g_CD}
         arrays = {"signs": bits.pack_signs(g_CD, ctx.keys("sign of zero"))}
         if self.scaled:
-            arrays["scale"] = g_CD.abs().double().mean(1).float()
+            arrays["scale"] = (absolute(g_CD) / self.size).float()
         return Message(arrays), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         arrays = message.arrays
         return bits.unpack_signs(arrays["signs"], self.size, arrays["scale"] if self.scaled else None), peer
+
+    def add(
+        self, total_CS: Tensor, message: Message, peer: State, ctx: Context, weights: Sequence[float]
+    ) -> State:
+        if not self.scaled:
+            return super().add(total_CS, message, peer, ctx, weights)
+        signs_CB, scale_C = message.arrays["signs"], message.arrays["scale"]
+        v_1D = fast.scratch("signs", 1, self.size, signs_CB.device)
+        for c, (total_S, weight) in enumerate(zip(total_CS, weights, strict=True)):
+            bits.unpack_signs(signs_CB[c : c + 1], self.size, scale_C[c : c + 1], v_1D)
+            total_S.add_(v_1D[0], alpha=weight)
+        return peer
 
     def merge(self, rows_WN: Tensor, start: int, round: Round) -> Tensor:
         size = rows_WN.shape[1]
@@ -111,7 +125,14 @@ class VoteServer(Server):
     def memory(self) -> State:
         return {}
 
-    def gradient(self, memory: State, mean_S: Tensor, round: Round) -> tuple[Tensor, State]:
+    def gradient(
+        self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        if mean_S.dtype == torch.uint8:  # of two voters, packed
+            one_1 = torch.ones(1)
+            return bits.unpack_signs(mean_S[None], self.size, one_1, None if out is None else out[None])[
+                0
+            ], memory
         return majority(mean_S, round).float().mul_(2).sub_(1), memory
 
     def view(self, theta_D: Tensor) -> State:

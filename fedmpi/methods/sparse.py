@@ -6,6 +6,7 @@ Shape suffixes: C clients, D parameters, K values sent.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,8 +39,19 @@ class Sparse(Compressor):
         return Message(arrays), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
-        values_CK = message.arrays["values"]
+        values_CK, index_CK = message.arrays["values"], self._index(message)
+        return values_CK.new_zeros(len(values_CK), self.size).scatter_(1, index_CK, values_CK), peer
+
+    def add(
+        self, total_CS: Tensor, message: Message, peer: State, ctx: Context, weights: Sequence[float]
+    ) -> State:
+        rows = zip(total_CS, self._index(message), message.arrays["values"], weights, strict=True)
+        for total_S, index_K, values_K, weight in rows:
+            total_S.scatter_add_(0, index_K, values_K * weight)
+        return peer
+
+    def _index(self, message: Message) -> Tensor:
         index_CK = bits.unpack_integers(message.arrays["index"], self.k, self.width)
         if index_CK.numel() and int(index_CK.max()) >= self.size:
             raise MessageError(f"message: index {int(index_CK.max())}, expected less than {self.size}")
-        return values_CK.new_zeros(len(values_CK), self.size).scatter_(1, index_CK, values_CK), peer
+        return index_CK

@@ -11,6 +11,7 @@ process when two threads (ranks played by threads) are in a kernel at once, or d
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 # Below so many numbers torch stays: importing numba and loading a kernel takes a second, compiling some seconds.
-SMALLEST = 1 << 17
+SMALLEST = 1 << 16
 KEPT = 1 << 30
 _PIECES = 4  # of the work, for each thread: a core that others use as well does fewer of them
 
@@ -37,6 +38,11 @@ def compiled(name: str, *tensors: Tensor, count: int | None = None) -> ModuleTyp
     if any(t.device.type != "cpu" or t.requires_grad for t in tensors):
         return None
     return _module(name)
+
+
+def worth(name: str, count: int) -> int:
+    """``count``, or where these kernels are loaded already, no fewer than they are loaded for."""
+    return max(count, SMALLEST) if f"fedmpi.ops.compiled.{name}" in sys.modules else count
 
 
 @lru_cache
@@ -53,6 +59,7 @@ class _Own(threading.local):
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.device], Tensor] = {}
+        self.spare: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
 
 
 _own = _Own()
@@ -72,6 +79,18 @@ def scratch(name: str, rows: int, size: int, device: torch.device) -> Tensor:
     if 4 * len(buffer) <= KEPT:
         _own.buffers[key] = buffer
     return buffer[:count].view(rows, size)
+
+
+def fresh(like: Tensor) -> Tensor:
+    """An uninitialised tensor of this shape and type: one that this thread was given back, if one fits."""
+    spare = _own.spare.pop((like.shape, like.dtype, like.device), None)
+    return torch.empty_like(like, memory_format=torch.contiguous_format) if spare is None else spare
+
+
+def give_back(x: Tensor) -> None:
+    """``x`` came from :func:`fresh` and nobody needs it, or a view of it, any more. One of a kind is kept."""
+    if x.nbytes <= KEPT:
+        _own.spare[x.shape, x.dtype, x.device] = x
 
 
 def run(kernel: Callable[..., None], count: int, *arguments: Any) -> None:

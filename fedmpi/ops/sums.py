@@ -36,6 +36,23 @@ def dots_reference(v_CS: Tensor, w_CS: Tensor) -> Tensor:
     return _tree(_tree(products.unflatten(-1, (-1, _BLOCK))))
 
 
+def absolute(v_CS: Tensor) -> Tensor:
+    """Σ|v| of each float32 row, float64 ``(C,)``, in one pass: added up as :func:`dots` does."""
+    kernels = fast.compiled("sums", v_CS)
+    if kernels is None or v_CS.dtype != torch.float32:
+        return absolute_reference(v_CS)
+    blocks_CB = torch.empty(len(v_CS), -(-v_CS.shape[1] // kernels.BLOCK), dtype=torch.float64)
+    for v_S, blocks_B in zip(v_CS.contiguous(), blocks_CB, strict=True):
+        fast.run(kernels.absolute, len(blocks_B), v_S.numpy(), blocks_B.numpy())
+    return _tree(blocks_CB)
+
+
+def absolute_reference(v_CS: Tensor) -> Tensor:
+    """:func:`absolute` by torch."""
+    v = torch.nn.functional.pad(v_CS.abs().double(), (0, -v_CS.shape[-1] % _BLOCK))
+    return _tree(_tree(v.unflatten(-1, (-1, _BLOCK))))
+
+
 def _tree(x: Tensor) -> Tensor:
     """The sum over the last axis: filled with zeros to a power of two, then the upper half added to the lower."""
     x = torch.nn.functional.pad(x, (0, (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]))

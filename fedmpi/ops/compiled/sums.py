@@ -17,7 +17,7 @@ Doubles = NDArray[np.float64]
 
 
 @kernel
-def _fold(x: Doubles) -> float:
+def fold(x: Doubles) -> float:
     """The sum of a power of two of numbers: the upper half is added to the lower one until one is left."""
     half = len(x) // 2
     while half:
@@ -40,7 +40,20 @@ def dots(first: int, last: int, v: Floats, w: Floats, out: Doubles) -> None:
             vw[i], vv[i], ww[i] = x * y, x * x, y * y
         for i in range(len(a), BLOCK):
             vw[i], vv[i], ww[i] = 0, 0, 0
-        out[0, block], out[1, block], out[2, block] = _fold(vw), _fold(vv), _fold(ww)
+        out[0, block], out[1, block], out[2, block] = fold(vw), fold(vv), fold(ww)
+
+
+@kernel
+def absolute(first: int, last: int, v: Floats, out: Doubles) -> None:
+    """Σ|v| of the blocks."""
+    room = np.empty(BLOCK, np.float64)
+    for block in range(first, last):
+        a = v[block * BLOCK : (block + 1) * BLOCK]
+        for i in range(len(a)):
+            room[i] = abs(np.float64(a[i]))
+        for i in range(len(a), BLOCK):
+            room[i] = 0
+        out[block] = fold(room)
 
 
 @kernel

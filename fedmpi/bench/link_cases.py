@@ -1,0 +1,61 @@
+"""What ``fedmpi bench link`` and its study compare, and at which learning rates."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Case(NamedTuple):
+    """One way of averaging gradients.
+
+    Attributes:
+      options: a case of :mod:`fedmpi.bench.link_job`.
+      rates: the learning rates that are tried, a grid of equal size for all: a factor of 1.5 to 3 apart, around what
+        suits gradients of this scale.
+      rate: the one that the study found best.
+    """
+
+    options: dict[str, Any]
+    rates: tuple[float, float, float, float]
+    rate: float
+
+
+def _ours(name: str, **options: Any) -> dict[str, Any]:
+    """The linear layers in one group, the convolutions in another: the first, nearly all of the model, is coded and
+    sent while the gradients of the others are still computed, as in DDP's buckets."""
+    return {"method": {"name": name, **options}, "settings": {"group_mb": 6.2}}
+
+
+def _power_hook(rank: int) -> dict[str, Any]:
+    """In one bucket: in two, its collectives start from callbacks, whose order differs from rank to rank."""
+    return {"plain": "powersgd", "rank": rank, "one_bucket": True}
+
+
+_GRADIENT = (0.01, 0.02, 0.05, 0.1)
+_SIGNS = {"name": "signsgd", "vote": "mean"}
+
+CASES: dict[str, Case] = {
+    "bf16 hook": Case({"plain": "bf16"}, _GRADIENT, 0.05),
+    "PowerSGD hook, rank 1": Case(_power_hook(1), _GRADIENT, 0.02),
+    "PowerSGD hook, rank 2": Case(_power_hook(2), _GRADIENT, 0.02),
+    "PowerSGD hook, rank 4": Case(_power_hook(4), _GRADIENT, 0.05),
+    "powersgd, rank 1": Case(_ours("powersgd", rank=1, feedback=True), _GRADIENT, 0.02),
+    "powersgd, rank 2": Case(_ours("powersgd", rank=2, feedback=True), _GRADIENT, 0.02),
+    "powersgd, rank 4": Case(_ours("powersgd", rank=4, feedback=True), _GRADIENT, 0.05),
+    "signsgd": Case(_ours("signsgd"), (3e-5, 1e-4, 2e-4, 3e-4), 1e-4),
+    "signsgd, feedback": Case(_ours("signsgd", feedback=True), _GRADIENT, 0.02),
+    "topk 1 %, feedback": Case(_ours("topk", ratio=0.01, feedback=True), _GRADIENT, 0.05),
+    "intrinsic 1 %, hashed": Case(
+        _ours("intrinsic", dim=16384, matrix="hashed"), (0.001, 0.003, 0.01, 0.03), 0.01
+    ),
+    "intrinsic 1 %, fastfood": Case(_ours("intrinsic", dim=16384), (0.001, 0.003, 0.01, 0.03), 0.01),
+    "lookback over signsgd": Case(_ours("lookback", threshold=0.2, inner=_SIGNS), _GRADIENT, 0.05),
+    "bf16 hook, one bucket": Case({"plain": "bf16", "one_bucket": True}, _GRADIENT, 0.05),
+    "fp32 DDP": Case({"plain": "fp32"}, _GRADIENT, 0.05),
+    "auto": Case({"method": {"name": "auto", "steps": 5}, "settings": {"group_mb": 6.2}}, _GRADIENT, 0.05),
+}
+REFERENCE = "bf16 hook"
+SAME_AS_BF16 = ("bf16 hook, one bucket", "fp32 DDP", "auto")
+"""Cases that are not tuned: their gradients are, or at first are, those of the reference."""
+POWERSGD, OURS = "PowerSGD hook, rank 4", "signsgd"
+"""Those that the study found to reach the accuracy first, of torch's hook and of ours."""
