@@ -25,7 +25,9 @@ from fedmpi.errors import ConfigError
 from .conftest import SMALL, Mpi
 
 TOPK = {"name": "topk", "ratio": 0.1, "feedback": True}
-LONG = {**SMALL, "rounds": 9, "evaluate_every": 1}
+# In parts of a batch: clients one after the other, without the seconds of tracing that training at once begins with.
+PARTS = {"lr": 0.1, "steps": 2, "batch": 20, "accumulate": 2}
+LONG = {**SMALL, "rounds": 9, "evaluate_every": 1, "local": PARTS}
 
 
 def written(folder: Path, **changes: Any) -> str:

@@ -164,6 +164,7 @@ def test_a_process_of_its_own_measures_a_start() -> None:
     assert found["bytes"]["peak"] >= found["bytes"]["imports"] + found["bytes"]["data"]
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_says_why() -> None:
     with pytest.raises(
         CommError, match=r"(?s)bench scale: start failed \(1\): .*unexpected keyword argument 'wrong'"

@@ -149,9 +149,11 @@ def _cases() -> list[dict[str, Any]]:
         mode: {"mode": mode} if mode == "data_parallel" else {"topology": mode, "clients": _COHORT}
         for mode in MODES
     }
+    # In parts, so that nothing is traced and mapped over clients: that takes longer than these few rounds.
+    local = {"lr": 0.01, "batch": 2, "steps": 1, "accumulate": 2}
     model = {"name": "fcn", "hidden": _HIDDEN}
     return [
-        {"model": model, "method": _options(label, parameters), **own[mode]}
+        {"model": model, "local": local, "method": _options(label, parameters), **own[mode]}
         for mode in MODES
         for label in METHODS
     ]

@@ -9,6 +9,7 @@ Shape suffixes: C copies, D parameters, B samples of a step.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,7 @@ from fedmpi.spec import Spec
 
 _Program = Callable[[dict[str, Tensor], Tensor, Tensor], tuple[dict[str, Tensor], Tensor]]
 
+_TRACING = threading.Lock()  # torch.fx patches modules for all threads meanwhile; ranks may be threads
 _WORTH = 1 << 22  # operations of a step; one with more takes longer than starting it does
 
 
@@ -58,7 +60,8 @@ class Stacked:
         theta = self._spec.views(theta_CD)
         with torch.no_grad():
             if shapes not in self._programs:
-                self._programs[shapes] = make_fx(self._step)(theta, x_CB, y_CB)
+                with _TRACING:
+                    self._programs[shapes] = make_fx(self._step)(theta, x_CB, y_CB)
             grad, loss_C = self._programs[shapes](theta, x_CB, y_CB)
             torch.cat([grad[name].flatten(1) for name in self._spec.names], 1, out=grad_CD)
         return loss_C
