@@ -102,7 +102,7 @@ def run_ranks(size: int, main: Callable[[Comm], T], timeout: float = 600.0) -> l
         try:
             results[rank] = main(comm)
         except BaseException as error:  # carried to the caller's thread below
-            errors.append((isinstance(error, CommError), rank, error))
+            errors.append((isinstance(error, LostError), rank, error))
             comm.abort()
 
     threads = [threading.Thread(target=rank_main, args=(r,), name=f"rank {r}") for r in range(1, size)]
