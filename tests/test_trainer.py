@@ -46,7 +46,9 @@ def trainer(name: str = "fcn", loss: str = "cross_entropy", **options: Any) -> T
     model = models.build(name, (1, 8, 8), 10, random.key(0, stream="model"), **extra)
     together = options.pop("together", True)
     local = Local.model_validate({"lr": 0.1, **options})
-    return Trainer(model, Spec.of(model), OBJECTIVES[loss], local, seed=3, together=together)
+    made = Trainer(model, Spec.of(model), OBJECTIVES[loss], local, seed=3)
+    made.together = together
+    return made
 
 
 def theta(of: Trainer) -> torch.Tensor:
@@ -147,7 +149,9 @@ def test_other_models_train_one_after_the_other(model: str) -> None:
         wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 4096), nn.ReLU(), nn.Linear(4096, 10))
         module = wide if model == "wide" else _Branches()
         local = Local(lr=0.1, steps=1)
-        return Trainer(module, Spec.of(module), OBJECTIVES["cross_entropy"], local, seed=3, together=together)
+        made = Trainer(module, Spec.of(module), OBJECTIVES["cross_entropy"], local, seed=3)
+        made.together = together
+        return made
 
     many, single = build(True), build(False)
     data, start = images(sum(SIZES)), theta(many)
@@ -247,3 +251,16 @@ def test_few_heights() -> None:
         1, 2, 3, 5, 8, 10, 10, 12, 64, 112, 1024,
     ]  # fmt: skip
     assert all(n <= padded(n) <= 1.25 * n for n in range(1, 3000))
+
+
+@pytest.mark.parametrize(
+    ("rounds", "changes", "together"),
+    [(199, {}, False), (200, {}, True), (50, {"steps": 4}, True), (500, {"reproducible": True}, False)],
+)
+def test_short_and_reproducible_runs_train_one_after_the_other(
+    rounds: int, changes: dict[str, Any], together: bool
+) -> None:
+    rest = dict(changes)
+    local = {"lr": 0.1, "steps": rest.pop("steps", 1)}
+    simulation = Simulation(config.parse(run("topk") | {"rounds": rounds, "local": local, **rest}), solo())
+    assert simulation.trainer.together == together

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from fedmpi.comm.base import Comm, LostError
-from fedmpi.errors import CommError
 
 T = TypeVar("T")
 

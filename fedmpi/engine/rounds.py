@@ -30,6 +30,7 @@ from fedmpi.method import Compressor, Context, Round, State
 from fedmpi.ops.sums import from_fixed, to_fixed
 
 _CHUNK_VALUES = 1 << 22  # gradients of so many numbers are held at a time
+_MANY = 200  # steps of a run; fewer are done before clients' steps at once are ready
 _WORTH = 0.8  # of one thread's time: on a busy machine several threads wait for each other
 
 
@@ -76,16 +77,10 @@ class Simulation:
         self.rounds_per_epoch = self._passes_of_data() if workers else config.rounds_per_epoch
         kind = Workers if workers else ordered.topology(config, self.method)
         self.topology = kind(comm, self.method, parts.theta_D, config.reproducible, peers)
-        together = not config.reproducible  # a row of a batched product may have other last bits
-        self.trainer = Trainer(
-            parts.model,
-            self.spec,
-            self.objective,
-            config.local,
-            config.seed,
-            workers,
-            together and not workers,
-        )
+        self.trainer = Trainer(parts.model, self.spec, self.objective, config.local, config.seed, workers)
+        steps = config.rounds * int(self.trainer.steps(self.partition.sizes.max()))
+        # Not where a client's row of a batched product may have other last bits, nor where tracing takes longer.
+        self.trainer.together = not (config.reproducible or workers or steps < _MANY)
         self._fusable = self._can_fuse()
         self.ledger = Ledger(config.clients)
         self.clock = self._clock()

@@ -52,7 +52,8 @@ class Trainer:
     A client shuffles its samples afresh in every round, or, ``continuing`` (data-parallel training), goes on
     where it was: it sees each sample once before it sees one again.
 
-    ``together``: small models' clients train at once, which gives the same up to rounding.
+    Attributes:
+      together: small models' clients train at once, which gives the same up to rounding.
     """
 
     def __init__(
@@ -63,10 +64,9 @@ class Trainer:
         local: Local,
         seed: int,
         continuing: bool = False,
-        together: bool = False,
     ) -> None:
         self.model, self.spec, self.loss, self.local, self.seed = model, spec, objective.loss, local, seed
-        self.continuing = continuing
+        self.continuing, self.together = continuing, False
         self._objective, self._pads = objective, objective.pads
         self._orders: dict[int, tuple[int, Tensor]] = {}
         self.theta_D = torch.empty(spec.size)
@@ -75,7 +75,7 @@ class Trainer:
         # θ_s = θ₀ − η Σ g then, and the sum is what is wanted: no pass over the parameters but this one.
         self._sums = not local.momentum and not local.weight_decay
         plain = local.accumulate == 1 and local.precision == "float32"
-        self._stacked = Stacked(model, spec, self.loss) if together and plain and not continuing else None
+        self._stacked = Stacked(model, spec, self.loss) if plain and not continuing else None
         self._worth: bool | None = None  # to train several clients so
 
     @property
@@ -229,7 +229,7 @@ class Trainer:
 
     def _stacks(self, theta_D: Tensor, data: Split, sizes_C: Tensor) -> bool:
         """These clients train at once."""
-        if self._stacked is None or len(sizes_C) == 1:
+        if not self.together or self._stacked is None or len(sizes_C) == 1:
             return False
         if self._worth is None:
             batch = min(self.local.batch or int(sizes_C.double().mean()), len(data.y))
