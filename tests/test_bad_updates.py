@@ -23,6 +23,7 @@ from fedmpi.engine.clients import cohort
 from fedmpi.engine.ordered import Ordered
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.run import run
+from fedmpi.engine.summary import summary
 from fedmpi.errors import ConfigError, NumericalError
 from fedmpi.methods import METHODS
 from fedmpi.tasks.data import Split
@@ -81,10 +82,10 @@ def test_one_poisoned_client_does_not_poison_the_model(
         assert all(torch.equal(after[n], fresh[n]) for n in fresh)
         both_ends_agree(simulation)
         assert int(simulation.ledger.upload[BAD]) == 0
-        summary = simulation.summary()
-        assert summary["rejected"] == sum(line["rejected"] for line in lines) > 0
-        assert summary["messages"] == 20 - summary["rejected"]
-        return lines, simulation.topology.parameters(), summary["upload_bytes"]
+        found = summary(simulation)
+        assert found["rejected"] == sum(line["rejected"] for line in lines) > 0
+        assert found["messages"] == 20 - found["rejected"]
+        return lines, simulation.topology.parameters(), found["upload_bytes"]
 
     lines, theta, uploaded = main(solo())
     parsed, partition = config.parse(values), simulate(values).partition
@@ -285,7 +286,7 @@ def test_longer_gradients_are_shortened_and_counted() -> None:
     means = spy_means(clipped)
     line = clipped.round(0)
     assert torch.allclose(means[0].double(), expected, atol=1e-6)
-    assert line["clipped"] == int((norms > 0.9).sum()) == clipped.summary()["clipped"]
+    assert line["clipped"] == int((norms > 0.9).sum()) == summary(clipped)["clipped"]
 
 
 def test_clipping_counts_once_in_two_passes_and_leaves_short_ones() -> None:
@@ -400,7 +401,7 @@ def test_a_client_without_samples_sends_nothing(method: str, topology: str) -> N
                 assert torch.equal(simulation.topology.parameters(), theta)
         assert simulation.ledger.upload[sizes == 0].sum() == 0
         both_ends_agree(simulation)
-        return nobody, simulation.topology.parameters().tolist(), simulation.summary()["empty"]
+        return nobody, simulation.topology.parameters().tolist(), summary(simulation)["empty"]
 
     alone = main(solo())
     assert alone[0] > 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedmpi import cli
-from fedmpi.bench import kernels, timing
+from fedmpi.bench import kernels, rounds, timing
 from fedmpi.bench.timing import Row, Spread, Table, measure
 from fedmpi.bench.waivers import WAIVERS, Waiver
 from fedmpi.methods import METHODS
@@ -152,3 +152,16 @@ def test_bench_methods_of_your_own_options(capsys: pytest.CaptureFixture[str]) -
 def test_a_wrong_method_is_named(given: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "methods", given, "--size", "17", "--clients", "1"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_bare_loop_does_the_engine_s_mathematics() -> None:
+    """With all clients in all rounds, and a batch of all their samples, no order is left to chance."""
+    local = {"epochs": 1, "batch": 5}
+    like = rounds.simulation(6, 5, 6, local, model="fcn", method="dense")
+    engine, bare = rounds.Engine(like), rounds.Bare(like)
+    start = like.topology.parameters().clone()
+    engine.rounds(3)
+    bare.rounds(3)
+    theta_D = torch.cat([value.flatten() for value in bare.theta])
+    torch.testing.assert_close(like.topology.parameters(), theta_D, rtol=1e-4, atol=1e-6)
+    assert float((theta_D - start).abs().max()) > 1e-3

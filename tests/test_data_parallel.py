@@ -13,6 +13,7 @@ from fedmpi.comm.base import Comm
 from fedmpi.config import Schedule, parse
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.run import run
+from fedmpi.engine.summary import summary
 from fedmpi.errors import ConfigError
 from fedmpi.methods import METHODS
 
@@ -36,7 +37,7 @@ def finish(values: dict[str, Any], ranks: int) -> list[tuple[torch.Tensor, dict[
         simulation = Simulation(config, comm)
         for t in range(config.rounds):
             simulation.round(t)
-        return simulation.topology.parameters(), simulation.summary()
+        return simulation.topology.parameters(), summary(simulation)
 
     return run_ranks(ranks, one)
 
@@ -49,13 +50,13 @@ def test_three_ranks_are_three_federated_clients_of_one_step(name: str) -> None:
     parallel = finish({**PLAIN, "method": method, "server": server}, 3)
     federated = {**PLAIN, "mode": "federated", "clients": 3, "method": method, "server": server}
     ((expected, whole),) = finish(federated, 1)
-    for theta, summary in parallel:
+    for theta, found in parallel:
         assert torch.equal(theta, parallel[0][0]), "replicas stay equal to the bit"
         # fp16 and bf16 are rounded again on their way back.
         loose = 2e-3 if name in ("fp16", "bf16") else 1e-6
         assert torch.allclose(theta, expected, rtol=0, atol=loose * float(expected.abs().max()))
-        assert summary["upload_bytes"] == whole["upload_bytes"]
-        assert summary["clients"] == 3
+        assert found["upload_bytes"] == whole["upload_bytes"]
+        assert found["clients"] == 3
 
 
 def test_momentum_schedule_and_accumulation_are_those_of_torch() -> None:

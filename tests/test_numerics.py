@@ -495,7 +495,7 @@ def test_test_loss_of_a_diverged_model():
     test = simulation.data.test
     logits = test.x.flatten(1).double() @ W.T + b
     expected = float(torch.nn.functional.cross_entropy(logits, test.y))
-    accuracy, loss = simulation.evaluate()
+    accuracy, loss = simulation.trainer.evaluate(theta, test, 1000, solo())
     assert accuracy == pytest.approx(float((logits.argmax(1) == test.y).double().mean()), abs=0.01)
     assert expected * len(test.y) > 2**23, "not beyond the fixed point: a test of nothing"
     assert loss == pytest.approx(expected, rel=1e-4)

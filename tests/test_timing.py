@@ -18,6 +18,7 @@ from fedmpi.comm import run_ranks, solo
 from fedmpi.engine.clients import cohort
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.run import run
+from fedmpi.engine.summary import summary
 from fedmpi.errors import ConfigError
 
 from .conftest import SMALL, Mpi, run_jobs
@@ -58,7 +59,7 @@ def test_a_round_lasts_until_its_last_message(plan: dict[str, float]) -> None:
         assert line["simulated_seconds"] == pytest.approx(max(seconds.values()), rel=1e-5)
         assert (line["late"], line["clients"]) == (0, 4)
         total += line["simulated_seconds"]
-    assert simulation.summary()["simulated_seconds"] == total
+    assert summary(simulation)["simulated_seconds"] == total
 
 
 def test_the_first_to_arrive_are_taken() -> None:
@@ -76,7 +77,7 @@ def test_the_first_to_arrive_are_taken() -> None:
         assert sent == sorted(sorted(seconds, key=seconds.__getitem__)[:2])
         assert line["simulated_seconds"] == pytest.approx(max(seconds[c] for c in sent), rel=1e-5)
         assert (line["late"], line["clients"]) == (2, 2)
-    assert simulation.summary()["late"] == 12
+    assert summary(simulation)["late"] == 12
 
 
 def test_a_deadline_waits_for_the_fastest_in_any_case() -> None:

@@ -11,59 +11,54 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from fedmpi import config, random
+from fedmpi import config
+from fedmpi.bench import synthetic
 from fedmpi.bench.timing import Row, Table, measure
 from fedmpi.comm import solo
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.trainer import Trainer
-from fedmpi.tasks.data import Data, Split
 
 _CLIENTS, _SAMPLES, _COHORT, _BATCH = 1000, 60, 10, 10
 _LR = 0.05
 
 
-def images(folder: Path, samples: int, side: int = 28) -> Data:
-    """Random images of one channel with random classes, 10 of them; ``folder`` is not used."""
-    x = random.uniform(random.key(0, stream="images"), samples * side * side).view(samples, 1, side, side)
-    train = Split(x, random.integers(random.key(0, stream="classes"), samples, 10))
-    return Data("random images", train, Split(train.x[:100], train.y[:100]), 10)
-
-
 class Bare:
-    """Federated averaging of one pass a client over its samples, as a plain loop."""
+    """Federated averaging of one pass a client over its samples, as a plain loop; for clients of one size."""
 
     def __init__(self, like: Simulation) -> None:
+        self.config = like.config
         self.model = copy.deepcopy(like.trainer.model)
-        for p in self.model.parameters():
-            p.data, p.grad = p.detach().clone(), None  # of their own, not views of the engine's vector
+        start = like.spec.views(like.topology.parameters())
+        for name, p in self.model.named_parameters():
+            p.data, p.grad = start[name].clone(), None  # of their own, not views of the engine's vector
         self.data, self.parts = like.data.train, like.partition
         self.theta = [p.detach().clone() for p in self.model.parameters()]
 
     def rounds(self, count: int) -> None:
-        parameters = list(self.model.parameters())
+        config, parameters = self.config, list(self.model.parameters())
+        clients, cohort, batch, rate = config.clients, config.cohort_size, config.local.batch, config.local.lr
         for _ in range(count):
             mean = [torch.zeros_like(p) for p in self.theta]
-            for client in torch.randperm(_CLIENTS)[:_COHORT].tolist():
+            for client in torch.randperm(clients)[:cohort].tolist():
                 with torch.no_grad():
                     for p, value in zip(parameters, self.theta, strict=True):
                         p.copy_(value)
                 index_N = self.parts.of(client)
-                for batch_B in index_N[torch.randperm(len(index_N))].split(_BATCH):
+                for batch_B in index_N[torch.randperm(len(index_N))].split(batch):
                     F.cross_entropy(self.model(self.data.x[batch_B]), self.data.y[batch_B]).backward()
                     with torch.no_grad():
                         for p in parameters:
                             assert p.grad is not None
-                            p.sub_(p.grad, alpha=_LR)
+                            p.sub_(p.grad, alpha=rate)
                             p.grad.zero_()  # fresh memory would cost it more
                 with torch.no_grad():
                     for sums, p in zip(mean, parameters, strict=True):
-                        sums.add_(p, alpha=1 / _COHORT)
+                        sums.add_(p, alpha=1 / cohort)
             self.theta = mean
 
 
@@ -81,7 +76,7 @@ class Engine:
 
 def simulation(clients: int, samples: int, cohort: int, local: dict[str, Any], **values: Any) -> Simulation:
     """The engine, with ``clients`` of so many random images each."""
-    data = {"name": "fedmpi.bench.rounds:images", "samples": clients * samples}
+    data = {"name": synthetic.PATH, "samples": clients * samples, "shape": [1, 28, 28]}
     base = {"data": data, "clients": clients, "cohort": cohort, "rounds": 1 << 20, "evaluate_every": 1 << 20}
     return Simulation(config.parse({**base, "threads": 1, "local": {"lr": _LR, **local}, **values}), solo())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,9 +18,9 @@ FEATURES, CLASSES = 16, 10
 _DIFFERENT = 4096  # samples, which repeat
 
 
-def load(folder: Path, samples: int, features: int = FEATURES, classes: int = CLASSES) -> Data:
-    """``samples`` training and 256 test samples of so many numbers; nothing is read from ``folder``."""
-    rows = random.normal(random.key(0, stream="noise"), _DIFFERENT * features).view(_DIFFERENT, features)
-    index = torch.arange(samples)
-    train = Split(rows.repeat(-(-samples // _DIFFERENT), 1)[:samples].clone(), index % classes)
-    return Data("noise", train, Split(rows[:256], torch.arange(256) % classes), classes)
+def load(folder: Path, samples: int, shape: Sequence[int] = (FEATURES,)) -> Data:
+    """``samples`` training and 256 test samples of this shape; nothing is read from ``folder``."""
+    key = random.key(0, stream="noise")
+    rows = random.normal(key, _DIFFERENT * math.prod(shape)).view(_DIFFERENT, *shape)
+    train = Split(rows[torch.arange(samples) % _DIFFERENT], torch.arange(samples) % CLASSES)
+    return Data("noise", train, Split(rows[:256], torch.arange(256) % CLASSES), CLASSES)

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import fedmpi
-from fedmpi import methods, random
 from fedmpi.comm.base import Comm, together
 from fedmpi.comm.placement import own_cpus
 from fedmpi.config import Config
 from fedmpi.engine import ordered, updates
 from fedmpi.engine.clients import cohort, place, survivors
-from fedmpi.engine.ledger import Ledger, ratios
+from fedmpi.engine.ledger import Ledger
 from fedmpi.engine.manifest import Lost
+from fedmpi.engine.parts import load
 from fedmpi.engine.status import SUMMED, Status
-from fedmpi.engine.store import ClientStore, Kept, fits, make_store, nobody
+from fedmpi.engine.store import Kept, fits_here, make_store, nobody
 from fedmpi.engine.sums import LARGEST
 from fedmpi.engine.timing import Clock
 from fedmpi.engine.topology import AllReduce, Workers
 from fedmpi.engine.trainer import Trainer, Update
-from fedmpi.errors import ConfigError, FedMPIError, NumericalError
-from fedmpi.message import Message, from_bytes, row_nbytes, to_bytes
+from fedmpi.errors import FedMPIError, NumericalError
+from fedmpi.message import Message, row_nbytes
 from fedmpi.method import Compressor, Context, Round, State
-from fedmpi.methods.base import Setup
 from fedmpi.ops.sums import from_fixed, to_fixed
-from fedmpi.spec import Spec
-from fedmpi.tasks import data, models, objectives, partitions
 
 _CHUNK_VALUES = 1 << 22  # gradients of so many numbers are held at a time
 _WORTH = 0.8  # of one thread's time: on a busy machine several threads wait for each other
@@ -70,39 +65,26 @@ class Simulation:
     def __init__(self, config: Config, comm: Comm) -> None:
         self.config, self.comm = config, comm
         self.observe: Callable[[Sent], None] | None = None
-        self.data = data.load(config.data.name, **config.data.options)
-        self.objective = objectives.OBJECTIVES[config.loss]
-        objectives.check(config.loss, self.data.train.y)
-        self.partition = partitions.divide(
-            config.partition.name, self.data.train, config.clients, config.seed, **config.partition.options
-        )
-        if config.mode == "data_parallel" and int(self.partition.sizes.min()) == 0:
-            raise ConfigError("partition.minimum: expected at least 1 with mode: data_parallel, got 0")
-        key = random.key(config.seed, stream="model")
-        model: nn.Module = models.build(
-            config.model.name, self.data.shape, self.data.classes, key, **config.model.options
-        )
-        models.check_supported(model)
-        self.spec = Spec.of(model)
-        theta_D = self.spec.flatten(dict(model.named_parameters()))
-        self.method = methods.build(
-            config.method, self.spec, Setup(config.seed, config.clients, config.server.rule)
-        )
-        self.clients, peers = self._store(self.method.up.init), self._store(self.method.up.init_peer)
+        parts = load(config)
+        self.data, self.objective, self.partition = parts.data, parts.objective, parts.partition
+        self.spec, self.method = parts.spec, parts.method
+        up = self.method.up
+        self.clients, peers = (make_store(init, config) for init in (up.init, up.init_peer))
         self.stores = self.clients, peers
-        self.memory = self._memory(peers)
-        if self.method.server.samples > len(self.data.train.y):
-            raise ConfigError(
-                f"method.samples: expected at most {len(self.data.train.y)} (the training set), "
-                f"got {self.method.server.samples}"
-            )
+        self.memory = fits_here(config, comm, self.clients, peers)
         workers = config.mode == "data_parallel"
         self.rounds_per_epoch = self._passes_of_data() if workers else config.rounds_per_epoch
         kind = Workers if workers else ordered.topology(config, self.method)
-        self.topology = kind(comm, self.method, theta_D, config.reproducible, peers)
+        self.topology = kind(comm, self.method, parts.theta_D, config.reproducible, peers)
         together = not config.reproducible  # a row of a batched product may have other last bits
         self.trainer = Trainer(
-            model, self.spec, self.objective, config.local, config.seed, workers, together and not workers
+            parts.model,
+            self.spec,
+            self.objective,
+            config.local,
+            config.seed,
+            workers,
+            together and not workers,
         )
         self._fusable = self._can_fuse()
         self.ledger = Ledger(config.clients)
@@ -152,10 +134,6 @@ class Simulation:
         one, all_ = (self.trainer.time(self.data.train, batch, n) for n in (1, share))
         torch.set_num_threads(share if all_ < _WORTH * one else 1)
 
-    def _store(self, init: Callable[[], State]) -> ClientStore:
-        config = self.config
-        return make_store(init, config.store, config.clients, config.store_folder)
-
     def _can_fuse(self) -> bool:
         """The method is additive and keeps nothing, all messages have one size, and nothing asks for a single one."""
         up, config = self.method.up, self.config
@@ -177,25 +155,13 @@ class Simulation:
         work = self.trainer.work(self.partition.sizes)
         return Clock(config.time, config.seed, work, self.ledger, first)
 
-    def _memory(self, peers: ClientStore) -> str:
-        """What clients' state will need on this machine; "" where they keep nothing.
-
-        Raises:
-          ConfigError: it would not fit.
-        """
-        config, comm = self.config, self.comm
-        come = min(config.clients, config.rounds * config.cohort_size)
-        need = self.clients.row * come * comm.local_size // comm.size
-        if config.topology == "aggregator" and comm.rank < comm.local_size:  # rank 0's machine
-            need += peers.row * come
-        return fits(config.store, need, config.store_folder) if need else ""
-
     def round(self, t: int) -> dict[str, Any]:
         """One round; returns its line of metrics."""
         started = time.monotonic()
         call, status = self.call(t), Status(self.counters, self.error)
         if t == 0 and self.method.server.samples:
-            self._prepare()
+            theta_D, samples = self.topology.parameters(), self.method.server.samples
+            self.topology.prepare(self.trainer.servers_own(theta_D, self.data.train, samples, self.comm))
         if self.clock:
             self.clock.start(t, call.clients)
         with status.watch():
@@ -211,7 +177,9 @@ class Simulation:
             self.topology.skip(before, call.now)
         line = self._account(call, status, sent_C)
         if (t + 1) % self.config.evaluate_every == 0 or t + 1 == self.config.rounds:
-            self.accuracy, self.test_loss = self.evaluate()
+            self.accuracy, self.test_loss = self.trainer.evaluate(
+                self.topology.parameters(), self.data.test, self.config.test_batch, self.comm
+            )
             line |= {"accuracy": self.accuracy, "test_loss": self.test_loss}
         return line | {"seconds": time.monotonic() - started}
 
@@ -298,6 +266,8 @@ class Simulation:
         self.called += len(call.called)
         self.bytes = {name: n + total[name] for name, n in self.bytes.items()}
         self.counts = {name: n + total[name] for name, n in self.counts.items()}
+        simulated = {} if self.clock is None else {"simulated_seconds": self.clock.stop(self.comm)}
+        self.simulated_seconds += sum(simulated.values())
         return {
             "round": call.now.t,
             "loss": float(from_fixed(torch.tensor(total["loss"]))) / self.topology.share if sent else None,
@@ -307,15 +277,8 @@ class Simulation:
             "upload_bytes": total["upload"],
             "download_bytes": total["download"],
             **{name: total[name] for name in self.counts},
-            **self._simulated(),
+            **simulated,
         }
-
-    def _simulated(self) -> dict[str, float]:
-        if self.clock is None:
-            return {}
-        seconds = self.clock.stop(self.comm)
-        self.simulated_seconds += seconds
-        return {"simulated_seconds": seconds}
 
     def _exchange(self, status: Status, t: int) -> None:
         """Add up what the ranks counted; when one has failed, all fail with its error.
@@ -329,25 +292,6 @@ class Simulation:
             with together(self.comm, f"round {t}"):
                 if status.error is not None:
                     raise status.error
-
-    def _prepare(self) -> None:
-        """The server trains on its own samples, drawn from the training set. Rank 0 does, for all: another rank's
-        machine may differ in the last bits."""
-        train, samples = self.data.train, self.method.server.samples
-        g_1D = torch.zeros(1, self.spec.size)
-        with together(self.comm, "the server's own training"):
-            if self.comm.rank == 0:
-                index = random.sample(
-                    random.key(self.config.seed, stream="server data"), len(train.y), samples
-                )
-                g_1D = self.trainer.alone(self.topology.parameters(), train, index)[None]
-                if not bool(g_1D.isfinite().all()):
-                    raise NumericalError(
-                        f"server: its own gradient is not finite; try a smaller local.lr than "
-                        f"{self.config.local.lr:g}"
-                    )
-        sent = self.comm.broadcast(to_bytes(Message({"gradient": g_1D})))
-        self.topology.prepare(from_bytes(sent).arrays["gradient"][0])
 
     def _train(self, call: _Call, positions: Tensor, status: Status) -> tuple[Tensor, Update]:
         """Train some of this rank's clients; returns those of their positions whose update is usable, and the updates.
@@ -445,23 +389,6 @@ class Simulation:
             status.loss += int(to_fixed(update.loss_C * self.topology.weights[positions]).sum())
         return positions
 
-    @torch.no_grad()
-    def evaluate(self) -> tuple[float, float]:
-        """Accuracy and mean loss on the test set, whose batches the ranks share out."""
-        model, test = self.trainer.model, self.data.test
-        self.trainer.theta_D.copy_(self.topology.parameters())
-        model.eval()
-        batches = torch.arange(len(test.y)).split(self.config.test_batch)
-        # A place a batch, of which each rank fills its own: the sum over ranks is exact in any order.
-        sums = torch.zeros(2, len(batches), dtype=torch.float64)
-        for b in range(self.comm.rank, len(batches), self.comm.size):
-            output, y = model(test.x[batches[b]]), test.y[batches[b]]
-            sums[0, b] = self.objective.correct(output, y)
-            sums[1, b] = self.objective.loss(output, y).double() * self.objective.count(y)
-        self.comm.sum([sums])
-        count = self.objective.count(test.y)
-        return float(sums[0].sum()) / count, float(sums[1].sum()) / count
-
     @property
     def upload_bytes(self) -> int:
         """Protocol bytes that all clients have sent."""
@@ -471,40 +398,3 @@ class Simulation:
     def download_bytes(self) -> int:
         """Protocol bytes that all clients have received."""
         return self.bytes["download"]
-
-    def summary(self) -> dict[str, Any]:
-        """What the run came to (the same on every rank)."""
-        ranks = [
-            json.loads(r) for r in self.comm.allgather(json.dumps([self.trained, self.comm.sent]).encode())
-        ]
-        full_up, full_down = (4 * self.spec.size * n for n in (self.participations, self.called))
-        return {
-            "method": self.config.method.name,
-            "accuracy": self.accuracy,
-            "loss": self.test_loss,
-            "rounds": self.config.rounds,
-            "clients": self.config.clients,
-            "cohort": self.config.cohort_size,
-            "params": self.spec.size,
-            "upload_bytes": self.upload_bytes,
-            "download_bytes": self.download_bytes,
-            **ratios(full_up, full_down, self.upload_bytes, self.download_bytes),
-            "values_only": ratios(
-                full_up, full_down, self.bytes["upload_values"], self.bytes["download_values"]
-            ),
-            "messages": self.participations,
-            **self.counts,
-            **({} if self.clock is None else {"simulated_seconds": self.simulated_seconds}),
-            **self.method.server.facts(self.topology.state),
-            "ranks": self.comm.size,
-            "topology": self.config.topology,
-            "comm": self.comm.name,
-            "lost_ranks": [lost.model_dump() for lost in self.lost],
-            "clients_by_rank": [trained for trained, _ in ranks],
-            "wire_bytes": sum(sent for _, sent in ranks),
-            "wire_bytes_by_rank": [sent for _, sent in ranks],
-            "seconds": time.monotonic() - self.started,
-            "seed": self.config.seed,
-            "reproducible": self.config.reproducible,
-            "version": fedmpi.__version__,
-        }

@@ -16,6 +16,7 @@ from fedmpi.engine.profile import profiling
 from fedmpi.engine.progress import Display
 from fedmpi.engine.record import Record
 from fedmpi.engine.rounds import Simulation
+from fedmpi.engine.summary import summary
 from fedmpi.errors import FedMPIError
 from fedmpi.spec import Spec
 
@@ -103,14 +104,14 @@ def _train(faults: Faults, lines: bytes | None, display: Display) -> dict[str, A
                 stack.callback(record.close)
         with checkpoints.listening() if checkpoints else nullcontext():
             _rounds(faults, simulation, display, record)
-        summary = simulation.summary()
+        result = summary(simulation)
         with together(comm, "writing the results"):
             if simulation.error is not None:
                 raise simulation.error
             if record:
-                record.finish(summary, simulation.spec.views(simulation.topology.parameters()))
+                record.finish(result, simulation.spec.views(simulation.topology.parameters()))
         comm.settle()  # from here on nobody is needed any more
-    return summary
+    return result
 
 
 def _rounds(faults: Faults, simulation: Simulation, display: Display, record: Record | None) -> None:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedmpi.comm.base import Comm
+from fedmpi.config import Config
 from fedmpi.engine.progress import human
 from fedmpi.errors import ConfigError
 from fedmpi.method import State, stack
@@ -165,37 +167,45 @@ def _raw(value: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     return raw
 
 
-def make_store(init: Callable[[], State], kind: str, clients: int, folder: str | None) -> ClientStore:
+def make_store(init: Callable[[], State], config: Config) -> ClientStore:
     """The store that a configuration asks for.
 
     Raises:
       ConfigError: the folder for its files cannot be used.
     """
-    if kind == "memory":
+    if config.store == "memory":
         return ClientStore(init)
-    place = Path(folder or tempfile.gettempdir())
+    place = Path(config.store_folder or tempfile.gettempdir())
     try:
-        return MappedStore(init, clients, place)
+        return MappedStore(init, config.clients, place)
     except OSError as error:
         raise ConfigError(f"store_folder: cannot use {place}: {error.strerror or error}") from None
 
 
-def fits(kind: str, need: int, folder: str | None) -> str:
-    """One sentence on what client state needs on this machine and what there is.
+def fits_here(config: Config, comm: Comm, clients: ClientStore, peers: ClientStore) -> str:
+    """One sentence on what the state of all clients that may come needs on this machine and what there is; "" where
+    they keep nothing.
 
     Raises:
       ConfigError: it does not fit; names the figures and the ways out.
     """
-    if kind == "memory":
+    come = min(config.clients, config.rounds * config.cohort_size)
+    need = clients.row * come * comm.local_size // comm.size
+    if config.topology == "aggregator" and comm.rank < comm.local_size:  # rank 0's machine
+        need += peers.row * come
+    if not need:
+        return ""
+    if config.store == "memory":
         there, what = _available_memory(), "memory"
     else:
-        place = folder or tempfile.gettempdir()
+        place = config.store_folder or tempfile.gettempdir()
         there, what = shutil.disk_usage(place).free, f"disk in {place}"
     said = f"client state needs up to {human(need)} of {what}, {human(there)} are free"
     if need > there:
+        other = "mmap" if config.store == "memory" else "mmap with another store_folder"
         raise ConfigError(
-            f"store: {said}; ways out: store: {'mmap' if kind == 'memory' else 'mmap with another store_folder'}, "
-            "fewer clients or rounds, a method that keeps less (lookback with keep: message or half)"
+            f"store: {said}; ways out: store: {other}, fewer clients or rounds, a method that keeps less "
+            "(lookback with keep: message or half)"
         )
     return said
 

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from fedmpi import random
+from fedmpi.comm.base import Comm, together
 from fedmpi.config import Local
 from fedmpi.engine.batches import Batches, padded
 from fedmpi.engine.profile import phase
 from fedmpi.engine.stacked import Stacked
+from fedmpi.errors import NumericalError
+from fedmpi.message import Message, from_bytes, to_bytes
 from fedmpi.spec import Spec
 from fedmpi.tasks.data import Split
 from fedmpi.tasks.objectives import Objective
@@ -64,7 +67,7 @@ class Trainer:
     ) -> None:
         self.model, self.spec, self.loss, self.local, self.seed = model, spec, objective.loss, local, seed
         self.continuing = continuing
-        self._pads = objective.pads
+        self._objective, self._pads = objective, objective.pads
         self._orders: dict[int, tuple[int, Tensor]] = {}
         self.theta_D = torch.empty(spec.size)
         self.grad_D = torch.zeros(spec.size)
@@ -134,11 +137,41 @@ class Trainer:
             losses.append(self._one(theta_D, g_CD[row], data, index, steps, client, round, frozen_D))
         return Update(g_CD, torch.tensor(losses, dtype=torch.float64), steps_C)
 
-    def alone(self, theta_D: Tensor, data: Split, index: Tensor) -> Tensor:
-        """The accumulated gradient of somebody who is no client and has the samples ``index``."""
-        g_D, steps = torch.zeros_like(theta_D), int(self.steps(torch.tensor(len(index))))
-        self._one(theta_D, g_D, data, index, steps, client=-1, round=0, frozen_D=None)
-        return g_D
+    def servers_own(self, theta_D: Tensor, data: Split, samples: int, comm: Comm) -> Tensor:
+        """The accumulated gradient ``(D,)`` of the server on so many samples of its own, drawn from the training set.
+        Rank 0 makes it for all: another rank's machine may differ in the last bits.
+
+        Raises:
+          NumericalError: on every rank; it is not finite.
+        """
+        g_D = torch.zeros_like(theta_D)
+        with together(comm, "the server's own training"):
+            if comm.rank == 0:
+                index = random.sample(random.key(self.seed, stream="server data"), len(data.y), samples)
+                steps = int(self.steps(torch.tensor(samples)))
+                self._one(theta_D, g_D, data, index, steps, client=-1, round=0, frozen_D=None)
+                if not bool(g_D.isfinite().all()):
+                    raise NumericalError(
+                        f"server: its own gradient is not finite; try a smaller local.lr than {self.local.lr:g}"
+                    )
+        sent = comm.broadcast(to_bytes(Message({"gradient": g_D[None]})))
+        return from_bytes(sent).arrays["gradient"][0]
+
+    @torch.no_grad()
+    def evaluate(self, theta_D: Tensor, test: Split, batch: int, comm: Comm) -> tuple[float, float]:
+        """Accuracy and mean loss of ``theta_D`` on a test set, whose batches the ranks share out."""
+        self.theta_D.copy_(theta_D)
+        self.model.eval()
+        batches = torch.arange(len(test.y)).split(batch)
+        # A place a batch, of which each rank fills its own: the sum over ranks is exact in any order.
+        sums = torch.zeros(2, len(batches), dtype=torch.float64)
+        for b in range(comm.rank, len(batches), comm.size):
+            output, y = self.model(test.x[batches[b]]), test.y[batches[b]]
+            sums[0, b] = self._objective.correct(output, y)
+            sums[1, b] = self.loss(output, y).double() * self._objective.count(y)
+        comm.sum([sums])
+        count = self._objective.count(test.y)
+        return float(sums[0].sum()) / count, float(sums[1].sum()) / count
 
     def pool(
         self,

@@ -18,6 +18,7 @@ from fedmpi import config
 from fedmpi.comm import Comm, connect
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.run import handshake
+from fedmpi.engine.summary import summary
 from fedmpi.engine.topology import Aggregator
 from fedmpi.method import State, believed
 
@@ -32,7 +33,7 @@ def outcome(values: dict[str, Any], comm: Comm) -> dict[str, Any]:
     digests = comm.allgather(digest.encode())
     assert len(set(digests)) == 1, "ranks hold different parameters"
     both_ends_agree(simulation)
-    return {**simulation.summary(), "losses": losses, "sha256": digest, "theta": theta_D.tolist()}
+    return {**summary(simulation), "losses": losses, "sha256": digest, "theta": theta_D.tolist()}
 
 
 def both_ends_agree(simulation: Simulation) -> None:
