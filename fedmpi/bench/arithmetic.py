@@ -143,15 +143,10 @@ def bytes_a_client(rows: Rows) -> float:
 
 
 def _cost(axes: dict[str, Any]) -> list[str]:
-    fixed = {
-        "clients": "cohort 10",
-        "cohort": "dense",
-        "D": "cohort 10",
-        "d": "intrinsic with Fastfood, cohort 10",
-    }
+    fixed = {"clients": "cohort 10", "D": "cohort 10", "d": "intrinsic with Fastfood, cohort 10"}
     lines = [
         [
-            f"{name} ({fixed[name]})",
+            f"{name} ({fixed.get(name, 'dense')})",
             ", ".join(f"{row['at']:,}: {1e3 * row['seconds']:.1f}" for row in axis["rows"]),
             f"{axis['slope']:.2f}",
         ]
@@ -160,7 +155,10 @@ def _cost(axes: dict[str, Any]) -> list[str]:
     base, client, parameter = fit(axes)
     return [
         "## Cost of a round",
-        "One rank, one thread, a sample a client; medians, and the slope of log ms over the axis's log.",
+        _prose(
+            """One rank, one thread, two local steps on one sample (on the last axis one step, with which the clients of
+            an additive method are a single batch); medians, and the slope of log ms over the axis's log."""
+        ),
         table(["axis", "ms a round", "slope"], lines),
         _prose(
             f"""So a round takes about t₀ + C (t₁ + t₂ D): t₀ = {1e3 * base:.2f} ms and t₁ = {1e3 * client:.3f} ms by
@@ -270,7 +268,7 @@ def _devices(measured: dict[str, Any]) -> list[str]:
         ),
         table(head, lines),
         _prose(
-            f"""To simulate such a round with one local step on one sample: t₀ + ⌈C/W⌉ (t₁ + t₂ D) with the inputs from
+            f"""To simulate such a round with two local steps on one sample: t₀ + ⌈C/W⌉ (t₁ + t₂ D) with the inputs from
             above, t₂ being that of a fully connected model (a convolution uses each parameter many times: take its
             own from `fedmpi train --profile`), and the all-reduce of the summed vector. Every rank keeps
             {human(DEVICES * own)} for the {DEVICES:,} clients ({own:.0f} bytes each), whatever the number of ranks."""

@@ -43,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lookback": {"name": "lookback", "threshold": 1.0},
 }
 """A ``dim`` below 1 is a share of the parameters."""
+POOLED = "cohort, one step"
 _COHORT, _ROUNDS, _HIDDEN = 64, 1, 1000
 _TIMEOUT = 900.0  # seconds a process
 
@@ -184,15 +185,25 @@ def _start(clients: int, say: Callable[[str], None]) -> dict[str, Any]:
 def _grid(clients: int) -> dict[str, list[dict[str, Any]]]:
     """Points by what varies; the rest stays as it is."""
     linear, dense = {"name": "linear"}, {"name": "dense"}
-    point = {"clients": max(1000, clients // 100), "cohort": 10, "model": linear, "method": dense}
+    # Two local steps: with one, the clients of an additive method are a single batch (the last axis).
+    local = {"lr": 0.01, "batch": 1, "steps": 2}
+    point = {
+        "clients": max(1000, clients // 100),
+        "cohort": 10,
+        "model": linear,
+        "method": dense,
+        "local": local,
+    }
+    cohorts = [{**point, "cohort": n} for n in (10, 32, 100, 320, 1000)]
     return {
         "clients": [{**point, "clients": max(1000, clients // n)} for n in (100, 10, 1)],
-        "cohort": [{**point, "cohort": n} for n in (10, 32, 100, 320, 1000)],
+        "cohort": cohorts,
         "D": [{**point, "model": {"name": "fcn", "hidden": n}} for n in (400, 4_000, 40_000)],
         "d": [
             {**point, "model": {"name": "fcn", "hidden": 4_000}, "method": {"name": "intrinsic", "dim": n}}
             for n in (1 << 8, 1 << 11, 1 << 14)
         ],
+        POOLED: [{**one, "local": {**local, "steps": 1}} for one in cohorts],
     }
 
 
@@ -202,7 +213,8 @@ def _cost(axis: str, points: list[dict[str, Any]], say: Callable[[str], None]) -
     found = _child("cost", {"points": points})
 
     def at(point: dict[str, Any]) -> int:
-        return int(point["method"]["dim"] if axis == "d" else point["parameters" if axis == "D" else axis])
+        name = {"D": "parameters", POOLED: "cohort"}.get(axis, axis)
+        return int(point["method"]["dim"] if axis == "d" else point[name])
 
     rows = [
         {"at": at(p), **{n: p[n] for n in ("clients", "cohort", "parameters", "seconds", "rounds")}}

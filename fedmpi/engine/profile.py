@@ -97,7 +97,7 @@ def _work(simulation: Simulation) -> Iterator[tuple[object, str, str]]:
     yield simulation.ledger, "downloads download_of", "server"
     for codec in (first, up) if first else (up,):
         yield codec, "compress", "encode"
-        yield codec, "decompress add", "decode"
+        yield codec, "decompress add merge", "decode"
 
 
 def _marked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
