@@ -1,7 +1,6 @@
 """Rank 1 fails with an error that is a bug, not a user's; the others wait for it in a collective: ``crash.py OUT``."""
 
 import sys
-
 from typing import Any
 
 from fedmpi import cli

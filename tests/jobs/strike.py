@@ -58,7 +58,8 @@ def strike(place: str, comm: Comm, simulation: Simulation | None = None) -> None
 
 
 handshake = run.handshake
-original = Simulation.round, Simulation._send, Status.collect, Checkpoints._write_store, Simulation.summary
+sends = {name: getattr(Simulation, name) for name in ("_send", "_send_sum")}
+original = Simulation.round, run.summary, Status.collect, Checkpoints._write_store
 
 
 def prepare(comm: Comm, *arguments: Any) -> None:
@@ -76,9 +77,13 @@ def round(self: Simulation, t: int) -> dict[str, Any]:
     return original[0](self, t)
 
 
-def send(self: Simulation, *arguments: Any) -> None:
-    original[1](self, *arguments)
-    strike("compress", self.comm)
+def send(name: str) -> Any:
+    def struck_after(self: Simulation, *arguments: Any) -> Any:
+        sent = sends[name](self, *arguments)
+        strike("compress", self.comm)
+        return sent
+
+    return struck_after
 
 
 def collect(self: Status, comm: Any, asks: Any) -> bool:
@@ -93,17 +98,18 @@ def write(self: Checkpoints, *arguments: Any) -> Any:
     return original[3](self, *arguments)
 
 
-def summary(self: Simulation) -> dict[str, Any]:
-    digest = hashlib.sha256(self.topology.parameters().numpy().tobytes()).digest()
-    assert len(set(self.comm.allgather(digest))) == 1, "ranks hold different parameters"
-    both_ends_agree(self)
-    return original[4](self)
+def summary(of: Simulation) -> dict[str, Any]:
+    digest = hashlib.sha256(of.topology.parameters().numpy().tobytes()).digest()
+    assert len(set(of.comm.allgather(digest))) == 1, "ranks hold different parameters"
+    both_ends_agree(of)
+    return original[1](of)
 
 
 run.handshake = prepare
 Simulation.round = round  # type: ignore[method-assign]
-Simulation._send = send  # type: ignore[method-assign]
+for name in sends:
+    setattr(Simulation, name, send(name))
 Status.collect = collect  # type: ignore[method-assign]
 Checkpoints._write_store = write  # type: ignore[method-assign]
-Simulation.summary = summary  # type: ignore[method-assign]
+run.summary = summary
 sys.exit(main(["train", *sys.argv[2:]]))
