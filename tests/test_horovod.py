@@ -48,7 +48,10 @@ def test_everything_else_works_without_it(monkeypatch: pytest.MonkeyPatch) -> No
     for name in [name for name in sys.modules if name.split(".")[0] == "horovod"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "horovod", None)  # an import of it fails
-    with pytest.raises(CommError, match=r"expected Horovod with torch, got: .*install-horovod\.sh builds it"):
+    with pytest.raises(
+        CommError,
+        match=r"expected Horovod with torch, got: .*install-horovod\.sh of the repository builds it",
+    ):
         _ = fedmpi.horovod
     assert fedmpi.ddp.attach
 

@@ -28,7 +28,7 @@ def references() -> list[tuple[dict[str, Any], dict[str, Any]]]:
     return [(values, outcome(values, solo())) for values in exact_or_not]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_equal_one_process(
     mpi: Mpi, ranks: int, references: list[tuple[dict[str, Any], dict[str, Any]]], tmp_path: Path
 ) -> None:
