@@ -64,11 +64,3 @@ class Spec:
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The vector ``(D,)`` of named tensors (a copy)."""
         return torch.cat([tensors[name].detach().reshape(-1) for name in self.names])
-
-    def bind(self, module: nn.Module, theta_D: Tensor, grad_D: Tensor) -> None:
-        """Make ``module``'s parameters views of ``theta_D`` and their gradients views of ``grad_D``."""
-        parameters = dict(module.named_parameters())
-        theta, grad = self.views(theta_D), self.views(grad_D)
-        for name in self.names:
-            parameters[name].data = theta[name]
-            parameters[name].grad = grad[name]

@@ -17,6 +17,7 @@ from fedmpi import random
 from fedmpi.comm.base import Comm, together
 from fedmpi.config import Local
 from fedmpi.engine.batches import Batches, padded
+from fedmpi.engine.layout import Layout
 from fedmpi.engine.profile import phase
 from fedmpi.engine.stacked import Stacked
 from fedmpi.errors import NumericalError
@@ -69,9 +70,11 @@ class Trainer:
         self.continuing, self.together = continuing, False
         self._objective, self._pads = objective, objective.pads
         self._orders: dict[int, tuple[int, Tensor]] = {}
+        # In the order of their memory, which is not that of ``spec`` where convolutions are laid out otherwise.
         self.theta_D = torch.empty(spec.size)
         self.grad_D = torch.zeros(spec.size)
-        spec.bind(model, self.theta_D, self.grad_D)
+        self._laid = Layout(model, spec)
+        self._laid.bind(self.theta_D, self.grad_D)
         # θ_s = θ₀ − η Σ g then, and the sum is what is wanted: no pass over the parameters but this one.
         self._sums = not local.momentum and not local.weight_decay
         plain = local.accumulate == 1 and local.precision == "float32"
@@ -131,6 +134,10 @@ class Trainer:
         if self._stacks(theta_D, data, sizes_C):
             g_CD, loss_C = self._together(theta_D, data, partition, clients_C, steps_C, round, frozen_D)
             return Update(g_CD, loss_C, steps_C)
+        theta_D, frozen_D = (
+            self._laid.inside(theta_D),
+            None if frozen_D is None else self._laid.inside(frozen_D),
+        )
         g_CD, losses = torch.zeros(len(clients_C), self.spec.size), []
         for row, (client, steps) in enumerate(zip(clients_C.tolist(), steps_C.tolist(), strict=True)):
             index = partition.of(client)
@@ -149,7 +156,9 @@ class Trainer:
             if comm.rank == 0:
                 index = random.sample(random.key(self.seed, stream="server data"), len(data.y), samples)
                 steps = int(self.steps(torch.tensor(samples)))
-                self._one(theta_D, g_D, data, index, steps, client=-1, round=0, frozen_D=None)
+                self._one(
+                    self._laid.inside(theta_D), g_D, data, index, steps, client=-1, round=0, frozen_D=None
+                )
                 if not bool(g_D.isfinite().all()):
                     raise NumericalError(
                         f"server: its own gradient is not finite; try a smaller local.lr than {self.local.lr:g}"
@@ -160,7 +169,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, theta_D: Tensor, test: Split, batch: int, comm: Comm) -> tuple[float, float]:
         """Accuracy and mean loss of ``theta_D`` on a test set, whose batches the ranks share out."""
-        self.theta_D.copy_(theta_D)
+        self.theta_D.copy_(self._laid.inside(theta_D))
         self.model.eval()
         batches = torch.arange(len(test.y)).split(batch)
         # A place a batch, of which each rank fills its own: the sum over ranks is exact in any order.
@@ -191,7 +200,7 @@ class Trainer:
         """
         samples = samples or max(64, _POOL_VALUES // data.x[0].numel())
         loss_C = torch.empty(len(clients_C), dtype=torch.float64)
-        self._begin(theta_D)
+        self._begin(self._laid.inside(theta_D))
         self.grad_D.zero_()
         for rows in self._alike(partition.sizes_of(clients_C), samples):
             with phase("load"):
@@ -202,7 +211,7 @@ class Trainer:
                 losses_C = vmap(self.loss)(output.unflatten(0, x_CB.shape[:2]), y_CB)
             (losses_C * weights_C[rows].to(losses_C.dtype)).sum().backward()
             loss_C[rows] = losses_C.detach().double()
-        g_D = self.grad_D.clone()
+        g_D = self._laid.outside(self.grad_D, torch.empty_like(self.grad_D))
         if self.local.weight_decay:
             g_D.add_(theta_D, alpha=self.local.weight_decay * float(weights_C.sum()))
         return (g_D if frozen_D is None else g_D.masked_fill(frozen_D, 0)), loss_C
@@ -233,7 +242,7 @@ class Trainer:
             return False
         if self._worth is None:
             batch = min(self.local.batch or int(sizes_C.double().mean()), len(data.y))
-            self._begin(theta_D)
+            self._begin(self._laid.inside(theta_D))
             self._worth = self._stacked.worth(data.x[:batch], data.y[:batch])
         return self._worth and (self._pads or bool((sizes_C == sizes_C[0]).all()))
 
@@ -296,10 +305,13 @@ class Trainer:
         round: int,
         frozen_D: Tensor | None,
     ) -> float:
+        """A client's training, whose accumulated gradient becomes ``g_D``; ``theta_D`` and ``frozen_D`` are laid out as
+        the trainer's memory."""
         batch = min(self.local.batch or len(index), len(index))
         self._begin(theta_D)
         self.grad_D.zero_()
         velocity_D = torch.zeros_like(self.theta_D) if self.local.momentum else None
+        sum_D = self.grad_D if self._sums else torch.zeros_like(self.theta_D)
         total, seen = 0.0, 0
         for step in range(steps):
             with phase("load"):
@@ -313,11 +325,10 @@ class Trainer:
                     torch.add(theta_D, self.grad_D, alpha=-self.local.lr, out=self.theta_D)
                 continue
             direction_D = self._direction(self.grad_D, self.theta_D, frozen_D, velocity_D)
-            g_D.add_(direction_D)
+            sum_D.add_(direction_D)
             self.theta_D.add_(direction_D, alpha=-self.local.lr)
             self.grad_D.zero_()
-        if self._sums:
-            g_D.copy_(self.grad_D)
+        self._laid.outside(sum_D, g_D)
         return total / seen
 
     def _batch(self, index: Tensor, batch: int, client: int, round: int, step: int) -> Tensor:
