@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 
 from fedmpi import random
 from fedmpi.comm.base import Comm, together
@@ -208,7 +207,7 @@ class Trainer:
                 x_CB, y_CB = batches.step(0, len(rows)).of(data)
             with self._autocast():
                 output = self.model(x_CB.flatten(0, 1))
-                losses_C = vmap(self.loss)(output.unflatten(0, x_CB.shape[:2]), y_CB)
+                losses_C = self._objective.losses(output.unflatten(0, x_CB.shape[:2]), y_CB)
             (losses_C * weights_C[rows].to(losses_C.dtype)).sum().backward()
             loss_C[rows] = losses_C.detach().double()
         g_D = self._laid.outside(self.grad_D, torch.empty_like(self.grad_D))

@@ -2,7 +2,7 @@
 
 What counts is a sample for classes and points, a pixel or a token for those of them that are not IGNORE.
 
-Shape suffixes: B samples, K classes, L tokens, V words of the vocabulary, P values.
+Shape suffixes: C batches, B samples, N samples of all, K classes, L tokens, V words of the vocabulary, P values.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 from torch.nn import functional as F
 
 from fedmpi.errors import ConfigError
@@ -30,11 +31,25 @@ class Objective(NamedTuple):
     dtype: torch.dtype = torch.int64  # of the targets
     dims: int = 1  # of the targets, the samples included
     pads: bool = False  # a sample whose targets are all IGNORE does not count
+    each: Callable[[Tensor, Tensor], Tensor] | None = None  # the loss of C batches, (C,), faster than mapped
+
+    def losses(self, output_C: Tensor, y_C: Tensor) -> Tensor:
+        """The loss of each of C batches of one shape, ``(C,)``."""
+        if self.each is not None:
+            return self.each(output_C, y_C)
+        losses_C: Tensor = vmap(self.loss)(output_C, y_C)
+        return losses_C
 
 
 def cross_entropy(logits_BK: Tensor, y_B: Tensor) -> Tensor:
     """Mean of −log softmax(logits)[y], in nats; ``y_B`` int64 in [0, K)."""
     return F.cross_entropy(logits_BK, y_B, ignore_index=IGNORE)
+
+
+def cross_entropies(logits_CBK: Tensor, y_CB: Tensor) -> Tensor:
+    """:func:`cross_entropy` of each of C batches, ``(C,)``."""
+    each_N = F.cross_entropy(logits_CBK.flatten(0, 1), y_CB.flatten(), ignore_index=IGNORE, reduction="none")
+    return each_N.view(y_CB.shape).sum(1) / (y_CB != IGNORE).sum(1)
 
 
 def squared_hinge(scores_BK: Tensor, y_B: Tensor) -> Tensor:
@@ -105,7 +120,12 @@ def _counted_after(y_BL: Tensor) -> int:
 
 OBJECTIVES: dict[str, Objective] = {
     "cross_entropy": Objective(
-        cross_entropy, top1, "softmax cross entropy; metric: top-1 accuracy", _samples, pads=True
+        cross_entropy,
+        top1,
+        "softmax cross entropy; metric: top-1 accuracy",
+        _samples,
+        pads=True,
+        each=cross_entropies,
     ),
     "squared_hinge": Objective(
         squared_hinge, top1, "one class against the rest, a linear SVM's; metric: top-1 accuracy", _samples
