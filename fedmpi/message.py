@@ -80,7 +80,9 @@ class Message(NamedTuple):
         return sum(array.nbytes for array in kept)
 
     def select(self, index: Tensor) -> Message:
-        """The messages of the clients ``index`` (int64, increasing), in that order."""
+        """The messages of the clients ``index`` (int64, increasing), in that order; itself where these are all."""
+        if len(index) == self.clients:
+            return self
         arrays, lengths = {}, {}
         keep_C = torch.zeros(self.clients, dtype=torch.bool)
         keep_C[index] = True

@@ -118,7 +118,7 @@ class LookBack(Compressor):
     def _store(self, state: State, full: Tensor, v_CS: Tensor, inner: Message) -> State:
         """This part of a state after the clients ``full`` sent ``inner``, decoded ``v_CS``, in full."""
         if self.keep != "message":
-            kept = {"lookback": v_CS.to(state["lookback"].dtype)}
+            kept = {"lookback": _apart(v_CS, inner).to(state["lookback"].dtype)}
         else:
             held = torch.ones(len(full), dtype=torch.uint8)
             kept = {"held": held, **nest(inner.arrays, "kept.")}
@@ -153,7 +153,8 @@ class LookBack(Compressor):
             arrays[f"inner.{name}"] = array
             rows = sent.lengths.get(name, torch.ones_like(full))
             lengths[f"inner.{name}"] = torch.zeros(len(v_CS), dtype=torch.int64).index_copy(0, full, rows)
-        new = {**self._store(state, full, v_CS[full], sent), **nest(after)}
+        kept_FS = v_CS if len(full) == len(v_CS) else v_CS[full]
+        new = {**self._store(state, full, kept_FS, sent), **nest(after)}
         return Message(arrays, lengths), new
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
@@ -165,9 +166,11 @@ class LookBack(Compressor):
         v_FS, inner_peer = self.inner.decompress(sent, inner_peer, ctx.select(full))
         v_FS = v_FS.float()
         rho_C = torch.ones(len(scalar_C)).masked_scatter(scalar_C, message.arrays["rho"])
+        new = {**self._store(peer, full, v_FS, sent), **put_rows(peer, full, nest(inner_peer))}
+        if len(full) == len(scalar_C):
+            return v_FS, new
         v_CS = self._load(peer, ctx) * rho_C[:, None]
-        new = put_rows(peer, full, nest(inner_peer))
-        return v_CS.index_copy(0, full, v_FS), {**self._store(peer, full, v_FS, sent), **new}
+        return v_CS.index_copy_(0, full, v_FS), new
 
     def _sent(self, message: Message, full: Tensor) -> Message:
         """The inner message of the clients ``full``, who sent one."""
@@ -194,9 +197,22 @@ class LookBack(Compressor):
         return {"scalars": int(message.arrays["scalar"].sum()), **dict.fromkeys(self.inner.counters, 0)}
 
 
+def _apart(v_CS: Tensor, message: Message) -> Tensor:
+    """A copy where ``v_CS`` lies in the message's memory, which may be used for the next one."""
+    memory = {array.untyped_storage().data_ptr() for array in message.arrays.values()}
+    return v_CS.clone() if v_CS.untyped_storage().data_ptr() in memory else v_CS
+
+
 def put_rows(state: State, full: Tensor, rows: State) -> State:
-    """These entries of a state, with ``rows`` for the clients ``full``."""
-    return {name: state[name].index_copy(0, full, value) for name, value in rows.items()}
+    """These entries of a state, with ``rows`` for the clients ``full`` (increasing): nothing is copied where that is
+    everybody, or nobody."""
+
+    def put(old: Tensor, value: Tensor) -> Tensor:
+        if len(full) in (0, len(old)):
+            return value if len(full) else old
+        return old.index_copy(0, full, value)
+
+    return {name: put(state[name], value) for name, value in rows.items()}
 
 
 class PerTensor(Compressor):
