@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedmpi import cli
 from fedmpi.bench import link, link_report, netns
-from fedmpi.bench.link_cases import CASES, OURS, POWERSGD, REFERENCE
+from fedmpi.bench.link_cases import BOUND, CASES, OURS, POWERSGD, REFERENCE
 from fedmpi.bench.link_driver import Job
 from fedmpi.comm import run_ranks
 from fedmpi.comm.base import Comm
@@ -43,6 +43,7 @@ def test_steps_and_bytes_across_a_link() -> None:
         "bf16": {"plain": "bf16"},
         "signs": {"method": "signsgd"},
         "auto": plain,
+        "nothing": CASES[BOUND].options,
     }
     with Job(name="digits") as job:
         job.pair.shape(1e8)
@@ -56,6 +57,7 @@ def test_steps_and_bytes_across_a_link() -> None:
         stats = job.ask("stats", "auto")
         assert stats["auto"]["chosen"]["name"] == "bf16"
         assert 2 * job.parameters <= sent["bf16"] <= 1.15 * 2 * job.parameters
+        assert sent["nothing"] == 0
         assert sent["fp32"] == pytest.approx(2 * sent["bf16"], rel=0.1)
         assert sums["auto"] == sums["bf16"] != sums["fp32"], "after its first steps, which are plain"
         assert sent["signs"] < sent["bf16"] / 8

@@ -52,10 +52,13 @@ CASES: dict[str, Case] = {
     "lookback over signsgd": Case(_ours("lookback", threshold=0.2, inner=_SIGNS), _GRADIENT, 0.05),
     "bf16 hook, one bucket": Case({"plain": "bf16", "one_bucket": True}, _GRADIENT, 0.05),
     "fp32 DDP": Case({"plain": "fp32"}, _GRADIENT, 0.05),
+    "nothing sent": Case({"plain": "nothing"}, _GRADIENT, 0.05),
     "auto": Case({"method": {"name": "auto", "steps": 5}, "settings": {"group_mb": 6.2}}, _GRADIENT, 0.05),
 }
 REFERENCE = "bf16 hook"
-SAME_AS_BF16 = ("bf16 hook, one bucket", "fp32 DDP", "auto")
-"""Cases that are not tuned: their gradients are, or at first are, those of the reference."""
+BOUND = "nothing sent"
+"""Each rank keeps its own gradients: no exchange, however fast, takes less time a step."""
+SAME_AS_BF16 = ("bf16 hook, one bucket", "fp32 DDP", "auto", BOUND)
+"""Cases that are not tuned: their gradients are, or at first are, those of the reference, or stand for them."""
 POWERSGD, OURS = "PowerSGD hook, rank 4", "signsgd"
 """Those that the study found to reach the accuracy first, of torch's hook and of ours."""

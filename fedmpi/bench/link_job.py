@@ -4,7 +4,7 @@
 
 It reads requests from its standard input, one JSON object a line, and answers each with one on its standard
 output. All ranks get the same requests. A *case* says how gradients are averaged: ``{"plain": "fp32"}`` by DDP
-itself, ``{"plain": "bf16"}`` by torch's hook for that, ``{"plain": "powersgd", "rank": r}`` by torch's too;
+itself, ``{"plain": "bf16"}`` by torch's hook for that, ``{"plain": "powersgd", "rank": r}`` by torch's too, ``{"plain": "nothing"}`` not at all;
 ``{"method": …, "settings": …}`` by :func:`fedmpi.ddp.attach`. With ``"one_bucket": true`` DDP hands over all gradients
 at once, at the end of the backward pass; else in the buckets that it makes by default.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -63,6 +64,7 @@ class Trial:
         model = network(samples.shape, samples.classes)
         self.ddp = DistributedDataParallel(model, bucket_cap_mb=100 if case.get("one_bucket") else None)
         self.hook: hooks.State | None = None
+        self.alone = case.get("plain") == "nothing"
         if "method" in case:
             self.hook = hooks.attach(self.ddp, case["method"], seed=seed, **case.get("settings", {}))
         elif case["plain"] == "bf16":
@@ -86,7 +88,8 @@ class Trial:
         for _ in range(count):
             index_B = self.mine[torch.randint(len(self.mine), (self.batch,), generator=self.draws)]
             self.optimizer.zero_grad()
-            F.cross_entropy(self.ddp(x_N[index_B]), y_N[index_B]).backward()
+            with self.ddp.no_sync() if self.alone else nullcontext():
+                F.cross_entropy(self.ddp(x_N[index_B]), y_N[index_B]).backward()
             self.optimizer.step()
         seconds = perf_counter() - started
         return {"seconds": seconds, "cpu": process_time() - cpu, "sent": sent() - before}
