@@ -189,17 +189,17 @@ def permutations(keys_C: Tensor, sizes_C: Tensor) -> Tensor:
     return order_CN
 
 
-def sample(key: int, n: int, k: int, device: torch.device | None = None) -> Tensor:
-    """``k`` different values of ``range(n)`` in random order: the first ``k`` of :func:`permutation`.
+def sample(key: int, n: int, k: int, device: torch.device | None = None, start: int = 0) -> Tensor:
+    """``k`` different values of ``range(n)`` in random order: those from ``start`` on of :func:`permutation`.
 
     Takes O(k) time and memory for n ≥ 2^16.
     """
-    if not 0 <= k <= n:
-        raise ValueError(f"k: expected 0 to n = {n}, got {k}")
+    if not 0 <= start <= start + k <= n:
+        raise ValueError(f"k: expected 0 to n = {n}, got {k}" + (f" from {start} on" if start else ""))
     if n < SORT_BELOW:
-        return bits(key, n, device=device).argsort(stable=True)[:k]
+        return bits(key, n, device=device).argsort(stable=True)[start : start + k]
     log2 = (n - 1).bit_length()
-    x = _bijection(torch.arange(k, dtype=torch.int64, device=device), key, log2)
+    x = _bijection(torch.arange(start, start + k, dtype=torch.int64, device=device), key, log2)
     outside = x >= n
     while bool(outside.any()):  # cycle walking: at most half of [0, 2^log2) lies outside
         x[outside] = _bijection(x[outside], key, log2)

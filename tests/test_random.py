@@ -259,16 +259,19 @@ def test_permutation_is_one(key, n):
 
 @given(words64, st.data())
 @settings(deadline=None, max_examples=40)
-def test_sample_is_a_prefix_of_the_permutation(key, data):
+def test_sample_is_a_part_of_the_permutation(key, data):
     n = data.draw(st.integers(0, 300) | st.integers((1 << 16) - 2, 1 << 17))
-    k = data.draw(st.integers(0, n))
-    assert torch.equal(random.sample(key, n, k), random.permutation(key, n)[:k])
+    start = data.draw(st.just(0) | st.integers(0, n))
+    k = data.draw(st.integers(0, n - start))
+    assert torch.equal(random.sample(key, n, k, start=start), random.permutation(key, n)[start : start + k])
 
 
 @pytest.mark.parametrize(("n", "k"), [(5, 6), (5, -1), (1 << 17, (1 << 17) + 1)])
 def test_sample_refuses(n, k):
     with pytest.raises(ValueError, match=rf"k: expected 0 to n = {n}, got {k}"):
         random.sample(KEY, n, k)
+    with pytest.raises(ValueError, match=rf"k: expected 0 to n = {n}, got {k - 1} from 1 on"):
+        random.sample(KEY, n, k - 1, start=1)
 
 
 def test_sample_of_a_huge_range_takes_little():

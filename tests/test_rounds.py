@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmpi import config
+from fedmpi import config, random
 from fedmpi.comm import run_ranks, solo
 from fedmpi.engine.clients import cohort, place, survivors
 from fedmpi.engine.rounds import Simulation
@@ -56,6 +56,25 @@ def test_sampling_by_samples_draws_in_proportion() -> None:
     expected = SIZES / SIZES.sum() * 4000
     error = (draws.bincount(minlength=7) - expected) / expected.sqrt()
     assert error.abs().max() < 5
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(0, 40) | st.integers(3000, 9000), min_size=2, max_size=40),
+    st.integers(0, 9),
+    st.data(),
+)
+def test_sampling_by_samples_is_owners_of_samples_in_random_order(
+    sizes: list[int], t: int, data: st.DataObject
+) -> None:
+    """Drawn as far as needed, it is the draw from all samples; who has none comes last."""
+    partition = Partition(torch.arange(sum(sizes)), torch.tensor([0, *sizes]).cumsum(0))
+    size = data.draw(st.integers(1, len(sizes) - 1))
+    values = settings_for(sampling="weighted", clients=len(sizes), cohort=size)
+    order = random.permutation(random.key(values.seed, t, -1, "cohort"), sum(sizes))
+    owners = dict.fromkeys((torch.searchsorted(partition.offset, order, right=True) - 1).tolist())
+    expected = [*owners, *(client for client, samples in enumerate(sizes) if samples == 0)][:size]
+    assert cohort(values, partition, t).tolist() == sorted(expected)
 
 
 @settings(deadline=None, max_examples=50)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedmpi import cli
+from fedmpi import cli, random
 from fedmpi.bench import arithmetic, jobs, scale, synthetic
 from fedmpi.bench.arithmetic import busiest, fit, modelled, part, sent
 from fedmpi.comm import solo
@@ -213,11 +213,14 @@ def test_the_peak_sees_what_is_gone_again() -> None:
     assert int(seen.stdout) >= 1 << 27
 
 
-def test_a_round_does_not_look_at_all_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sampling", ["uniform", "weighted", "epoch_shuffle"])
+def test_a_round_does_not_look_at_all_clients(sampling: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a round takes of a million clients' partition is taken by index."""
-    run = jobs.simulation(solo(), 70_000, model="linear", clients=70_000, cohort=5, method="dense")
+    few = {"model": "linear", "cohort": 5, "method": "dense", "sampling": sampling}
+    run = jobs.simulation(solo(), 70_000, clients=70_000, **few)
     run.round(0)
     monkeypatch.setattr(type(run.partition.offset), "diff", None)
+    monkeypatch.setattr(random, "permutation", None)
     assert run.round(1)["clients"] == 5
 
 

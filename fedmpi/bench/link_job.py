@@ -4,9 +4,10 @@
 
 It reads requests from its standard input, one JSON object a line, and answers each with one on its standard
 output. All ranks get the same requests. A *case* says how gradients are averaged: ``{"plain": "fp32"}`` by DDP
-itself, ``{"plain": "bf16"}`` by torch's hook for that, ``{"plain": "powersgd", "rank": r}`` by torch's too, ``{"plain": "nothing"}`` not at all;
-``{"method": …, "settings": …}`` by :func:`fedmpi.ddp.attach`. With ``"one_bucket": true`` DDP hands over all gradients
-at once, at the end of the backward pass; else in the buckets that it makes by default.
+itself, ``{"plain": "bf16"}`` by torch's hook for that, ``{"plain": "powersgd", "rank": r}`` by torch's too,
+``{"plain": "nothing"}`` not at all; ``{"method": …, "settings": …}`` by :func:`fedmpi.ddp.attach`. With
+``"one_bucket": true`` DDP hands over all gradients at once, at the end of the backward pass; else in the buckets
+that it makes by default.
 """
 
 from __future__ import annotations

@@ -26,20 +26,29 @@ def cohort(config: Config, partition: Partition, t: int) -> Tensor:
         chosen = (torch.arange(size) + t * size) % clients
     else:
         epoch, turn = divmod(t, config.rounds_per_epoch)
-        order = random.permutation(random.key(config.seed, epoch, -1, "cohort"), clients)
-        chosen = order[turn * size : (turn + 1) * size]
+        key, first = random.key(config.seed, epoch, -1, "cohort"), turn * size
+        chosen = random.sample(key, clients, min(size, clients - first), start=first)
     return chosen.sort().values
 
 
 def _by_samples(key: int, partition: Partition, size: int) -> Tensor:
     """``size`` different clients, one after the other with chances proportional to their samples: owners of
-    samples in random order. In integers, so that the draw is the same on every machine."""
-    samples = random.permutation(key, int(partition.offset[-1]))
-    owners = torch.searchsorted(partition.offset, samples, right=True) - 1
-    first = torch.full((partition.clients,), len(samples)).scatter_reduce_(
-        0, owners, torch.arange(len(samples)), "amin"
-    )
-    return first.argsort(stable=True)[:size]
+    samples in random order, of which only so many are drawn as name enough owners. Who has no sample comes last,
+    in order. In integers, so that the draw is the same on every machine."""
+    samples, drawn = int(partition.offset[-1]), 2 * size
+    while True:
+        drawn = min(2 * drawn, samples)
+        order = random.sample(key, samples, drawn)
+        owners, index = (torch.searchsorted(partition.offset, order, right=True) - 1).unique(
+            return_inverse=True
+        )
+        if len(owners) >= size or drawn == samples:
+            break
+    first = torch.full((len(owners),), drawn).scatter_reduce_(0, index, torch.arange(drawn), "amin")
+    chosen: Tensor = owners[first.argsort(stable=True)][:size]
+    if len(chosen) < size:
+        chosen = torch.cat([chosen, (partition.sizes == 0).nonzero()[: size - len(chosen), 0]])
+    return chosen
 
 
 def survivors(config: Config, called: Tensor, t: int) -> Tensor:
