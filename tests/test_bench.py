@@ -11,8 +11,10 @@ import torch
 
 from fedmpi import cli
 from fedmpi.bench import kernels, rounds, timing
+from fedmpi.bench.commands import BENCHES
 from fedmpi.bench.timing import Row, Spread, Table, measure
 from fedmpi.bench.waivers import WAIVERS, Waiver
+from fedmpi.errors import ConfigError
 from fedmpi.methods import METHODS
 
 
@@ -48,6 +50,32 @@ def test_check_sets_the_exit_code(
     assert cli.main(["bench", "kernels", "--check"]) == code
     assert ("missed: FWHT" in capsys.readouterr().err) == bool(code)
     assert cli.main(["bench", "kernels"]) == 0
+
+
+def test_all_benches_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each with its own defaults; one that cannot be measured here is missed, and the others are measured."""
+    sizes = []
+
+    def fast(arguments: Any) -> Any:
+        sizes.append(arguments.size)
+        return table(row("FWHT", 1.0, 2.0))
+
+    def here_not(arguments: Any) -> Any:
+        raise ConfigError("needs root")
+
+    rows = {"kernels": fast, "link": here_not, "rounds": lambda _: table(row("cnn", 3.0, 2.0))}
+    for name in BENCHES:
+        found = rows.get(name, lambda _: table(row("free", 9.0, None)))
+        monkeypatch.setitem(BENCHES, name, BENCHES[name]._replace(run=found))
+    assert cli.main(["bench", "--check"]) == 1
+    said = capsys.readouterr()
+    assert sizes == [27]
+    assert said.out.count("\n## ") == len(BENCHES)
+    assert "link is not measured: needs root" in said.err
+    assert said.err.rstrip().endswith("missed: rounds/cnn, link")
+    assert cli.main(["bench"]) == 0
 
 
 def test_measure_takes_turns_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
