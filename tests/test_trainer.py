@@ -15,7 +15,7 @@ from fedmpi.comm import solo
 from fedmpi.config import Local
 from fedmpi.engine.batches import Batches, padded
 from fedmpi.engine.rounds import Simulation
-from fedmpi.engine.trainer import Trainer
+from fedmpi.engine.trainer import Trainer, Update
 from fedmpi.errors import NumericalError
 from fedmpi.methods import METHODS
 from fedmpi.spec import Spec
@@ -114,6 +114,17 @@ class _Counted:
         self._calls.append(len(theta_CD))
         loss_C: torch.Tensor = self._stacked(theta_CD, *rest)
         return loss_C
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_shuffled_at_once_or_one_by_one(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def updates() -> Update:
+        one, data = trainer(together=False, epochs=epochs, batch=4), images(sum(SIZES))
+        return one.train(theta(one), data, partition(), IDS, round=2)
+
+    shuffled = updates()
+    monkeypatch.setattr("fedmpi.engine.trainer._ORDERED", 0)
+    assert all(torch.equal(a, b) for a, b in zip(shuffled, updates(), strict=True))
 
 
 def test_a_loss_that_leaves_no_sample_out_takes_equal_clients_only() -> None:

@@ -29,6 +29,7 @@ from fedmpi.tasks.partitions import Partition
 _POOL_VALUES = (
     1 << 19
 )  # inputs of a pass; what a convolutional model keeps of each is some hundred times as much
+_ORDERED = 1 << 22  # places of samples that are shuffled at once
 
 
 class Update(NamedTuple):
@@ -137,6 +138,8 @@ class Trainer:
             self._laid.inside(theta_D),
             None if frozen_D is None else self._laid.inside(frozen_D),
         )
+        if not self.continuing:
+            self._orders = self._first_orders(partition, clients_C, sizes_C, round)
         g_CD, losses = torch.zeros(len(clients_C), self.spec.size), []
         for row, (client, steps) in enumerate(zip(clients_C.tolist(), steps_C.tolist(), strict=True)):
             index = partition.of(client)
@@ -342,10 +345,24 @@ class Trainer:
             shuffle, turn = divmod(step, turns)
         key = random.key(self.seed, round, client, f"batches {shuffle}")
         if self._orders.get(client, (None,))[0] != key:
-            if not self.continuing:
-                self._orders.clear()
             self._orders[client] = key, index[random.permutation(key, len(index))]
         return self._orders[client][1][turn * batch : (turn + 1) * batch]
+
+    def _first_orders(
+        self, partition: Partition, clients_C: Tensor, sizes_C: Tensor, round: int
+    ) -> dict[int, tuple[int, Tensor]]:
+        """What :meth:`_batch` takes from for the clients' first pass, shuffled at once: one after the other, that takes
+        a tenth of a small model's training."""
+        several_C = sizes_C > (self.local.batch or sizes_C.max())
+        clients, sizes = clients_C[several_C], sizes_C[several_C]
+        if not len(clients) or len(clients) * int(sizes.max()) > _ORDERED:
+            return {}
+        keys, orders = random.keys(self.seed, round, clients, "batches 0"), {}
+        order_CN = random.permutations(keys, sizes)
+        for client, key, order_N in zip(clients.tolist(), keys.tolist(), order_CN, strict=True):
+            index = partition.of(client)
+            orders[client] = key, index[order_N[: len(index)]]
+        return orders
 
     def _backward(self, data: Split, chosen: Tensor) -> float:
         """Add the gradient of the samples' mean loss, in so many parts as asked for; returns the loss."""
