@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.register_assert_rewrite("tests.softmax")
+
 JOBS = Path(__file__).parent / "jobs"
 
 # A run of a second: 6 clients of digits, of which 4 train in a round.

@@ -21,7 +21,7 @@ from fedmpi.spec import Spec
 
 from .codecs import context, sent
 from .conftest import SMALL
-from .test_numerics import Array, Softmax, assert_close, parameters, simulate
+from .softmax import Array, Softmax, assert_close, parameters, simulate
 
 # A convolution as 4 × 18, a wide and a tall matrix; too small for factors: (2, 3); biases.
 SPEC = Spec(

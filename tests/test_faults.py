@@ -11,7 +11,6 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from fedmpi import config
@@ -29,11 +26,10 @@ from fedmpi.comm import solo
 from fedmpi.engine.checkpoint import Checkpoints
 from fedmpi.engine.faults import Faults
 from fedmpi.engine.rounds import Simulation
-from fedmpi.engine.store import ClientStore, MappedStore
 
 from .conftest import JOBS, SMALL, Mpi, find_mpi
-from .test_checkpoint import outcome, small_disk
-from .test_checkpoint import train as train_in_threads
+from .interrupted import outcome, small_disk
+from .interrupted import train as train_in_threads
 
 TOPK = {"name": "topk", "ratio": 0.1, "feedback": True}
 METHODS: dict[str, dict[str, Any]] = {
@@ -200,38 +196,6 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
                 assert all(torch.equal(got[name], state[name][clients]) for name in state)
     assert found.seen[orphans].tolist() == [0] * 4
     assert not simulation.clients.known[torch.isin(simulation.clients.known, orphans)].numel()
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    mapped=st.booleans(),
-    steps=st.lists(st.one_of(st.none(), st.lists(st.integers(0, 5), unique=True)), max_size=20),
-    data=st.data(),
-)
-def test_a_store_goes_back_by_two_marks(
-    mapped: bool, steps: list[list[int] | None], data: st.DataObject
-) -> None:
-    """``steps``: None marks, a list puts new states of those clients."""
-
-    def init() -> dict[str, torch.Tensor]:
-        return {"a": torch.zeros(2)}
-
-    store = MappedStore(init, 6, Path(tempfile.gettempdir())) if mapped else ClientStore(init)
-    held: list[dict[int, float]] = [{}]
-    now: dict[int, float] = {}
-    store.mark()
-    for n, step in enumerate(steps, 1):
-        if step is None:
-            store.mark()
-            held.append(dict(now))
-        elif step:
-            store.put(torch.tensor(step), {"a": torch.full((len(step), 2), float(n))})
-            now |= dict.fromkeys(step, float(n))
-    marks = data.draw(st.integers(0, min(2, len(held))))
-    store.rewind(marks)
-    expected = held[-marks] if marks else now
-    assert store.known.tolist() == sorted(expected)
-    assert store.get(torch.arange(6))["a"][:, 0].tolist() == [expected.get(c, 0.0) for c in range(6)]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from fedmpi.message import Message
 
 from .codecs import codec, context, sent
 from .conftest import SMALL
-from .test_numerics import Array, Softmax, assert_close, parameters, simulate
+from .softmax import Array, Softmax, assert_close, parameters, simulate
 
 BF16_LARGEST = 0x7F7F << 16
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ from fedmpi.errors import ConfigError
 from fedmpi.method import Context, Round
 from fedmpi.methods.base import Setup
 from fedmpi.methods.intrinsic import Coordinates, Subspaces
-from fedmpi.ops.subspace import MATRICES
+from fedmpi.ops.subspace import MATRICES, Dense, Fastfood
 from fedmpi.spec import Spec
 
 from .conftest import SMALL
+from .softmax import Array, Softmax, assert_close, parameters, simulate
 
 D = 650  # softmax regression on digits
 SCHEDULES = ("static", "time_varying", "k_varying")
@@ -80,6 +82,34 @@ def test_against_the_algorithm_with_explicit_matrices(schedule: str, matrix: str
                 a = explicit(t // 3, k)
                 theta = theta - 0.05 * weights[client] * (a @ (a.T @ g))
         assert torch.allclose(simulation.topology.parameters().double(), theta, rtol=1e-4, atol=1e-5)
+
+
+def explicit_matrix(matrix: str, size: int, dim: int, seed: int) -> Array:
+    """A in float64, column by column; tests/test_ops.py compares it with the product of its parts."""
+    made = {"fastfood": Fastfood, "dense": Dense}[matrix]
+    return made(size, dim, random.key(seed, stream="subspace")).lift(torch.eye(dim)).T.double().numpy()
+
+
+@pytest.mark.parametrize("matrix", ["fastfood", "dense"])
+@pytest.mark.parametrize("scale", ["unbiased", "isometry"])
+def test_intrinsic_static_is_algorithm_1(matrix, scale):
+    """θ = θ₀ + AΣ, Σ ← Σ − η Σ_k ω_k Aᵀ g_k, for 20 rounds."""
+    dim, server_lr = 24, 0.3
+    simulation = simulate(
+        method={"name": "intrinsic", "dim": dim, "matrix": matrix, "scale": scale}, server={"lr": server_lr}
+    )
+    task = Softmax(simulation)
+    A = explicit_matrix(matrix, 650, dim, simulation.config.seed)
+    A = A * math.sqrt(dim / 650) if scale == "isometry" else A
+    omega, sigma = task.sizes / task.sizes.sum(), np.zeros(dim)
+    for t in range(20):
+        theta = task.theta + A @ sigma
+        sketches = [A.T @ task.accumulated(theta, k, 2, 0.2) for k in range(5)]
+        sigma = sigma - server_lr * sum(w * s for w, s in zip(omega, sketches, strict=True))
+        simulation.round(t)
+        assert_close(simulation.topology.state["sigma"].double().numpy(), sigma)
+        assert_close(parameters(simulation), task.theta + A @ sigma)
+    assert simulation.upload_bytes == simulation.download_bytes == 20 * 5 * 4 * dim
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from fedmpi.spec import Spec
 
 from .codecs import context
 from .conftest import SMALL
-from .test_numerics import Array, Softmax, assert_close, drawn, parameters, simulate
+from .softmax import Array, Softmax, assert_close, drawn, parameters, simulate
 
 # A convolution as 4 × 18, a wide and a tall matrix; too small for factors: (2, 3); biases.
 SPEC = Spec(("conv", "bias", "wide", "small", "tall"), ((4, 2, 3, 3), (4,), (11, 20), (2, 3), (25, 7)))

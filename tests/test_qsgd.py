@@ -17,7 +17,7 @@ from fedmpi.method import Compressor
 
 from .codecs import codec, context, sent
 from .conftest import SMALL
-from .test_numerics import Array, Softmax, assert_close, parameters, simulate
+from .softmax import Array, Softmax, assert_close, parameters, simulate
 
 
 def decoded(up: Compressor, g_CD: Tensor) -> Tensor:

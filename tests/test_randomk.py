@@ -19,7 +19,7 @@ from fedmpi.spec import Spec
 
 from .codecs import codec, context, sent
 from .conftest import SMALL
-from .test_numerics import Softmax, assert_close, parameters, simulate
+from .softmax import Softmax, assert_close, parameters, simulate
 
 K = 30
 

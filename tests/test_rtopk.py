@@ -16,7 +16,7 @@ from fedmpi.methods.rtopk import RTopK
 
 from .codecs import codec, context, sent
 from .conftest import SMALL
-from .test_numerics import Array, Softmax, assert_close, parameters, simulate
+from .softmax import Array, Softmax, assert_close, parameters, simulate
 
 K, R = 30, 120
 
