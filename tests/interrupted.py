@@ -20,7 +20,7 @@ from fedmpi import config
 from fedmpi.comm import run_ranks
 from fedmpi.engine.run import run
 
-from .conftest import SMALL
+from .conftest import SMALL, metrics
 
 SAVED = {**SMALL, "reproducible": True, "checkpoint": {"rounds": 3, "keep": 9}}
 TOPK = {"name": "topk", "ratio": 0.1, "feedback": True}
@@ -40,8 +40,7 @@ def train(values: dict[str, Any], out: Path, ranks: int = 1, resume: bool = Fals
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in found]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in metrics(out)]
 
 
 def outcome(out: Path) -> tuple[Any, ...]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from fedmpi import config
 from fedmpi.comm import Comm, run_ranks, solo
@@ -23,7 +22,8 @@ from fedmpi.errors import ConfigError, NumericalError
 from fedmpi.methods import METHODS
 from fedmpi.tasks.data import Split
 
-from .conftest import JOBS, SMALL, Mpi
+from .codecs import means
+from .conftest import JOBS, SMALL, Mpi, write_config
 from .jobs.runs import both_ends_agree
 
 REJECT = {**SMALL, "on_bad_update": "reject", "reproducible": True}
@@ -240,8 +240,7 @@ def test_processes_reject_alike(name: str, topology: str, mpi: Mpi, tmp_path: Pa
     for t in range(5):
         alone.round(t)
     digest = hashlib.sha256(alone.topology.parameters().numpy().tobytes()).hexdigest()
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    done = mpi(3, str(JOBS / "poison.py"), str(tmp_path / "config.yaml"))
+    done = mpi(3, str(JOBS / "poison.py"), write_config(tmp_path, values))
     assert done.returncode == 0, done.stdout + done.stderr
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
     assert lines == [f"rank {r}: rejected {alone.counts['rejected']}, {digest}" for r in range(3)]
@@ -256,18 +255,6 @@ def test_data_parallel_training_stops() -> None:
 # Clipping.
 
 
-def spy_means(simulation: Simulation) -> list[torch.Tensor]:
-    means: list[torch.Tensor] = []
-    finish = simulation.method.server.finish
-
-    def spy(state: Any, mean_S: torch.Tensor, round: Any) -> Any:
-        means.append(mean_S)
-        return finish(state, mean_S, round)
-
-    simulation.method.server.finish = spy  # type: ignore[method-assign]
-    return means
-
-
 def test_longer_gradients_are_shortened_and_counted() -> None:
     plain, clipped = simulate(SMALL), simulate({**SMALL, "clip": {"norm": 0.9}})
     clients = cohort(plain.config, plain.partition, 0)
@@ -277,9 +264,9 @@ def test_longer_gradients_are_shortened_and_counted() -> None:
     assert bool((norms > 0.9).any())
     factors = (0.9 / norms).clamp(max=1)
     expected = ((weights / weights.sum() * factors)[:, None] * update.g_CD).sum(0)
-    means = spy_means(clipped)
+    got = means(clipped)
     line = clipped.round(0)
-    assert torch.allclose(means[0].double(), expected, atol=1e-6)
+    assert torch.allclose(got[0].double(), expected, atol=1e-6)
     assert line["clipped"] == int((norms > 0.9).sum()) == summary(clipped)["clipped"]
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from fedmpi import config
 from fedmpi.cli import main
@@ -25,7 +24,7 @@ from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.run import run
 from fedmpi.errors import CheckpointError, FedMPIError, Stopped
 
-from .conftest import JOBS, Mpi
+from .conftest import JOBS, Mpi, write_config
 from .interrupted import LOOKBACK, SAVED, TOPK, lines, only, outcome, rounds_saved, small_disk, train
 
 
@@ -63,8 +62,7 @@ def test_a_signal_ends_the_run_after_the_round(
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, out, original = tmp_path / "small.yaml", tmp_path / "run", Simulation.round
-    path.write_text(yaml.safe_dump(SAVED))
+    path, out, original = write_config(tmp_path, SAVED), tmp_path / "run", Simulation.round
 
     def round(self: Simulation, t: int) -> dict[str, Any]:
         if t == 4:
@@ -73,27 +71,26 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path, monkeypatch: pytest.Mon
         return original(self, t)
 
     monkeypatch.setattr(Simulation, "round", round)
-    assert main(["train", str(path), "--out", str(out), "--quiet"]) == 130
+    assert main(["train", path, "--out", str(out), "--quiet"]) == 130
     assert rounds_saved(out) == [3]
 
 
 def test_the_command_line_stops_with_75_and_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, out = tmp_path / "small.yaml", tmp_path / "a run"
-    path.write_text(yaml.safe_dump({**SAVED, "checkpoint": {}}))
+    path, out = write_config(tmp_path, {**SAVED, "checkpoint": {}}), tmp_path / "a run"
     train({**SAVED, "rounds": 9, "checkpoint": {}}, tmp_path / "whole")
     with monkeypatch.context() as patch:
         signal_in_round(patch, 2, signal.SIGUSR1)
-        assert main(["train", str(path), "rounds=9", "--out", str(out), "--resume", "--quiet"]) == 75
+        assert main(["train", path, "rounds=9", "--out", str(out), "--resume", "--quiet"]) == 75
     said = capsys.readouterr().err
     assert f"fedmpi train {path} rounds=9 --resume '{out}'" in said
     assert rounds_saved(out) == [3]
-    assert main(["train", str(path), "rounds=9", "--quiet", "--out", str(out)]) == 2
+    assert main(["train", path, "rounds=9", "--quiet", "--out", str(out)]) == 2
     assert "holds an interrupted run; continue it with --resume" in capsys.readouterr().err
-    assert main(["train", str(path), "--quiet", "--resume", "rounds=9"]) == 2
+    assert main(["train", path, "--quiet", "--resume", "rounds=9"]) == 2
     assert "expected a run's folder (overrides stand before --resume)" in capsys.readouterr().err
-    assert main(["train", str(path), "rounds=9", "--quiet", "--resume", str(out)]) == 0
+    assert main(["train", path, "rounds=9", "--quiet", "--resume", str(out)]) == 0
     assert outcome(out) == outcome(tmp_path / "whole")
 
 
@@ -167,10 +164,10 @@ def test_a_really_full_disk_ends_all_ranks_with_its_name(kilobytes: int, says: s
 
 @pytest.mark.parametrize("times", [5, pytest.param(40, marks=pytest.mark.slow)])
 def test_killing_a_writer_never_loses_the_one_before(times: int, tmp_path: Path) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({**SAVED, "method": TOPK, "rounds": 5 * times, "checkpoint": {"keep": 1}}))
+    plan = {"rounds": 5 * times, "checkpoint": {"keep": 1}}
+    path = write_config(tmp_path, {**SAVED, "method": TOPK, **plan})
     done = subprocess.run(
-        [sys.executable, str(JOBS / "killed.py"), str(path), str(tmp_path / "run"), str(times)],
+        [sys.executable, str(JOBS / "killed.py"), path, str(tmp_path / "run"), str(times)],
         capture_output=True,
         text=True,
         check=False,
@@ -201,9 +198,8 @@ def test_a_signal_to_the_launcher_reaches_the_processes(mpi: Mpi, tmp_path: Path
 
 def check_mpi(mpi: Mpi, topology: str, folder: Path, send: Any) -> None:
     """Two real processes, interrupted, then one: the same as two threads that were not."""
-    path, out, pids = folder / "config.yaml", folder / "run", folder / "pids"
     values = {**SAVED, "rounds": 40, "method": LOOKBACK, "topology": topology, "checkpoint": {}}
-    path.write_text(yaml.safe_dump(values))
+    path, out, pids = write_config(folder, values), folder / "run", folder / "pids"
     pids.mkdir()
     command = [
         str(mpi.prefix / "bin" / "mpiexec"),
@@ -214,7 +210,7 @@ def check_mpi(mpi: Mpi, topology: str, folder: Path, send: Any) -> None:
         str(pids),
     ]
     process = subprocess.Popen(
-        [*command, str(path), "--out", str(out), "--quiet", "--resume"],
+        [*command, path, "--out", str(out), "--quiet", "--resume"],
         env=mpi.env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -233,7 +229,7 @@ def check_mpi(mpi: Mpi, topology: str, folder: Path, send: Any) -> None:
     assert f"--resume {out}" in said
     (done,) = rounds_saved(out)
     assert 3 < done < 40
-    resumed = mpi(2, "-m", "fedmpi", "train", str(path), "--resume", str(out), "--quiet")
+    resumed = mpi(2, "-m", "fedmpi", "train", path, "--resume", str(out), "--quiet")
     assert resumed.returncode == 0, resumed.stderr
     train(values, folder / "whole", ranks=2)
     assert outcome(out) == outcome(folder / "whole")

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from fedmpi import config
@@ -27,7 +26,7 @@ from fedmpi.engine.checkpoint import Checkpoints
 from fedmpi.engine.faults import Faults
 from fedmpi.engine.rounds import Simulation
 
-from .conftest import JOBS, SMALL, Mpi, find_mpi
+from .conftest import JOBS, SMALL, Mpi, find_mpi, metrics, write_config
 from .interrupted import outcome, small_disk
 from .interrupted import train as train_in_threads
 
@@ -66,10 +65,9 @@ def train(mpi: Mpi, ranks: int, strike: str, folder: Path, *options: str, **chan
 def launch(
     command: list[str], env: dict[str, str], strike: str, folder: Path, changes: dict[str, Any]
 ) -> Ended:
-    path, struck = folder / "config.yaml", folder / "struck"
-    path.write_text(yaml.safe_dump({**RUN, **changes}))
+    path, struck = write_config(folder, {**RUN, **changes}), folder / "struck"
     done = subprocess.run(
-        [*command, str(JOBS / "strike.py"), strike, str(path), "--out", str(folder / "run")],
+        [*command, str(JOBS / "strike.py"), strike, path, "--out", str(folder / "run")],
         env={**env, "STRUCK": str(struck)},
         capture_output=True,
         text=True,
@@ -84,7 +82,7 @@ def launch(
 def summary(folder: Path) -> dict[str, Any]:
     """Of a run that is finished, and whose lines of metrics are whole."""
     found: dict[str, Any] = json.loads((folder / "run" / "summary.json").read_text())
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(folder / "run")
     assert [line["round"] for line in lines] == list(range(found["rounds"]))
     for total, part in (("upload_bytes",) * 2, ("download_bytes",) * 2, ("messages", "clients")):
         assert sum(line[part] for line in lines) == found[total]
@@ -100,7 +98,7 @@ def check_resumes(folder: Path, **changes: Any) -> None:
 
 
 def says_how_to_go_on(ended: Ended, folder: Path) -> bool:
-    return f"fedmpi train {folder / 'config.yaml'} --resume {folder / 'run'}\n" in ended.said
+    return f"fedmpi train {folder / 'small.yaml'} --resume {folder / 'run'}\n" in ended.said
 
 
 def reference(values: dict[str, Any], rank: int, ranks: int, t: int, saved: int) -> Simulation:

@@ -22,6 +22,7 @@ from fedmpi.methods.intrinsic import Coordinates, Subspaces
 from fedmpi.ops.subspace import MATRICES, Dense, Fastfood
 from fedmpi.spec import Spec
 
+from .codecs import sent
 from .conftest import SMALL
 from .softmax import Array, Softmax, assert_close, parameters, simulate
 
@@ -52,14 +53,7 @@ def test_against_the_algorithm_with_explicit_matrices(schedule: str, matrix: str
     )
     simulation = Simulation(run, solo())
     theta = simulation.topology.parameters().double()
-    sums: list[Any] = []
-    compress = simulation.method.up.compress
-
-    def spy(g_CD: torch.Tensor, state: Any, ctx: Context) -> Any:
-        sums.append((ctx, g_CD.double()))
-        return compress(g_CD, state, ctx)
-
-    simulation.method.up.compress = spy  # type: ignore[method-assign]
+    calls = sent(simulation)
     count = extra.get("subspaces", 1)
 
     def explicit(epoch: int, k: int) -> torch.Tensor:
@@ -68,17 +62,19 @@ def test_against_the_algorithm_with_explicit_matrices(schedule: str, matrix: str
 
     samples = simulation.partition.sizes.double()
     for t in range(20):
-        sums.clear()
+        calls.clear()
         simulation.round(t)
         clients = cohort(run, simulation.partition, t)
         weights = dict(
             zip(clients.tolist(), (samples[clients] / samples[clients].sum()).tolist(), strict=True)
         )
-        for ctx, g_CD in sums:
+        for g_CD, _, ctx in calls:
             drawn = (
                 random.integers(ctx.keys("subspace"), 1, count)[:, 0] if count > 1 else torch.zeros(len(g_CD))
             )
-            for client, k, g in zip(ctx.clients_C.tolist(), drawn.long().tolist(), g_CD, strict=True):
+            for client, k, g in zip(
+                ctx.clients_C.tolist(), drawn.long().tolist(), g_CD.double(), strict=True
+            ):
                 a = explicit(t // 3, k)
                 theta = theta - 0.05 * weights[client] * (a @ (a.T @ g))
         assert torch.allclose(simulation.topology.parameters().double(), theta, rtol=1e-4, atol=1e-5)

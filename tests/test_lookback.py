@@ -22,7 +22,7 @@ from fedmpi.methods import METHODS
 from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec
 
-from .codecs import codec
+from .codecs import codec, context
 from .conftest import SMALL
 from .softmax import Array, Softmax, assert_close, drawn, parameters, simulate
 
@@ -31,11 +31,6 @@ SPEC = Spec(("w", "b"), ((6, 10), (6,)))
 
 def compressor(**options: Any) -> Compressor:
     return methods.build({"name": "lookback", **options}, SPEC, Setup(seed=1)).up
-
-
-def context(clients: int, t: int = 0, steps: int = 1) -> Context:
-    ids = torch.arange(clients)
-    return Context(Round(1, t, 0.1), ids, torch.full_like(ids, steps))
 
 
 def turning(t: int, clients: int = 4) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -12,6 +10,7 @@ from fedmpi import config
 from fedmpi.comm import solo
 from fedmpi.engine.rounds import Simulation
 
+from .codecs import means
 from .conftest import SMALL
 from .softmax import Softmax, assert_close, parameters, simulate
 from .test_intrinsic import explicit_matrix
@@ -52,18 +51,11 @@ def test_server_optimizers_follow_their_rule(optimizer: str) -> None:
     values = {**SMALL, "server": {"optimizer": optimizer, "lr": 0.05, "beta1": 0.8, "beta2": 0.95}}
     simulation = Simulation(config.parse(values), solo())
     theta = simulation.topology.parameters().double()
-    means: list[torch.Tensor] = []
-    finish = simulation.method.server.finish
-
-    def spy(state: Any, mean_S: torch.Tensor, round: Any) -> Any:
-        means.append(mean_S.double())
-        return finish(state, mean_S, round)
-
-    simulation.method.server.finish = spy  # type: ignore[method-assign]
+    got = means(simulation)
     m, v = torch.zeros_like(theta), torch.full_like(theta, 1e-6)
     for t in range(6):
         simulation.round(t)
-        g = means[-1]
+        g = got[-1].double()
         if optimizer == "momentum":
             m = 0.8 * m + g
             theta = theta - 0.05 * m

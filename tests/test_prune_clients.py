@@ -18,9 +18,9 @@ from fedmpi.method import Round
 from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec
 
-from .codecs import sent
+from .codecs import indices, sent
 from .softmax import Array, Softmax, assert_close, parameters, simulate
-from .test_prune import RTOPK, TOPK, D, build, context, download_bytes, indices, only
+from .test_prune import RTOPK, TOPK, D, build, context, download_bytes, only
 
 
 @pytest.mark.parametrize("topology", ["allreduce", "aggregator"])
@@ -63,7 +63,7 @@ def test_masks_of_clients(inner: Any, rule: Any, m: int, topology: str) -> None:
             lost[c in masks] += c not in chosen
         simulation.round(t)
         history.append(simulation.topology.parameters().clone())
-        g_CD, message = calls[t]
+        g_CD, message, _ = calls[t]
         mean, omega = np.zeros(D), task.sizes[chosen] / task.sizes[chosen].sum()
         new = [c for c in chosen if c not in masks]
         for row, c in enumerate(chosen):

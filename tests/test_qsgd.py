@@ -60,7 +60,7 @@ def test_against_a_transcription(bits: int, bucket: int | None, norm: str, topol
     seen: set[int] = set()
     for t in range(20):
         simulation.round(t)
-        (g_CD, message), mean = calls[t], np.zeros(650)
+        (g_CD, message, _), mean = calls[t], np.zeros(650)
         for k in range(5):
             assert_close(g_CD[k].numpy(), task.accumulated(theta, k, 2, 0.1))
             u = random.uniform(random.key(7, t, k, "rounding"), 650).numpy()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -17,7 +15,7 @@ from fedmpi.method import Context, Round
 from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec
 
-from .codecs import codec, context
+from .codecs import codec, context, sent
 from .conftest import SMALL
 from .softmax import assert_close, parameters, simulate
 
@@ -28,32 +26,23 @@ def test_twenty_rounds(beta: float, vote: str, feedback: bool) -> None:
     method = {"name": "signsgd", "momentum": beta, "vote": vote, "feedback": feedback}
     values = {**SMALL, "clients": 5, "cohort": None, "method": method, "server": {"lr": 0.01}}
     simulation = Simulation(config.parse(values), solo())
-    inputs: list[np.ndarray] = []
-    signs: list[np.ndarray] = []
-    compress = simulation.method.up.compress
-
-    def spy(g_CD: torch.Tensor, state: Any, ctx: Context) -> Any:
-        message, after = compress(g_CD, state, ctx)
-        inputs.append(g_CD.double().numpy())
-        bits = np.unpackbits(message.arrays["signs"].numpy(), axis=1, bitorder="little")[:, :650]
-        signs.append(2.0 * bits - 1)
-        return message, after
-
-    simulation.method.up.compress = spy  # type: ignore[method-assign]
+    calls = sent(simulation)
     theta = simulation.topology.parameters().double().numpy()
     m, e = np.zeros((5, 650)), np.zeros((5, 650))
     omega = (simulation.partition.sizes / simulation.partition.sizes.sum()).double().numpy()
     for t in range(20):
         simulation.round(t)
-        p = inputs[t] + e
+        bits = np.unpackbits(calls[t].message.arrays["signs"].numpy(), axis=1, bitorder="little")
+        signs = 2.0 * bits[:, :650] - 1
+        p = calls[t].g_CD.double().numpy() + e
         m = beta * m + (1 - beta) * p if beta else p
         # Zeros are coins, and float32 may round to the other side of one: those signs are taken as sent.
-        sent = np.where(np.abs(m) > 1e-8, np.sign(m), signs[t])
-        assert np.array_equal(sent, signs[t])
+        chosen = np.where(np.abs(m) > 1e-8, np.sign(m), signs)
+        assert np.array_equal(chosen, signs)
         if vote == "majority":  # five voters: no ties
-            theta = theta - 0.01 * np.sign(sent.sum(0))
+            theta = theta - 0.01 * np.sign(chosen.sum(0))
         else:
-            v = np.abs(m).mean(1, keepdims=True) * sent
+            v = np.abs(m).mean(1, keepdims=True) * chosen
             theta = theta - 0.01 * omega @ v
             e = p - v if feedback else e
         assert np.allclose(simulation.topology.parameters().double().numpy(), theta, rtol=1e-4, atol=1e-5)
