@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -17,7 +16,6 @@ from pydantic import (
     SerializeAsAny,
     StrictFloat,
     StrictInt,
-    ValidationError,
     model_validator,
 )
 
@@ -29,7 +27,7 @@ from fedmpi.tasks.data import DATA
 from fedmpi.tasks.models import MODELS
 from fedmpi.tasks.objectives import OBJECTIVES
 from fedmpi.tasks.partitions import PARTITIONS
-from fedmpi.validation import choose, describe
+from fedmpi.validation import checked, choose, mapping, read_yaml, yaml_value
 
 
 class Choice(BaseModel):
@@ -48,10 +46,7 @@ def _chooser(where: str, table: Any, imports: bool = False) -> BeforeValidator:
         if imports and isinstance(value, dict) and own.is_path(str(value.get("name"))):
             return Choice(name=value["name"], options={k: v for k, v in value.items() if k != "name"})
         name = choose(where, value, table)
-        try:
-            options = table[name].options.model_validate({k: v for k, v in value.items() if k != "name"})
-        except ValidationError as error:
-            raise ConfigError(describe(error, table[name].options, where)) from None
+        options = checked(table[name].options, {k: v for k, v in value.items() if k != "name"}, where)
         return Choice(name=name, options=options.model_dump())
 
     return BeforeValidator(parse)
@@ -259,7 +254,9 @@ class Config(_Section):
     @model_validator(mode="after")
     def _cohort(self) -> Config:
         if isinstance(self.cohort, float) and not 0 < self.cohort <= 1:
-            raise ValueError(f"cohort: a fraction lies in (0, 1], got {self.cohort}")
+            raise ValueError(
+                f"cohort: expected a number of clients or a fraction in (0, 1], got {self.cohort}"
+            )
         if isinstance(self.cohort, int) and not 1 <= self.cohort <= self.clients:
             raise ValueError(f"cohort: expected 1 to clients = {self.clients}, got {self.cohort}")
         if self.time and (self.time.first or 0) > self.cohort_size:
@@ -320,12 +317,7 @@ def parse(values: Any) -> Config:
     Raises:
       ConfigError: with a line for each key that is unknown, missing, of the wrong type or out of range.
     """
-    if not isinstance(values, dict):
-        raise ConfigError(f"config: expected a mapping of keys, got {type(values).__name__}")
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(describe(error, Config)) from None
+    return checked(Config, mapping(values, "config"))
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -340,17 +332,12 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def _read(path: Path, depth: int = 0) -> Any:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise ConfigError(
             f"config: cannot read {path}: no such file, seen from {Path.cwd()}; fedmpi init writes "
             f"configs/quickstart.yaml and more"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: cannot read {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config: {path} is not YAML: {error}") from None
+        )
+    values = read_yaml(path, "config")
     if not isinstance(values, dict) or "base" not in values:
         return values
     if depth == 8:
@@ -370,12 +357,7 @@ def _override(values: Any, override: str) -> None:
     keys = path.split(".")
     if not equals or not all(keys):
         raise ConfigError(f"override: expected key.path=value, got {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(
-            f"override: expected a YAML value after =, got {override!r}; put {{…}} and […] into quotes"
-        ) from None
+    value = yaml_value(text, f"override {path}=")
     for depth, key in enumerate(keys[:-1]):
         inner = values.get(key) if isinstance(values, dict) else None
         if inner is None:

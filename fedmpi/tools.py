@@ -151,12 +151,11 @@ def _advise_arguments(commands: _Commands) -> None:
 
 
 def _advise(arguments: argparse.Namespace) -> int:
-    import yaml
-
     from fedmpi.comm import connect
     from fedmpi.integrations import advise
     from fedmpi.spec import Spec
     from fedmpi.tasks.models import build
+    from fedmpi.validation import yaml_value
 
     comm = connect(arguments.comm)
     shapes = advise.shapes_of(arguments.params or 11_000_000)
@@ -165,7 +164,7 @@ def _advise(arguments: argparse.Namespace) -> int:
         shapes = dict(zip(spec.names, spec.shapes, strict=True))
     candidates = advise.CANDIDATES
     if arguments.method:
-        candidates = tuple(advise.check([yaml.safe_load(method) for method in arguments.method]))
+        candidates = tuple(advise.check([yaml_value(method, "--method") for method in arguments.method]))
 
     def say(line: str) -> None:
         if comm.rank == 0:

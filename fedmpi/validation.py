@@ -4,11 +4,67 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from fedmpi.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_yaml(path: Path, argument: str) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+      ConfigError: it cannot be read, or is not YAML; names the command line's ``argument``.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{argument}: cannot read {path}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{argument}: {path} is not YAML: {error}") from None
+
+
+def yaml_value(text: str, argument: str) -> Any:
+    """The value of YAML on the command line.
+
+    Raises:
+      ConfigError: it is not YAML; names the command line's ``argument``.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"{argument}: expected YAML, got {text!r}; put what has {{…}} or […] into quotes"
+        ) from None
+
+
+def mapping(value: object, where: str) -> dict[str, Any]:
+    """``value``, if it has keys.
+
+    Raises:
+      ConfigError: it has none.
+    """
+    if isinstance(value, dict):
+        return value
+    got = "nothing" if value is None else type(value).__name__
+    raise ConfigError(f"{where}: expected a mapping of keys, got {got}")
+
+
+def checked(model: type[Model], value: object, where: str = "") -> Model:
+    """``value`` as a ``model``.
+
+    Raises:
+      ConfigError: all that is wrong with it, a line each, its keys below ``where``.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError(describe(error, model, where)) from None
 
 
 def suggest(got: object, valid: Iterable[str]) -> str:

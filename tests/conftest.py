@@ -1,16 +1,21 @@
-"""Shared by all tests: real MPI launches, small runs, options."""
+"""Shared by all tests: real launches, small runs and their folders, options."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+
+pytest.register_assert_rewrite("tests.codecs", "tests.softmax")
 
 JOBS = Path(__file__).parent / "jobs"
 
@@ -47,6 +52,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if rows:
         terminalreporter.section("a rank fails: what must happen, and what did")
         terminalreporter.write_line("\n".join(rows))
+
+
+def write_config(folder: Path, values: dict[str, Any]) -> str:
+    """The path of a file with this configuration."""
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """A run's lines, one a round."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def model_hash(run: Path) -> str:
+    return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +120,22 @@ def find_mpi(name: str) -> Mpi:
     if not (mpi.prefix / "bin" / "mpiexec").exists():
         pytest.skip(f"no mpiexec in {mpi.prefix}; ./launch/test.sh installs one")
     return mpi
+
+
+def torchrun(
+    ranks: int, *arguments: str, env: dict[str, str] | None = None, within: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """``torchrun arguments`` with so many ranks on this machine; ``within``: the words of a command that starts it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [*within, *command, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"} if env is None else env,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def run_jobs(mpi: Mpi, ranks: int, jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,6 +23,8 @@ from fedmpi.methods import METHODS
 from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec
 from fedmpi.tasks import data
+
+from .conftest import write_config
 
 DIGITS = data.load("digits")
 CENTRAL: dict[str, Any] = {
@@ -145,14 +146,8 @@ def test_schedules_change_both_rates() -> None:
     assert local == server == pytest.approx([0.05, 0.04, 0.03, 0.02, 0.01])
 
 
-def write_config(folder: Path, **values: Any) -> str:
-    path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return str(path)
-
-
 def test_subspace_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_config(tmp_path, **CENTRAL)
+    path = write_config(tmp_path, CENTRAL)
     out, results = tmp_path / "out", tmp_path / "r" / "s.json"
     command = ["analyze", "subspace", path, "--out", str(out), "--results", str(results), "--quiet"]
     assert main([*command, "--memmap", "rounds=6"]) == 0
@@ -217,7 +212,7 @@ def test_positions_of_a_run_are_those_of_its_gradients() -> None:
 
 def test_positions_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     method = {"name": "topk", "k": 9}
-    path = write_config(tmp_path, **{**CENTRAL, "clients": 3, "method": method})
+    path = write_config(tmp_path, {**CENTRAL, "clients": 3, "method": method})
     out, results = tmp_path / "out", tmp_path / "s.json"
     command = ["analyze", "positions", path, "--out", str(out), "--quiet"]
     assert main([*command, "--results", str(results), "--m", "60", "--r", "20", "--epochs", "1,4,9"]) == 0
@@ -330,7 +325,7 @@ def test_the_defence_clips_and_adds_noise() -> None:
 def test_what_cannot_be_done_is_said_before_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_config(tmp_path, **{**CENTRAL, "method": {"name": "topk"}})
+    path = write_config(tmp_path, {**CENTRAL, "method": {"name": "topk"}})
     (tmp_path / "file").write_text("")
     for analysis in ("subspace", "positions", "inversion"):
         assert main(["analyze", analysis, path, "--out", str(tmp_path / "file"), "rounds=1000000"]) == 2
@@ -341,7 +336,7 @@ def test_what_cannot_be_done_is_said_before_the_work(
         "--noise=0.1": "--noise: expected at least 0, and with it a --clip above 0, got 0.1 and None",
         "--clip=0": "got 0 and 0.0",
         "--methods=dense; tokp": "METHOD.name: unknown 'tokp'; did you mean 'topk'?",
-        "--methods={name": "--methods: expected names or {name: …} with semicolons between",
+        "--methods={name": "--methods: expected YAML, got",
     }.items():
         assert main([*inversion, wrong]) == 2
         assert message in capsys.readouterr().err
@@ -349,7 +344,7 @@ def test_what_cannot_be_done_is_said_before_the_work(
 
 def test_inversion_command(tmp_path: Path) -> None:
     """A full gradient gives the image away; one that is clipped and noised does so less."""
-    path = write_config(tmp_path, **{**CENTRAL, "model": {"name": "fcn", "hidden": 20}})
+    path = write_config(tmp_path, {**CENTRAL, "model": {"name": "fcn", "hidden": 20}})
     out = tmp_path / "out"
     command = ["analyze", "inversion", path, "--out", str(out), "--quiet", "--images", "1"]
     chosen = ["--methods", "dense; {name: signsgd}", "--clip", "1", "--noise", "0.1"]

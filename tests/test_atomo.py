@@ -19,17 +19,12 @@ from fedmpi.methods.atomo import decompose, probabilities
 from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec
 
-from .codecs import context, sent
+from .codecs import LAYERS, context, sent
 from .conftest import SMALL
-from .test_numerics import Array, Softmax, assert_close, parameters, simulate
-
-# A convolution as 4 × 18, a wide and a tall matrix; too small for factors: (2, 3); biases.
-SPEC = Spec(
-    ("conv", "bias", "wide", "small", "tall"), ((4, 2, 3, 3), (4,), (11, 20), (2, 3), (25, 7))
-)  # 72 + 4 + 220 + 6 + 175 = 477 parameters, 10 of them dense
+from .softmax import Array, Softmax, assert_close, parameters, simulate
 
 
-def codec(spec: Spec = SPEC, **options: Any) -> Compressor:
+def codec(spec: Spec = LAYERS, **options: Any) -> Compressor:
     return methods.build({"name": "atomo", **options}, spec, Setup()).up
 
 
@@ -83,7 +78,7 @@ def test_against_a_transcription(sampling: str, rank: int, topology: str) -> Non
     numbers = total = 0
     for t in range(25):
         line, mean = simulation.round(t), np.zeros(650)
-        ((_, message),) = calls[t:]
+        ((_, message, _),) = calls[t:]
         counts, rows = message.arrays["counts"].int()[:, 0].tolist(), message.arrays["out.weight.atoms"]
         for k, arrived in enumerate(rows.double().split(counts)):
             g = task.accumulated(theta, k, 2, 0.2)
@@ -123,7 +118,7 @@ def test_convolutions_are_matrices(sampling: str) -> None:
     }
     for t in range(4):
         simulation.round(t)
-        ((g_CD, message),) = calls[t:]
+        ((g_CD, message, _),) = calls[t:]
         mean = np.zeros(len(theta))
         for k in range(5):
             parts = []
@@ -139,7 +134,7 @@ def test_convolutions_are_matrices(sampling: str) -> None:
     assert set(message.lengths) == {f"{name}.atoms" for name in factored}
 
 
-def flat(seed: int, spec: Spec = SPEC) -> Tensor:
+def flat(seed: int, spec: Spec = LAYERS) -> Tensor:
     return torch.randn(spec.size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -149,19 +144,19 @@ def test_unbiased_with_the_least_variance() -> None:
     Σp = s."""
     n, rank = 20_000, 3
     up, g_D = codec(rank=rank), flat(0)
-    expected = {name: view.flatten(1) for name, view in SPEC.views(g_D.double()[None]).items()}
+    expected = {name: view.flatten(1) for name, view in LAYERS.views(g_D.double()[None]).items()}
     total = dict.fromkeys(expected, 0.0)
     square, counts = dict.fromkeys(expected, 0.0), torch.zeros(3, dtype=torch.float64)
     for t in range(10):
         ctx = context(n // 10, t)
         message, _ = up.compress(g_D.expand(n // 10, -1), {}, ctx)
         counts += message.arrays["counts"].double().sum(0) / n
-        for name, view in SPEC.views(up.decompress(message, {}, ctx)[0].double()).items():
+        for name, view in LAYERS.views(up.decompress(message, {}, ctx)[0].double()).items():
             total[name] += view.flatten(1).sum(0).numpy() / n
             square[name] += float(((view.flatten(1) - expected[name]) ** 2).sum()) / n
     assert square["bias"] == square["small"] == 0
     for index, name in enumerate(("conv", "wide", "tall")):
-        shape = (SPEC.shapes[SPEC.names.index(name)][0], -1)
+        shape = (LAYERS.shapes[LAYERS.names.index(name)][0], -1)
         matrix, mean = expected[name].numpy().reshape(shape), total[name].reshape(shape)
         u, sigma, v = np.linalg.svd(matrix, full_matrices=False)
         p = atomo_probabilities(sigma, rank)
@@ -240,7 +235,7 @@ def test_decoding_is_exact_arithmetic() -> None:
         total = np.zeros((11, 20), np.float32)
         for row in atoms.numpy():
             total += np.outer(row[:11], row[11:])
-        assert np.array_equal(SPEC.views(v_CD)["wide"][k], total)
+        assert np.array_equal(LAYERS.views(v_CD)["wide"][k], total)
 
 
 def test_a_budget_beyond_the_rank_is_dense() -> None:

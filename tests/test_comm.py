@@ -17,7 +17,7 @@ from fedmpi.comm.rendezvous import slurm_host
 from fedmpi.comm.torch import TorchComm, _choose
 from fedmpi.errors import CommError
 
-from .conftest import JOBS, Mpi
+from .conftest import JOBS, Mpi, torchrun
 from .jobs.collectives import check
 
 COLLECTIVES = str(JOBS / "collectives.py")
@@ -28,13 +28,6 @@ GPUS = torch.cuda.device_count()
 
 def ends(name: str, ranks: int) -> list[str]:
     return [f"{name}: {r} of {ranks}, {r} of {ranks} here" for r in range(ranks)]
-
-
-def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run(
-        [*command, *arguments], env=ALONE, capture_output=True, text=True, timeout=200, check=False
-    )
 
 
 def slurm(rank: int, size: int) -> dict[str, str]:
@@ -67,7 +60,7 @@ def test_collectives_of_mpi_and_of_gloo_started_from_it(mpi: Mpi) -> None:
 
 
 def test_collectives_under_torchrun_in_a_group_of_the_jobs_own() -> None:
-    done = torchrun(4, COLLECTIVES, "wrap")
+    done = torchrun(4, COLLECTIVES, "wrap", env=ALONE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines() == ends("gloo", 4)
 
@@ -96,7 +89,7 @@ def test_collectives_from_slurms_variables_and_a_killed_rank_is_named() -> None:
 
 def test_training_under_torchrun_gives_the_same_bytes_as_one_process(tmp_path: Path) -> None:
     arguments = ["train", "configs/quickstart.yaml", "rounds=4", "reproducible=true", "--quiet", "--out"]
-    done = torchrun(2, "-m", "fedmpi", *arguments, str(tmp_path / "two"))
+    done = torchrun(2, "-m", "fedmpi", *arguments, str(tmp_path / "two"), env=ALONE)
     assert done.returncode == 0, done.stderr
     assert main([*arguments, str(tmp_path / "one")]) == 0
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
@@ -205,6 +198,6 @@ def test_collectives_of_gpu_tensors_over_mpi(mpi: Mpi) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(GPUS < 2, reason=f"NCCL needs a GPU a rank, here are {GPUS}")
 def test_collectives_of_nccl() -> None:
-    done = torchrun(2, COLLECTIVES, "nccl")
+    done = torchrun(2, COLLECTIVES, "nccl", env=ALONE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines() == ends("nccl", 2)

@@ -7,44 +7,16 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from .conftest import JOBS, find_mpi
+from .conftest import JOBS, find_mpi, torchrun
 from .jobs import ddp_checks
 
 LAUNCHES = {"torchrun 2": ("", 2), "torchrun 4": ("", 4), "mpirun 2": ("openmpi", 2)}
-
-
-def torchrun(
-    ranks: int, *arguments: str, alone: bool = False, timeout: float = 250
-) -> subprocess.CompletedProcess[str]:
-    """Processes of a job; ``alone``: in a network namespace of its own, whose counters count nobody else's bytes."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(ranks),
-        "--standalone",
-        *arguments,
-    ]
-    if alone:
-        inside = 'ip link set lo up && exec "$@"'
-        command = ["unshare", *NAMESPACE, "sh", "-c", inside, "sh", *command]
-    return subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
 
 
 NAMESPACE = ["--net"] if os.geteuid() == 0 else ["--user", "--map-root-user", "--net"]
@@ -100,7 +72,10 @@ def test_the_hook(launch: str, folders: dict[str, Path]) -> None:
 
 
 def plain(*arguments: str, ranks: int = 2, alone: bool = False) -> dict[str, Any]:
-    done = torchrun(ranks, str(JOBS / "plain_ddp.py"), *arguments, alone=alone)
+    """``alone``: in a network namespace of its own, whose counters count nobody else's bytes."""
+    inside = 'ip link set lo up && exec "$@"'
+    within = ["unshare", *NAMESPACE, "sh", "-c", inside, "sh"] if alone else []
+    done = torchrun(ranks, str(JOBS / "plain_ddp.py"), *arguments, within=within)
     assert done.returncode == 0, done.stdout + done.stderr
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return report

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from fedmpi import config
 from fedmpi.cli import main
@@ -18,7 +17,7 @@ from fedmpi.engine.rounds import Simulation
 from fedmpi.errors import ConfigError, NumericalError
 from fedmpi.tasks.data import Split
 
-from .conftest import SMALL
+from .conftest import SMALL, write_config
 
 
 def wrong(**changes: Any) -> str:
@@ -46,13 +45,14 @@ def test_wrong_types_and_ranges() -> None:
     assert "local.lr: expected greater than 0, got -1" in wrong(local={"lr": -1})
     assert "local: expected steps or epochs, not both" in wrong(local={"lr": 0.1, "steps": 1, "epochs": 1})
     assert "cohort: expected 1 to clients = 6, got 7" in wrong(cohort=7)
-    assert "cohort: a fraction lies in (0, 1], got 1.5" in wrong(cohort=1.5)
+    assert "cohort: expected a number of clients or a fraction in (0, 1], got 1.5" in wrong(cohort=1.5)
     assert "method: expected a name or {name: …}, got 3" in wrong(method=3)
     assert "method.ratio: expected less than or equal to 1, got 2" in wrong(
         method={"name": "topk", "ratio": 2}
     )
     assert "clients: required, not given" in _message({k: v for k, v in SMALL.items() if k != "clients"})
     assert "config: expected a mapping of keys, got list" in _message([])
+    assert "config: expected a mapping of keys, got nothing" in _message(None)
 
 
 def _message(values: Any) -> str:
@@ -62,9 +62,8 @@ def _message(values: Any) -> str:
 
 
 def train(capsys: pytest.CaptureFixture[str], tmp_path: Path, *more: str, **changes: Any) -> tuple[int, str]:
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, **changes}))
-    code = main(["train", str(path), "--quiet", "--out", str(tmp_path / "out"), *more])
+    path = write_config(tmp_path, {**SMALL, **changes})
+    code = main(["train", path, "--quiet", "--out", str(tmp_path / "out"), *more])
     return code, capsys.readouterr().err
 
 
@@ -84,7 +83,7 @@ def train(capsys: pytest.CaptureFixture[str], tmp_path: Path, *more: str, **chan
         ("partition={name: labels, labels_per_client: 11}", "labels_per_client"),
         ("data={name: fashion-mnist, folder: /nowhere}", "fedmpi data fetch fashion-mnist"),
         ("rounds", "override: expected key.path=value, got 'rounds'"),
-        ("rounds=[", "override: expected a YAML value after =, got 'rounds=['"),
+        ("rounds=[", "override rounds=: expected YAML, got '['; put what has"),
         ("rounds.x=1", "override: expected rounds to have keys inside, got "),
     ],
 )
@@ -112,6 +111,16 @@ def test_a_missing_and_a_broken_config(capsys: pytest.CaptureFixture[str], tmp_p
     (tmp_path / "bad.yaml").write_text("a: [1,")
     assert main(["train", str(tmp_path / "bad.yaml")]) == 2
     assert "is not YAML" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "argument"), [("methods --params 9", "METHOD"), ("advise --params 9 --method", "--method")]
+)
+def test_yaml_that_breaks_off_on_the_command_line(
+    command: str, argument: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command.split(), "{name: topk"]) == 2
+    assert f"{argument}: expected YAML, got '{{name: topk'; put what has" in capsys.readouterr().err
 
 
 def test_an_error_on_threads_is_said_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -142,7 +151,7 @@ def test_a_diverging_run_says_what_to_do(capsys: pytest.CaptureFixture[str], tmp
 
 
 def test_reproducible_sums_refuse_to_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bound itself is tested in tests/test_numerics.py; here it is lowered until this run meets it."""
+    """The bound itself is tested in tests/test_sums.py; here it is lowered until this run meets it."""
     monkeypatch.setattr("fedmpi.engine.sums.LARGEST", 0.01)
     simulation = Simulation(config.parse({**SMALL, "reproducible": True}), solo())
     with pytest.raises(NumericalError, match=r"reproducible: expected weighted values up to 0\.0025, got"):
@@ -150,9 +159,8 @@ def test_reproducible_sums_refuse_to_overflow(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_without_an_mpi_library_one_rank_works_and_more_say_what_to_install(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, "rounds": 1}))
-    command = [sys.executable, "-m", "fedmpi", "train", str(path), "--quiet", "--out", str(tmp_path / "out")]
+    path = write_config(tmp_path, {**SMALL, "rounds": 1})
+    command = [sys.executable, "-m", "fedmpi", "train", path, "--quiet", "--out", str(tmp_path / "out")]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMI", "SLURM"))}
     env["MPI4PY_LIBMPI"] = str(tmp_path / "no-such-library.so")  # as on a machine without MPI
     alone = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

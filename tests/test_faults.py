@@ -11,7 +11,6 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +18,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from fedmpi import config
@@ -29,11 +25,10 @@ from fedmpi.comm import solo
 from fedmpi.engine.checkpoint import Checkpoints
 from fedmpi.engine.faults import Faults
 from fedmpi.engine.rounds import Simulation
-from fedmpi.engine.store import ClientStore, MappedStore
 
-from .conftest import JOBS, SMALL, Mpi, find_mpi
-from .test_checkpoint import outcome, small_disk
-from .test_checkpoint import train as train_in_threads
+from .conftest import JOBS, SMALL, Mpi, find_mpi, metrics, write_config
+from .interrupted import outcome, small_disk
+from .interrupted import train as train_in_threads
 
 TOPK = {"name": "topk", "ratio": 0.1, "feedback": True}
 METHODS: dict[str, dict[str, Any]] = {
@@ -70,10 +65,9 @@ def train(mpi: Mpi, ranks: int, strike: str, folder: Path, *options: str, **chan
 def launch(
     command: list[str], env: dict[str, str], strike: str, folder: Path, changes: dict[str, Any]
 ) -> Ended:
-    path, struck = folder / "config.yaml", folder / "struck"
-    path.write_text(yaml.safe_dump({**RUN, **changes}))
+    path, struck = write_config(folder, {**RUN, **changes}), folder / "struck"
     done = subprocess.run(
-        [*command, str(JOBS / "strike.py"), strike, str(path), "--out", str(folder / "run")],
+        [*command, str(JOBS / "strike.py"), strike, path, "--out", str(folder / "run")],
         env={**env, "STRUCK": str(struck)},
         capture_output=True,
         text=True,
@@ -88,7 +82,7 @@ def launch(
 def summary(folder: Path) -> dict[str, Any]:
     """Of a run that is finished, and whose lines of metrics are whole."""
     found: dict[str, Any] = json.loads((folder / "run" / "summary.json").read_text())
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(folder / "run")
     assert [line["round"] for line in lines] == list(range(found["rounds"]))
     for total, part in (("upload_bytes",) * 2, ("download_bytes",) * 2, ("messages", "clients")):
         assert sum(line[part] for line in lines) == found[total]
@@ -104,7 +98,7 @@ def check_resumes(folder: Path, **changes: Any) -> None:
 
 
 def says_how_to_go_on(ended: Ended, folder: Path) -> bool:
-    return f"fedmpi train {folder / 'config.yaml'} --resume {folder / 'run'}\n" in ended.said
+    return f"fedmpi train {folder / 'small.yaml'} --resume {folder / 'run'}\n" in ended.said
 
 
 def reference(values: dict[str, Any], rank: int, ranks: int, t: int, saved: int) -> Simulation:
@@ -200,38 +194,6 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
                 assert all(torch.equal(got[name], state[name][clients]) for name in state)
     assert found.seen[orphans].tolist() == [0] * 4
     assert not simulation.clients.known[torch.isin(simulation.clients.known, orphans)].numel()
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    mapped=st.booleans(),
-    steps=st.lists(st.one_of(st.none(), st.lists(st.integers(0, 5), unique=True)), max_size=20),
-    data=st.data(),
-)
-def test_a_store_goes_back_by_two_marks(
-    mapped: bool, steps: list[list[int] | None], data: st.DataObject
-) -> None:
-    """``steps``: None marks, a list puts new states of those clients."""
-
-    def init() -> dict[str, torch.Tensor]:
-        return {"a": torch.zeros(2)}
-
-    store = MappedStore(init, 6, Path(tempfile.gettempdir())) if mapped else ClientStore(init)
-    held: list[dict[int, float]] = [{}]
-    now: dict[int, float] = {}
-    store.mark()
-    for n, step in enumerate(steps, 1):
-        if step is None:
-            store.mark()
-            held.append(dict(now))
-        elif step:
-            store.put(torch.tensor(step), {"a": torch.full((len(step), 2), float(n))})
-            now |= dict.fromkeys(step, float(n))
-    marks = data.draw(st.integers(0, min(2, len(held))))
-    store.rewind(marks)
-    expected = held[-marks] if marks else now
-    assert store.known.tolist() == sorted(expected)
-    assert store.get(torch.arange(6))["a"][:, 0].tolist() == [expected.get(c, 0.0) for c in range(6)]
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
 
 from .conftest import SMALL
-from .test_numerics import Array, Softmax, assert_close, parameters, simulate
+from .softmax import Array, Softmax, assert_close, parameters, simulate
 
 SPEC = Spec(("w",), ((650,),))
 

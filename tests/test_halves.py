@@ -14,7 +14,7 @@ from fedmpi.message import Message
 
 from .codecs import codec, context, sent
 from .conftest import SMALL
-from .test_numerics import Array, Softmax, assert_close, parameters, simulate
+from .softmax import Array, Softmax, assert_close, parameters, simulate
 
 BF16_LARGEST = 0x7F7F << 16
 
@@ -56,7 +56,7 @@ def test_against_a_transcription(name: str, feedback: bool, topology: str) -> No
     residual = np.zeros((5, 650), np.float32)
     for t in range(20):
         simulation.round(t)
-        g_CD, message = calls[t]
+        g_CD, message, _ = calls[t]
         for k in range(5):
             assert_close(g_CD[k].numpy(), task.accumulated(theta, k, 2, 0.2))
         p = g_CD.numpy() + residual * feedback

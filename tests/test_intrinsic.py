@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,12 @@ from fedmpi.errors import ConfigError
 from fedmpi.method import Context, Round
 from fedmpi.methods.base import Setup
 from fedmpi.methods.intrinsic import Coordinates, Subspaces
-from fedmpi.ops.subspace import MATRICES
+from fedmpi.ops.subspace import MATRICES, Dense, Fastfood
 from fedmpi.spec import Spec
 
+from .codecs import sent
 from .conftest import SMALL
+from .softmax import Array, Softmax, assert_close, parameters, simulate
 
 D = 650  # softmax regression on digits
 SCHEDULES = ("static", "time_varying", "k_varying")
@@ -50,14 +53,7 @@ def test_against_the_algorithm_with_explicit_matrices(schedule: str, matrix: str
     )
     simulation = Simulation(run, solo())
     theta = simulation.topology.parameters().double()
-    sums: list[Any] = []
-    compress = simulation.method.up.compress
-
-    def spy(g_CD: torch.Tensor, state: Any, ctx: Context) -> Any:
-        sums.append((ctx, g_CD.double()))
-        return compress(g_CD, state, ctx)
-
-    simulation.method.up.compress = spy  # type: ignore[method-assign]
+    calls = sent(simulation)
     count = extra.get("subspaces", 1)
 
     def explicit(epoch: int, k: int) -> torch.Tensor:
@@ -66,20 +62,50 @@ def test_against_the_algorithm_with_explicit_matrices(schedule: str, matrix: str
 
     samples = simulation.partition.sizes.double()
     for t in range(20):
-        sums.clear()
+        calls.clear()
         simulation.round(t)
         clients = cohort(run, simulation.partition, t)
         weights = dict(
             zip(clients.tolist(), (samples[clients] / samples[clients].sum()).tolist(), strict=True)
         )
-        for ctx, g_CD in sums:
+        for g_CD, _, ctx in calls:
             drawn = (
                 random.integers(ctx.keys("subspace"), 1, count)[:, 0] if count > 1 else torch.zeros(len(g_CD))
             )
-            for client, k, g in zip(ctx.clients_C.tolist(), drawn.long().tolist(), g_CD, strict=True):
+            for client, k, g in zip(
+                ctx.clients_C.tolist(), drawn.long().tolist(), g_CD.double(), strict=True
+            ):
                 a = explicit(t // 3, k)
                 theta = theta - 0.05 * weights[client] * (a @ (a.T @ g))
         assert torch.allclose(simulation.topology.parameters().double(), theta, rtol=1e-4, atol=1e-5)
+
+
+def explicit_matrix(matrix: str, size: int, dim: int, seed: int) -> Array:
+    """A in float64, column by column; tests/test_ops.py compares it with the product of its parts."""
+    made = {"fastfood": Fastfood, "dense": Dense}[matrix]
+    return made(size, dim, random.key(seed, stream="subspace")).lift(torch.eye(dim)).T.double().numpy()
+
+
+@pytest.mark.parametrize("matrix", ["fastfood", "dense"])
+@pytest.mark.parametrize("scale", ["unbiased", "isometry"])
+def test_intrinsic_static_is_algorithm_1(matrix, scale):
+    """θ = θ₀ + AΣ, Σ ← Σ − η Σ_k ω_k Aᵀ g_k, for 20 rounds."""
+    dim, server_lr = 24, 0.3
+    simulation = simulate(
+        method={"name": "intrinsic", "dim": dim, "matrix": matrix, "scale": scale}, server={"lr": server_lr}
+    )
+    task = Softmax(simulation)
+    A = explicit_matrix(matrix, 650, dim, simulation.config.seed)
+    A = A * math.sqrt(dim / 650) if scale == "isometry" else A
+    omega, sigma = task.sizes / task.sizes.sum(), np.zeros(dim)
+    for t in range(20):
+        theta = task.theta + A @ sigma
+        sketches = [A.T @ task.accumulated(theta, k, 2, 0.2) for k in range(5)]
+        sigma = sigma - server_lr * sum(w * s for w, s in zip(omega, sketches, strict=True))
+        simulation.round(t)
+        assert_close(simulation.topology.state["sigma"].double().numpy(), sigma)
+        assert_close(parameters(simulation), task.theta + A @ sigma)
+    assert simulation.upload_bytes == simulation.download_bytes == 20 * 5 * 4 * dim
 
 
 @pytest.mark.parametrize(

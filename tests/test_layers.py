@@ -43,7 +43,7 @@ LAYERS = {
     | {"analysis", "comm", "config", "engine", "integrations"}
     | {"message", "method", "methods", "ops", "spec", "tasks"},
     "doctor": {"comm", "errors"},
-    "tools": {"analysis", "comm", "config", "doctor", "integrations", "spec", "tasks"},
+    "tools": {"analysis", "comm", "config", "doctor", "integrations", "spec", "tasks", "validation"},
     "cli": {"analysis", "bench", "comm", "config", "engine", "errors", "project", "tools"},
     "__main__": {"cli"},
     "__init__": {"integrations"},  # on demand

@@ -1,10 +1,10 @@
-"""Look-back: its options, its stores, and both ends over every inner method.
-
-Algorithms 1 and 3 against a numpy transcription are in tests/test_numerics.py.
-"""
+"""Look-back: Algorithms 1 and 3 against a numpy transcription, its options, its stores, and both ends over every inner
+method."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,18 +22,15 @@ from fedmpi.methods import METHODS
 from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec
 
+from .codecs import codec, context
 from .conftest import SMALL
+from .softmax import Array, Softmax, assert_close, drawn, parameters, simulate
 
 SPEC = Spec(("w", "b"), ((6, 10), (6,)))
 
 
 def compressor(**options: Any) -> Compressor:
     return methods.build({"name": "lookback", **options}, SPEC, Setup(seed=1)).up
-
-
-def context(clients: int, t: int = 0, steps: int = 1) -> Context:
-    ids = torch.arange(clients)
-    return Context(Round(1, t, 0.1), ids, torch.full_like(ids, steps))
 
 
 def turning(t: int, clients: int = 4) -> torch.Tensor:
@@ -228,3 +225,127 @@ def test_a_message_whose_counts_do_not_fit_its_tags_is_refused() -> None:
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Simulation(config.parse({**SMALL, "method": {"name": "lookback", **options}}), solo())
+
+
+class Lbgm:
+    """Azam et al., Algorithm 1; with a sampled cohort its lines 15 to 17 become those of Algorithm 3."""
+
+    def __init__(self, task: Softmax, delta: float, steps: int, eta: float) -> None:
+        self.task, self.delta, self.steps, self.eta = task, delta, steps, eta
+        self.theta = task.theta
+        self.lbg_worker: dict[int, Array] = {}
+        self.lbg_server: dict[int, Array] = {}
+        self.closest = math.inf  # to the threshold
+
+    def round(self, chosen: list[int]) -> list[bool]:
+        """One global aggregation; returns s_k, True for a scalar, of each chosen worker."""
+        messages: list[tuple[bool, Any]] = []
+        for k in chosen:
+            g = self.task.accumulated(self.theta, k, self.steps, self.eta)
+            scalar = False
+            if k in self.lbg_worker:
+                lbg = self.lbg_worker[k]
+                cosine = (g @ lbg) / (np.sqrt(g @ g) * np.sqrt(lbg @ lbg))
+                sin2 = 1 - cosine**2
+                self.closest = min(self.closest, abs(sin2 - self.delta))
+                scalar = bool(sin2 <= self.delta)
+            if scalar:
+                messages.append((True, (g @ lbg) / (lbg @ lbg)))
+            else:
+                messages.append((False, g))
+                self.lbg_worker[k] = g
+        omega = self.task.sizes[chosen] / self.task.sizes[chosen].sum()
+        update = np.zeros_like(self.theta)
+        for k, weight, (scalar, mu) in zip(chosen, omega, messages, strict=True):
+            if not scalar:
+                self.lbg_server[k] = mu
+            update += weight * (mu * self.lbg_server[k] if scalar else mu)
+        self.theta = self.theta - self.eta * update
+        return [scalar for scalar, _ in messages]
+
+
+@pytest.mark.parametrize("topology", ["allreduce", "aggregator"])
+@pytest.mark.parametrize(
+    ("clients", "sampled", "steps", "delta"), [(5, None, 1, 0.013), (5, None, 2, 0.1), (8, 3, 2, 0.1)]
+)
+def test_lbgm_is_algorithm_1_and_3(clients, sampled, steps, delta, topology):
+    method = {"name": "lookback", "threshold": delta}
+    simulation = simulate(
+        clients=clients,
+        cohort=sampled,
+        local={"lr": 0.2, "steps": steps},
+        method=method,
+        topology=topology,
+    )
+    reference = Lbgm(Softmax(simulation), delta, steps, 0.2)
+    scalars = 0
+    for t in range(30):
+        chosen = drawn(simulation, t)
+        before = simulation.clients.get(torch.arange(clients))["lookback"]
+        line = simulation.round(t)
+        after = simulation.clients.get(torch.arange(clients))["lookback"]
+        decisions = reference.round(chosen)
+        kept = [torch.equal(before[k], after[k]) for k in chosen]
+        assert kept == decisions, f"round {t}"
+        assert line["scalars"] == sum(decisions)
+        scalars += sum(decisions)
+        for k, lbg in reference.lbg_worker.items():
+            assert_close(after[k].double().numpy(), lbg)
+        assert_close(parameters(simulation), reference.theta)
+    assert reference.closest > 1e-4, "a decision that rounding could turn: choose another seed"
+    messages = 30 * (sampled or clients)
+    assert 0.2 * messages < scalars < 0.9 * messages, "both kinds of message are needed"
+    assert simulation.upload_bytes == messages * 1 + scalars * 4 + (messages - scalars) * 4 * 650
+
+
+def test_lbgm_with_threshold_0_is_fedavg():
+    """Every message is sent in full, and the bits are those of dense."""
+    lookback, dense = simulate(method={"name": "lookback", "threshold": 0.0}), simulate()
+    for t in range(5):
+        assert lookback.round(t)["scalars"] == 0
+        dense.round(t)
+    assert torch.equal(lookback.topology.parameters(), dense.topology.parameters())
+
+
+def test_lbgm_sends_zero_gradients_in_full_and_negative_coefficients():
+    method = methods.build({"name": "lookback", "threshold": 0.5}, Spec(("w",), ((4,),)), Setup())
+    ctx, peer = context(3), {"lookback": torch.zeros(3, 4)}
+    first = torch.tensor([[1.0, 2, 3, 4], [0, 0, 0, 0], [1, 1, 1, 1]])
+    second = torch.tensor([[-2.0, -4, -6, -8], [1, 0, 0, 0], [0, 0, 0, 0]])
+    message, state = method.up.compress(first, {"lookback": torch.zeros(3, 4)}, ctx)
+    assert message.arrays["scalar"].tolist() == [0, 0, 0]
+    _, peer = method.up.decompress(message, peer, ctx)
+    message, state = method.up.compress(second, state, context(3, 1))
+    assert message.arrays["scalar"].tolist() == [1, 0, 0]
+    assert message.arrays["rho"].tolist() == [-2]
+    decoded, peer = method.up.decompress(message, peer, context(3, 1))
+    assert torch.equal(decoded, second)
+    assert torch.equal(peer["lookback"], torch.tensor([[1.0, 2, 3, 4], [1, 0, 0, 0], [0, 0, 0, 0]]))
+    assert torch.equal(state["lookback"], peer["lookback"])
+
+
+def test_a_zero_gradient_is_sent_in_full_by_look_back() -> None:
+    """ρ and α have no value where either vector is zero; nothing that is not a number comes of it."""
+    up = codec("lookback", 5, threshold=1.0)
+    zero, g = torch.zeros(1, 5), torch.tensor([[1.0, -2.0, 0.0, 3.0, 0.5]])
+    state, peer = ({n: v[None] for n, v in made.items()} for made in (up.init(), up.init_peer()))
+    scalars: list[int] = []
+    steps: list[Callable[[], torch.Tensor]] = [lambda: g, lambda: zero, lambda: g, lambda: 2 * g]
+    for t, step in enumerate(steps):
+        message, state = up.compress(step(), state, context(1, t))
+        v, peer = up.decompress(message, peer, context(1, t))
+        scalars.append(int(message.arrays["scalar"]))
+        assert torch.equal(v, step())
+        assert torch.equal(state["lookback"], peer["lookback"])
+    assert scalars == [0, 0, 0, 1]
+
+
+def test_a_look_back_coefficient_that_no_float32_holds_is_not_sent() -> None:
+    up = codec("lookback", 3, threshold=1.0)
+    state = {n: v[None] for n, v in up.init().items()}
+    _, state = up.compress(torch.full((1, 3), 1e-20), state, context(1))
+    message, after = up.compress(torch.full((1, 3), 1e20), state, context(1, 1))
+    assert int(message.arrays["scalar"]) == 0
+    v, _ = up.decompress(message, state, context(1, 1))
+    assert torch.equal(v, torch.full((1, 3), 1e20))
+    assert torch.equal(after["lookback"], v)

@@ -215,7 +215,12 @@ class TestLanguage:
         ("name", "shape", "options", "message"),
         [
             ("encoder", (1, 8, 8), {}, r"expected inputs of tokens \(length,\), got \(1, 8, 8\)"),
-            ("encoder", (21,), SMALL_OPTIONS["encoder"], "it has 20 positions, the data have 21 tokens"),
+            (
+                "encoder",
+                (21,),
+                SMALL_OPTIONS["encoder"],
+                "it has 20 positions, .* have 21 tokens a sample; .* set data.length to 20",
+            ),
             (
                 "encoder",
                 (8,),

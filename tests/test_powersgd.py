@@ -19,17 +19,15 @@ from fedmpi.methods.lowrank import column_sums, orthonormal
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
 
-from .codecs import context
+from .codecs import LAYERS, context
 from .conftest import SMALL
-from .test_numerics import Array, Softmax, assert_close, drawn, parameters, simulate
+from .softmax import Array, Softmax, assert_close, drawn, parameters, simulate
 
-# A convolution as 4 × 18, a wide and a tall matrix; too small for factors: (2, 3); biases.
-SPEC = Spec(("conv", "bias", "wide", "small", "tall"), ((4, 2, 3, 3), (4,), (11, 20), (2, 3), (25, 7)))
 MATRICES = {"conv": (4, 18), "wide": (11, 20), "tall": (25, 7)}
 D, P, Q, DENSE = 477, 4 + 11 + 25, 18 + 20 + 7, 10  # P and Q: numbers of rank 1
 
 
-def build(seed: int = 1, spec: Spec = SPEC, optimizer: str = "sgd", **options: Any) -> Method:
+def build(seed: int = 1, spec: Spec = LAYERS, optimizer: str = "sgd", **options: Any) -> Method:
     return methods.build({"name": "powersgd", **options}, spec, Setup(seed, optimizer=Optimizer(optimizer)))
 
 
@@ -229,7 +227,7 @@ def test_a_mean_of_low_rank_arrives_exactly() -> None:
     for name, (rows, columns) in MATRICES.items():
         a = torch.randn(rows, 2, generator=generator)
         b = torch.randn(4, 2, columns, generator=generator)
-        SPEC.views(g_CD)[name].copy_((a @ b).view(4, *SPEC.shapes[SPEC.names.index(name)]))
+        LAYERS.views(g_CD)[name].copy_((a @ b).view(4, *LAYERS.shapes[LAYERS.names.index(name)]))
     state = play(method, 0, method.server.init(theta), ClientStore(method.up.init), g_CD)
     assert torch.allclose(state["theta"], -0.1 * g_CD.mean(0), atol=1e-6)
 
@@ -243,8 +241,8 @@ def test_a_rank_that_was_missing_comes_back() -> None:
     for name, (rows, columns) in MATRICES.items():
         a = torch.randn(2, rows, 1, generator=generator)
         b = torch.randn(2, 1, columns, generator=generator)
-        SPEC.views(one)[name].copy_((a @ b)[0].view(1, *SPEC.shapes[SPEC.names.index(name)]))
-        SPEC.views(two)[name].copy_((a @ b).sum(0).view(1, *SPEC.shapes[SPEC.names.index(name)]))
+        LAYERS.views(one)[name].copy_((a @ b)[0].view(1, *LAYERS.shapes[LAYERS.names.index(name)]))
+        LAYERS.views(two)[name].copy_((a @ b).sum(0).view(1, *LAYERS.shapes[LAYERS.names.index(name)]))
     start = server.init(torch.zeros(D))
     state = play(method, 0, start, senders, one)
     assert torch.allclose(state["theta"], -0.1 * one[0], atol=1e-6)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from fedmpi import config
 from fedmpi.cli import main
@@ -22,7 +21,7 @@ from fedmpi.engine.profile import PHASES, _Clock, phase, profiling, table
 from fedmpi.engine.rounds import Simulation
 from fedmpi.errors import ConfigError
 
-from .conftest import SMALL, Mpi
+from .conftest import SMALL, Mpi, metrics, write_config
 
 TOPK = {"name": "topk", "ratio": 0.1, "feedback": True}
 # In parts of a batch: clients one after the other, without the seconds of tracing that training at once begins with.
@@ -31,9 +30,7 @@ LONG = {**SMALL, "rounds": 9, "evaluate_every": 1, "local": PARTS}
 
 
 def written(folder: Path, **changes: Any) -> str:
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump({**LONG, **changes}))
-    return str(path)
+    return write_config(folder, {**LONG, **changes})
 
 
 def report(out: Path) -> dict[str, Any]:
@@ -49,8 +46,7 @@ def marks(out: Path) -> Counter[tuple[int, str]]:
 
 def adds_up(out: Path) -> None:
     """The phases of rank 0 are the wall time of the rounds, which the metrics' seconds lie within."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    found = report(out)
+    lines, found = metrics(out), report(out)
     wall = sum(line["seconds"] for line in lines if line["round"] in found["rounds"])
     assert sum(found["seconds"][0].values()) >= wall > 0
     assert sum(found["seconds"][0].values()) - wall < found["seconds"][0]["other"]

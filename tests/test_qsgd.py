@@ -17,7 +17,7 @@ from fedmpi.method import Compressor
 
 from .codecs import codec, context, sent
 from .conftest import SMALL
-from .test_numerics import Array, Softmax, assert_close, parameters, simulate
+from .softmax import Array, Softmax, assert_close, parameters, simulate
 
 
 def decoded(up: Compressor, g_CD: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def test_against_a_transcription(bits: int, bucket: int | None, norm: str, topol
     seen: set[int] = set()
     for t in range(20):
         simulation.round(t)
-        (g_CD, message), mean = calls[t], np.zeros(650)
+        (g_CD, message, _), mean = calls[t], np.zeros(650)
         for k in range(5):
             assert_close(g_CD[k].numpy(), task.accumulated(theta, k, 2, 0.1))
             u = random.uniform(random.key(7, t, k, "rounding"), 650).numpy()

@@ -19,7 +19,7 @@ from fedmpi.spec import Spec
 
 from .codecs import codec, context, sent
 from .conftest import SMALL
-from .test_numerics import Softmax, assert_close, parameters, simulate
+from .softmax import Softmax, assert_close, parameters, simulate
 
 K = 30
 
@@ -51,7 +51,7 @@ def test_against_a_transcription(options: dict[str, Any], factor: float, topolog
         for k in range(5):
             p = task.accumulated(theta, k, 2, 0.2) + residual[k] * bool(options.get("feedback"))
             chosen = random.sample(random.key(7, t, k, "coordinates"), 650, K).numpy()
-            assert_close(calls[t][1].arrays["values"][k].double().numpy(), p[chosen])
+            assert_close(calls[t].message.arrays["values"][k].double().numpy(), p[chosen])
             v = np.zeros(650)
             v[chosen] = factor * p[chosen]
             residual[k] = p - v

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from fedmpi.comm import solo
 
-from .conftest import JOBS, SMALL, Mpi, find_mpi, run_jobs
+from .conftest import JOBS, SMALL, Mpi, find_mpi, model_hash, run_jobs, write_config
 from .jobs.runs import outcome
 from .test_conformance import RUNS, assert_same_run
 
@@ -46,43 +44,34 @@ def test_processes_equal_one_process(
         assert (answer["wire_bytes"] == 0) == (ranks == 1)
 
 
-def write_config(folder: Path, **changes: Any) -> Path:
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, **changes}))
-    return path
-
-
 def test_the_command_line_writes_the_same_model_under_mpi_threads_and_alone(
     openmpi: Mpi, tmp_path: Path
 ) -> None:
-    config = write_config(tmp_path, reproducible=True)
-
-    def digest(name: str) -> str:
-        return hashlib.sha256((tmp_path / name / "model.safetensors").read_bytes()).hexdigest()
+    config = write_config(tmp_path, {**SMALL, "reproducible": True})
 
     def arguments(name: str, *more: str) -> list[str]:
-        return ["-m", "fedmpi", "train", str(config), "--out", str(tmp_path / name), *more]
+        return ["-m", "fedmpi", "train", config, "--out", str(tmp_path / name), *more]
 
     for ranks in (1, 3):
         done = openmpi(ranks, *arguments(f"mpi{ranks}"))
         assert done.returncode == 0, done.stderr
     subprocess.run([sys.executable, *arguments("threads", "--local-ranks", "4")], check=True)
-    assert digest("mpi1") == digest("mpi3") == digest("threads")
+    assert model_hash(tmp_path / "mpi1") == model_hash(tmp_path / "mpi3") == model_hash(tmp_path / "threads")
     summary = json.loads((tmp_path / "mpi3" / "summary.json").read_text())
     assert summary["ranks"] == 3
     assert "Open MPI" in summary["comm"]
 
 
 def test_ranks_that_disagree_end_with_the_difference(mpi: Mpi, tmp_path: Path) -> None:
-    config = write_config(tmp_path)
-    done = mpi(3, str(JOBS / "disagree.py"), str(config), str(tmp_path / "out"))
+    config = write_config(tmp_path, SMALL)
+    done = mpi(3, str(JOBS / "disagree.py"), config, str(tmp_path / "out"))
     assert done.returncode != 0
     assert "ranks disagree on local.lr: rank 0 has 0.1, rank 2 has 0.5" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_client_whose_loss_is_not_a_number_is_named_on_all_ranks(mpi: Mpi, tmp_path: Path) -> None:
-    done = mpi(3, str(JOBS / "poison.py"), str(write_config(tmp_path)))
+    done = mpi(3, str(JOBS / "poison.py"), write_config(tmp_path, SMALL))
     assert done.returncode == 0, done.stdout + done.stderr
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
     assert len(lines) == 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +15,7 @@ from fedmpi import config, random
 from fedmpi.comm import run_ranks, solo
 from fedmpi.engine.clients import cohort, place, survivors
 from fedmpi.engine.rounds import Simulation
-from fedmpi.engine.store import ClientStore, MappedStore
-from fedmpi.errors import ConfigError, FedMPIError
+from fedmpi.errors import FedMPIError
 from fedmpi.tasks.partitions import Partition
 
 from .conftest import SMALL
@@ -104,23 +102,6 @@ def test_homes_never_change() -> None:
     assert {r: p.tolist() for r, p in placed[1].items()} == {1: [0], 2: [1], 3: [2]}
 
 
-@pytest.mark.parametrize("kind", ["memory", "mmap"])
-def test_a_store_keeps_rows_apart(kind: str, tmp_path: Path) -> None:
-    def init() -> dict[str, torch.Tensor]:
-        return {"a": torch.zeros(3), "h": torch.zeros((), dtype=torch.bfloat16), "b": torch.ones(0)}
-
-    store = ClientStore(init) if kind == "memory" else MappedStore(init, 10, tmp_path)
-    assert store.row == 14
-    assert not list(tmp_path.iterdir()), "its files have no names"
-    ids = torch.tensor([5, 2])
-    state = store.get(ids)
-    state["a"] += torch.tensor([[1.0], [2.0]])
-    assert torch.equal(store.get(ids)["a"], torch.zeros(2, 3)), "a state that was not put back is not kept"
-    store.put(ids, state)
-    state["a"] += 7
-    assert store.get(torch.tensor([2, 5, 9]))["a"][:, 0].tolist() == [2.0, 1.0, 0.0]
-
-
 @pytest.mark.parametrize("method", ["dense", {"name": "topk", "feedback": True, "ratio": 0.05}, "lookback"])
 @pytest.mark.parametrize("topology", ["allreduce", "aggregator"])
 def test_dropped_clients_download_but_change_nothing(method: Any, topology: str) -> None:
@@ -150,34 +131,6 @@ def test_dropped_clients_download_but_change_nothing(method: Any, topology: str)
         assert result["upload_bytes"] == alone["upload_bytes"]
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "adam", "yogi"])
-def test_server_optimizers_follow_their_rule(optimizer: str) -> None:
-    """Against a plain transcription, fed with the means that the simulation itself computes."""
-    values = {**SMALL, "server": {"optimizer": optimizer, "lr": 0.05, "beta1": 0.8, "beta2": 0.95}}
-    simulation = Simulation(config.parse(values), solo())
-    theta = simulation.topology.parameters().double()
-    means: list[torch.Tensor] = []
-    finish = simulation.method.server.finish
-
-    def spy(state: Any, mean_S: torch.Tensor, round: Any) -> Any:
-        means.append(mean_S.double())
-        return finish(state, mean_S, round)
-
-    simulation.method.server.finish = spy  # type: ignore[method-assign]
-    m, v = torch.zeros_like(theta), torch.full_like(theta, 1e-6)
-    for t in range(6):
-        simulation.round(t)
-        g = means[-1]
-        if optimizer == "momentum":
-            m = 0.8 * m + g
-            theta = theta - 0.05 * m
-        else:
-            m = 0.8 * m + 0.2 * g
-            v = 0.95 * v + 0.05 * g**2 if optimizer == "adam" else v - 0.05 * g**2 * (v - g**2).sign()
-            theta = theta - 0.05 * m / (v.sqrt() + 1e-3)
-        assert torch.allclose(simulation.topology.parameters().double(), theta, rtol=1e-4, atol=1e-5)
-
-
 def test_a_message_that_cannot_be_read_ends_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 refuses a frame; the senders, who wait for its answer, get the same error."""
     monkeypatch.setattr("fedmpi.engine.topology.to_bytes", lambda message: b"fMSG nonsense")
@@ -189,27 +142,3 @@ def test_a_message_that_cannot_be_read_ends_all_ranks(monkeypatch: pytest.Monkey
         return type(caught.value).__name__
 
     assert run_ranks(3, main, timeout=30) == ["MessageError", "RankError", "RankError"]
-
-
-def test_the_two_stores_are_the_same_run(tmp_path: Path) -> None:
-    values = {
-        **SMALL,
-        "method": {"name": "lookback", "inner": {"name": "topk", "feedback": True, "ratio": 0.1}},
-    }
-    mapped = outcome({**values, "store": "mmap", "store_folder": str(tmp_path)}, solo())
-    assert mapped["sha256"] == outcome(values, solo())["sha256"]
-
-
-def test_a_run_whose_state_would_not_fit_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmpi.engine.store._available_memory", lambda: 10_000)
-    values = {**SMALL, "method": {"name": "topk", "feedback": True}}
-    with pytest.raises(
-        ConfigError, match=r"client state needs up to 15\.6 kB of memory, 10 kB are free; ways out"
-    ):
-        Simulation(config.parse(values), solo())  # 6 clients x 650 numbers
-    assert Simulation(config.parse({**values, "store": "mmap"}), solo()).memory.startswith(
-        "client state needs"
-    )
-    assert Simulation(config.parse({**values, "method": "dense"}), solo()).memory == ""
-    with pytest.raises(ConfigError, match="store_folder: cannot use /nowhere: No such file"):
-        Simulation(config.parse({**values, "store": "mmap", "store_folder": "/nowhere"}), solo())

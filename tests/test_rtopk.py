@@ -11,21 +11,13 @@ import torch
 
 from fedmpi import config, random
 from fedmpi.errors import ConfigError, MessageError
-from fedmpi.message import Message
 from fedmpi.methods.rtopk import RTopK
 
-from .codecs import codec, context, sent
+from .codecs import codec, context, indices, sent
 from .conftest import SMALL
-from .test_numerics import Array, Softmax, assert_close, parameters, simulate
+from .softmax import Softmax, assert_close, parameters, simulate
 
 K, R = 30, 120
-
-
-def indices(message: Message, client: int, k: int, width: int) -> Array:
-    """Read from the bytes by numpy."""
-    bits = np.unpackbits(message.arrays["index"][client].numpy(), bitorder="little")
-    assert not bits[k * width :].any()
-    return bits[: k * width].reshape(k, width) @ (1 << np.arange(width))
 
 
 @pytest.mark.parametrize("topology", ["allreduce", "aggregator"])
@@ -40,13 +32,15 @@ def test_against_a_transcription(feedback: bool, topology: str) -> None:
         simulation.round(t)
         mean = np.zeros(650)
         for k in range(5):
-            g = calls[t][0][k].numpy()  # its own float32: no choice hangs on this test's precision
+            g = calls[t].g_CD[k].numpy()  # its own float32: no choice hangs on this test's precision
             assert_close(g, task.accumulated(theta, k, 2, 0.2))
             p = g + residual[k] * feedback
             order = np.argsort(-np.abs(p), kind="stable")
             drawn = random.sample(random.key(7, t, k, "candidates"), R, K).numpy()
             chosen = np.sort(order[:R])[drawn]
-            assert np.array_equal(indices(calls[t][1], k, K, 10), chosen), f"round {t}, client {k}"
+            assert np.array_equal(indices(calls[t].message, "index", k, K, 10), chosen), (
+                f"round {t}, client {k}"
+            )
             v = np.zeros(650, np.float32)
             v[chosen] = p[chosen]
             residual[k] = p - v
@@ -70,7 +64,7 @@ def test_r_equal_k_is_top_k_and_r_equal_d_is_random_k() -> None:
     assert torch.equal(got, expected)
     message, _ = explore.compress(g_CD, {}, ctx)
     for c, key in enumerate(ctx.keys("candidates").tolist()):
-        assert indices(message, c, 7, 7).tolist() == random.sample(key, 90, 7).tolist()
+        assert indices(message, "index", c, 7, 7).tolist() == random.sample(key, 90, 7).tolist()
 
 
 def test_every_candidate_is_drawn_equally_often_and_nothing_else() -> None:

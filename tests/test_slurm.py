@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -16,13 +15,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-import yaml
 
 from fedmpi import config
 from fedmpi.comm import solo
 from fedmpi.engine.run import run
 
-from .conftest import SMALL
+from .conftest import SMALL, model_hash, write_config
 
 pytestmark = pytest.mark.slurm
 SLURM = Path(__file__).parent.parent / "slurm"
@@ -125,15 +123,8 @@ def cluster(conf: str, tmp_path: Path) -> Cluster:
     return Cluster(conf, tmp_path)
 
 
-def model_hash(run: Path) -> str:
-    return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
-
-
-def write_config(folder: Path, **changes: Any) -> str:
-    """A run that ends with the same bits wherever it runs."""
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, "reproducible": True, **changes}))
-    return str(path)
+# A run that ends with the same bits wherever it runs.
+EXACT = {**SMALL, "reproducible": True}
 
 
 def model_of(path: str, folder: Path, *overrides: str) -> str:
@@ -160,7 +151,7 @@ def test_a_file_trains_two_ranks(
         cluster.need_two_nodes()
     if comm == "MPICH" and "FEDMPI_MPICH" not in os.environ:
         lacking("FEDMPI_MPICH names no MPICH; ./launch/test.sh installs one and sets it")
-    path = write_config(tmp_path)
+    path = write_config(tmp_path, EXACT)
     overrides = ["rounds=6"]
     if comm == "gloo":  # on a machine without NCCL, or with as many GPUs as ranks, alike
         overrides.append("comm=gloo")
@@ -177,7 +168,7 @@ def test_a_file_trains_two_ranks(
 
 
 def test_an_array_sweeps_settings(cluster: Cluster, tmp_path: Path) -> None:
-    path = write_config(tmp_path)
+    path = write_config(tmp_path, EXACT)
     job = cluster.submit("sweep.sbatch", path, options=("--array=1,2",))
     cluster.finish(job)
     for task, overrides in (
@@ -196,7 +187,8 @@ def test_an_interrupted_job_starts_again_and_ends_with_the_same_model(
 ) -> None:
     """Preemption is Slurm's own requeue, with SIGTERM; before the time limit the ranks get --signal, and the file
     requeues the job. The job has a node to itself, so that it is the only one that is preempted."""
-    path = write_config(tmp_path, rounds=200, evaluate_every=200, local={"lr": 0.1, "steps": 8, "batch": 20})
+    long = {"rounds": 200, "evaluate_every": 200, "local": {"lr": 0.1, "steps": 8, "batch": 20}}
+    path = write_config(tmp_path, {**EXACT, **long})
     node = cluster.nodes[-1]
     job = cluster.submit("requeue.sbatch", path, options=("--ntasks=2", "--exclusive", f"--nodelist={node}"))
     metrics = tmp_path / "runs" / f"slurm-{job}" / "metrics.jsonl"

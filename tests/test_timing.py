@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from fedmpi.engine.run import run
 from fedmpi.engine.summary import summary
 from fedmpi.errors import ConfigError
 
-from .conftest import SMALL, Mpi, run_jobs
+from .conftest import SMALL, Mpi, metrics, run_jobs
 from .jobs.runs import outcome
 
 TIME = {"compute": 0.01, "upload": 1.0, "download": 8.0}
@@ -147,8 +146,7 @@ def test_simulated_seconds_survive_a_resume(tmp_path: Path) -> None:
     assert again["simulated_seconds"] == whole["simulated_seconds"]
 
     def lines(name: str) -> list[float]:
-        text = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["simulated_seconds"] for line in text]
+        return [line["simulated_seconds"] for line in metrics(tmp_path / name)]
 
     assert lines("part") == lines("whole")
     assert sum(lines("whole")) == pytest.approx(whole["simulated_seconds"])
@@ -164,7 +162,7 @@ def test_a_report_shows_simulated_seconds_at_their_bandwidth(
     text = report([tmp_path / "timed", tmp_path / "plain"], tmp_path / "out")
     header, _, timed, plain = (line.split() for line in text.splitlines()[:4])
     assert header[-2:] == ["simulated", "s"]
-    lines = [json.loads(line) for line in (tmp_path / "timed" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(tmp_path / "timed")
     seconds = np.cumsum([line["simulated_seconds"] for line in lines])
     assert timed[-1] == f"{seconds[-1]:.1f}"
     assert plain[-1] == "-"

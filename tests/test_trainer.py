@@ -25,6 +25,7 @@ from fedmpi.tasks.objectives import OBJECTIVES
 from fedmpi.tasks.partitions import Partition
 
 from .conftest import SMALL
+from .softmax import simulate
 
 SIZES = (9, 4, 1, 7, 9, 12, 3)
 IDS = torch.arange(len(SIZES))
@@ -275,3 +276,34 @@ def test_short_and_reproducible_runs_train_one_after_the_other(
     local = {"lr": 0.1, "steps": rest.pop("steps", 1)}
     simulation = Simulation(config.parse(run("topk") | {"rounds": rounds, "local": local, **rest}), solo())
     assert simulation.trainer.together == together
+
+
+def test_test_loss_of_a_diverged_model():
+    """A large loss is shown as it is, not wrapped around in fixed point."""
+    simulation = simulate()
+    theta = simulation.topology.parameters() * 1e6
+    simulation.topology.state["theta"] = theta
+    W, b = theta[:640].view(10, 64).double(), theta[640:].double()
+    test = simulation.data.test
+    logits = test.x.flatten(1).double() @ W.T + b
+    expected = float(torch.nn.functional.cross_entropy(logits, test.y))
+    accuracy, loss = simulation.trainer.evaluate(theta, test, 1000, solo())
+    assert accuracy == pytest.approx(float((logits.argmax(1) == test.y).double().mean()), abs=0.01)
+    assert expected * len(test.y) > 2**23, "not beyond the fixed point: a test of nothing"
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_training_loss_of_a_diverged_model():
+    """The clients' mean loss by samples, or an error, never a wrapped number."""
+    simulation = simulate(local={"lr": 0.2, "steps": 1})
+    simulation.topology.state["theta"] = simulation.topology.parameters() * 1e8
+    theta, data = simulation.topology.parameters().double(), simulation.data.train
+    chosen = torch.cat([simulation.partition.of(k) for k in range(5)])
+    logits = data.x[chosen].flatten(1).double() @ theta[:640].view(10, 64).T + theta[640:]
+    first = float(torch.nn.functional.cross_entropy(logits, data.y[chosen]))
+    assert first > 2**23, "not beyond the fixed point: a test of nothing"
+    try:
+        loss = simulation.round(0)["loss"]
+    except NumericalError:
+        return
+    assert loss == pytest.approx(first, rel=1e-4)

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import JOBS, Mpi
-from .test_ddp import torchrun
+from .conftest import JOBS, Mpi, torchrun
 
 TRAINER = str(JOBS / "trainer.py")
 TOPK = '{"name": "topk", "ratio": 0.05, "feedback": true}'

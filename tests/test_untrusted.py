@@ -1,6 +1,6 @@
 """Input that nobody vouches for: messages, files that could run code, links in a run's folder.
 
-Checkpoints have their own tests of the same (tests/test_checkpoint.py), data sets too (tests/test_data.py).
+Checkpoints have their own tests of the same (tests/test_manifest.py), data sets too (tests/test_data.py).
 """
 
 from __future__ import annotations

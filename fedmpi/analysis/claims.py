@@ -12,13 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from fedmpi.analysis.page import Table, markdown_table
 from fedmpi.analysis.plots import mean_error
 from fedmpi.errors import ConfigError, DataError
-from fedmpi.validation import describe, suggest
+from fedmpi.validation import checked, mapping, read_yaml, suggest
 
 NOT_RUN = "not run"
 
@@ -101,6 +100,13 @@ def _against(a: Point, b: Point) -> str:
     return f"{_percent(a['accuracy'])} against {_percent(b['accuracy'])} ({mean:+.2f} ± {error:.2f} points)"
 
 
+def _beside(r: Results, of: list[str], than: list[str]) -> tuple[str, list[tuple[float, float]]]:
+    """Each of ``of`` beside the one of ``than`` in its place, as text and as differences."""
+    pairs = [(r.point(a), r.point(b)) for a, b in zip(of, than, strict=True)]
+    shown = "; ".join(f"{a['label']}: {_against(a, b)}" for a, b in pairs)
+    return shown, [_difference(a, b) for a, b in pairs]
+
+
 def saves(r: Results, of: str, than: str, lose: float, least: float) -> Verdict:
     """``of`` saves at least ``least`` percent of the upload and loses at most ``lose`` points."""
     a, b = r.point(of), r.point(than)
@@ -134,16 +140,14 @@ def trade(r: Results, of: list[str], than: str) -> Verdict:
 
 def ahead(r: Results, of: list[str], than: list[str]) -> Verdict:
     """Each of ``of`` is ahead of the one of ``than`` in its place."""
-    pairs = [(r.point(a), r.point(b)) for a, b in zip(of, than, strict=True)]
-    held = all(_difference(a, b)[0] > 2 * _difference(a, b)[1] for a, b in pairs)
-    return Verdict("; ".join(f"{a['label']}: {_against(a, b)}" for a, b in pairs), held)
+    shown, differences = _beside(r, of, than)
+    return Verdict(shown, all(mean > 2 * error for mean, error in differences))
 
 
 def tie(r: Results, of: list[str], than: list[str], within: float) -> Verdict:
     """Each of ``of`` is within ``within`` points of the one of ``than`` in its place."""
-    pairs = [(r.point(a), r.point(b)) for a, b in zip(of, than, strict=True)]
-    held = all(abs(_difference(a, b)[0]) <= within for a, b in pairs)
-    return Verdict("; ".join(f"{a['label']}: {_against(a, b)}" for a, b in pairs), held)
+    shown, differences = _beside(r, of, than)
+    return Verdict(shown, all(abs(mean) <= within for mean, _ in differences))
 
 
 def grows(r: Results, of: list[str]) -> Verdict:
@@ -247,12 +251,7 @@ def table(path: Path, results: Path) -> str:
       ConfigError: the file cannot be read or is wrong.
       DataError: a result file is damaged, or lacks what a rule asks for.
     """
-    try:
-        claims = Claims.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"claims: cannot read {path}: {error}") from None
-    except ValidationError as error:
-        raise ConfigError(describe(error, Claims, str(path))) from None
+    claims = checked(Claims, mapping(read_yaml(path, "claims"), f"claims: {path}"), str(path))
     rows: Table = [["claim", "paper", "our figures", "verdict", "experiment"]]
     for claim in claims.claims:
         for name in claim.of:

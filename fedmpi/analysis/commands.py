@@ -183,18 +183,11 @@ def _inversion_arguments(actions: _Commands) -> None:
 
 
 def _inversion(arguments: argparse.Namespace) -> int:
-    import yaml
-
     from fedmpi.analysis.inversion import analyze
-    from fedmpi.errors import ConfigError
+    from fedmpi.validation import yaml_value
 
-    out = _out(arguments)
-    try:
-        chosen = [yaml.safe_load(part) for part in (arguments.methods or "").split(";") if part.strip()]
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"--methods: expected names or {{name: …}} with semicolons between: {error}"
-        ) from None
+    out, words = _out(arguments), (arguments.methods or "").split(";")
+    chosen = [yaml_value(word, "--methods") for word in words if word.strip()]
     names = ("images", "iterations", "optimizer", "clip", "noise", "quiet")
     options = {name: getattr(arguments, name) for name in names}
     return _finish(arguments, out, analyze(_load(arguments), out, chosen, **options))

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fedmpi import config as configuration
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
-from fedmpi.validation import describe
+from fedmpi.validation import checked, mapping, read_yaml
 
 _LONGEST = 80  # characters of a folder's name
 
@@ -72,18 +72,7 @@ def read(path: Path) -> Over:
     Raises:
       ConfigError: it cannot be read, or a key or value in it is wrong.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"OVER: cannot read {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"OVER: {path} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"OVER: {path}: expected a mapping of keys, got {type(values).__name__}")
-    try:
-        return Over.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(describe(error, Over, str(path))) from None
+    return checked(Over, mapping(read_yaml(path, "OVER"), f"OVER: {path}"), str(path))
 
 
 def jobs(base: str | Path, over: Over, overrides: list[str], out: Path) -> list[Job]:

@@ -5,15 +5,15 @@ Shape suffixes: C clients, K classes.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedmpi.engine.record import write_aside
-from fedmpi.errors import ConfigError
+from fedmpi.analysis.page import png
+from fedmpi.analysis.plots import figure
+from fedmpi.engine.record import write_aside, writing
 
 _SHOWN = 20  # clients in the table
 _COLUMNS = 100  # clients in the picture, at most
@@ -67,32 +67,24 @@ def plot(held: Holdings, title: str, path: Path) -> None:
     Raises:
       ConfigError: ``path`` cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = 1 if held.count_CK is None else 2
-    figure = Figure(figsize=(9, 3 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    picture = figure(9, 3 * rows)
+    picture.suptitle(title)
     if held.count_CK is not None:
         count_CK = held.count_CK[:_COLUMNS]
-        axes = figure.add_subplot(rows, 1, 1)
+        axes = picture.add_subplot(rows, 1, 1)
         image = axes.imshow(
             count_CK.T.numpy(), aspect="auto", interpolation="nearest", cmap="Blues", origin="lower", vmin=0
         )
-        figure.colorbar(image, label="samples")
+        picture.colorbar(image, label="samples")
         more = len(held.sizes) - len(count_CK)
         axes.set(xlabel="client" + (f" (the first {_COLUMNS}; {more} more)" if more else ""), ylabel="class")
-    axes = figure.add_subplot(rows, 1, rows)
+    axes = picture.add_subplot(rows, 1, rows)
     ordered = held.sizes.sort(descending=True).values.numpy()
     axes.fill_between(range(1, len(ordered) + 1), ordered, step="mid", alpha=0.3)
     axes.plot(range(1, len(ordered) + 1), ordered, drawstyle="steps-mid")
     axes.set(xlabel="clients, the largest first", ylabel="samples", ylim=(0, None))
     if float(ordered[0]) > 50 * max(1, int(ordered[-1])):
         axes.set(xscale="log", yscale="log", ylim=(0.8, None))
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    try:
-        write_aside(path, picture.getvalue())
-    except OSError as error:
-        raise ConfigError(f"--plot: cannot write to {path}: {error.strerror or error}") from None
+    with writing(path.parent, "--plot"):
+        write_aside(path, png(picture))

@@ -9,7 +9,7 @@ Shape suffixes: P channels, H × W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +89,10 @@ class Outcome(NamedTuple):
     psnr: float
     ssim: float
 
+    @classmethod
+    def of(cls, image: Tensor, truth: Tensor) -> Outcome:
+        return cls(image, mse(truth, image), psnr(truth, image), ssim(truth, image))
+
 
 class Row(NamedTuple):
     """One method's attacks, an image each."""
@@ -97,6 +101,12 @@ class Row(NamedTuple):
     nbytes: int
     how: str
     outcomes: list[Outcome]
+
+
+def _unit(x_N: Tensor) -> Callable[[Tensor], Tensor]:
+    """What takes the range of these samples to [0, 1]."""
+    low, high = float(x_N.min()), float(x_N.max())
+    return lambda x: (x - low) / (high - low)
 
 
 def analyze(
@@ -141,7 +151,7 @@ def analyze(
     if len(data.shape) != 3 or not data.train.x.is_floating_point():
         raise ConfigError(f"data: expected images (channels, height, width), got samples {data.shape}")
     todo = _methods(chosen, victim.spec.size, math.prod(data.shape))
-    low, high = float(data.train.x.min()), float(data.train.x.max())
+    unit = _unit(data.train.x)
     picked = random.sample(random.key(config.seed, stream="attacked"), len(data.train.y), images + 1)
     pairs = [Split(data.train.x[picked[[-1, i]]], data.train.y[picked[[-1, i]]]) for i in range(images)]
     defences = [None] if clip is None else [None, Defence(clip, noise)]
@@ -154,13 +164,12 @@ def analyze(
             for i, pair in enumerate(pairs):
                 steps.step(f"{title}, image {i + 1}")
                 seen, found = _attack(config.seed, victim, method, pair, i, defence, iterations, optimizer)
-                truth, image = ((z - low) / (high - low) for z in (pair.x[1], found))
-                image = image.clamp(0, 1)
-                outcomes.append(Outcome(image, mse(truth, image), psnr(truth, image), ssim(truth, image)))
+                outcomes.append(Outcome.of(unit(found).clamp(0, 1), unit(pair.x[1])))
             rows.append(Row(title, seen.nbytes, seen.how, outcomes))
-    truths = [(pair.x[1] - low) / (high - low) for pair in pairs]
     summary = _summary(config, victim.spec.size, rows, iterations, clip, noise)
-    _page(config, rows, truths, summary, optimizer).write(out, "inversion", {"summary": summary})
+    _page(config, rows, [unit(pair.x[1]) for pair in pairs], summary, optimizer).write(
+        out, "inversion", {"summary": summary}
+    )
     return summary
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import yaml
 from torch import Tensor
 
 from fedmpi import random
@@ -15,6 +14,7 @@ from fedmpi.method import Compressor, Context, Method, Round, State, believed
 from fedmpi.methods import METHODS, build, entry, parse
 from fedmpi.methods.base import Entry, Setup
 from fedmpi.spec import Spec
+from fedmpi.validation import yaml_value
 
 
 def describe(names: Sequence[str] = ()) -> str:
@@ -51,7 +51,7 @@ def costs(spec: Spec, chosen: Sequence[str] = ()) -> str:
     rows = ["| method | options | upload first | again | upload ratio | download | download ratio |"]
     rows.append("|:--|:--|--:|--:|--:|--:|--:|")
     everything = [{"name": name, **row.example} for name, row in METHODS.items()]
-    for value in [yaml.safe_load(text) for text in chosen] or everything:
+    for value in [yaml_value(text, "METHOD") for text in chosen] or everything:
         options = parse(value, "METHOD")
         name, method = options.name, build(options, spec, Setup())
         first, again, download = _measure(method, spec)

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedmpi.engine.record import write_aside
-from fedmpi.errors import ConfigError
+from fedmpi.engine.record import write_aside, writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,10 +92,8 @@ def write(path: Path, data: bytes, argument: str) -> None:
       ConfigError: it cannot be written; names the command line's ``argument``.
     """
     prepare(path.parent, argument)
-    try:
+    with writing(path.parent, argument):
         write_aside(path, data)
-    except OSError as error:
-        raise _unwritable(path.parent, argument, error) from None
 
 
 def prepare(folder: Path, argument: str) -> None:
@@ -105,16 +102,10 @@ def prepare(folder: Path, argument: str) -> None:
     Raises:
       ConfigError: it cannot be made or written to; names the command line's ``argument``.
     """
-    try:
+    with writing(folder, argument):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise _unwritable(folder, argument, error) from None
-
-
-def _unwritable(folder: Path, argument: str, error: OSError) -> ConfigError:
-    return ConfigError(f"{argument}: cannot write to {folder}: {error.strerror or error}")
 
 
 def dump(numbers: dict[str, Any]) -> bytes:

@@ -157,8 +157,8 @@ def _dress(axes: Axes, against: Against) -> None:
     axes.tick_params(labelleft=True)
 
 
-def maps(panels: Mapping[str, Tensor], x: str, y: str, low: float = -1.0, title: str = "") -> bytes:
-    """A PNG of heat maps ``(R, K)`` with values from ``low`` to 1, by their titles, on one colour scale."""
+def maps(panels: Mapping[str, Tensor], x: str, y: str, title: str) -> bytes:
+    """A PNG of heat maps ``(R, K)`` with values from -1 to 1, by their titles, on one colour scale."""
     from matplotlib.ticker import MaxNLocator
 
     across = min(len(panels), 5)
@@ -171,9 +171,9 @@ def maps(panels: Mapping[str, Tensor], x: str, y: str, low: float = -1.0, title:
         height, width = values_RK.shape
         image = axes.imshow(
             values_RK.numpy(),
-            vmin=low,
+            vmin=-1,
             vmax=1,
-            cmap="RdBu_r" if low < 0 else "viridis",
+            cmap="RdBu_r",
             aspect="auto",
             interpolation="nearest",
             extent=(0.5, width + 0.5, height + 0.5, 0.5),  # counted from 1

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fedmpi.analysis.page import Table, markdown_table, text_table
+from fedmpi.analysis.page import Table, markdown_table, text_table, write
 from fedmpi.analysis.plots import accuracy_picture, panels_for
 from fedmpi.analysis.runs import Run, load, words
 from fedmpi.engine.progress import human
-from fedmpi.engine.record import write_aside
 from fedmpi.errors import ConfigError, DataError
 
 _NOTHING = "-"  # where a run has no such number: never evaluated, or nothing was sent
@@ -59,12 +58,8 @@ def report(runs: Sequence[Path], out: Path | None = None) -> str:
     out = _beside(list(folders)) if out is None else out
     document = _document(tables, loaded, f"fedmpi report {words(folders.values())} --out {words([out])}")
     picture = accuracy_picture({label(group): group for group in groups.values()}, panels_for(loaded))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_aside(out / "report.png", picture)
-        write_aside(out / "report.md", document.encode())
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write to {out}: {error.strerror or error}") from None
+    write(out / "report.png", picture, "--out")
+    write(out / "report.md", document.encode(), "--out")
     parts = [(f"{title}:\n\n" if title else "") + text_table(rows, LEFT) for title, rows in tables.items()]
     text = "\n\n".join(parts)
     return f"{text}\n\nWritten: {out / 'report.md'}, {out / 'report.png'}"

@@ -26,7 +26,7 @@ from fedmpi.analysis.report import LEFT, RATIOS, columns_for, table
 from fedmpi.analysis.runs import Run, load, words
 from fedmpi.comm import Comm, together
 from fedmpi.comm.groups import split
-from fedmpi.engine.record import write_aside
+from fedmpi.engine.record import write_aside, writing
 from fedmpi.engine.run import run
 from fedmpi.errors import ConfigError, FedMPIError, Stopped
 
@@ -125,7 +125,10 @@ def slurm_array(environ: Mapping[str, str] = os.environ) -> tuple[int, int]:
     )
     task = (int(environ["SLURM_ARRAY_TASK_ID"]) - first) // step
     if task >= count:
-        raise ConfigError(f"Slurm array: expected evenly spaced numbers, as in --array=0-{count - 1}")
+        raise ConfigError(
+            f"Slurm array: expected evenly spaced numbers, as in --array=0-{count - 1}, got {count} from {first}, "
+            f"of which {environ['SLURM_ARRAY_TASK_ID']} is one"
+        )
     return task, count
 
 
@@ -162,15 +165,13 @@ def _run(job: Job, group: Comm, quiet: bool, resume: bool) -> None:
 
 
 def _note(job: Job, error: str) -> None:
-    try:
+    with writing(job.folder, "--out"):
         if error:
             print(f"fedmpi: {job.name} failed: {error}", file=sys.stderr, flush=True)
             job.folder.mkdir(parents=True, exist_ok=True)
             write_aside(job.folder / _ERROR, error.encode())
         else:
             (job.folder / _ERROR).unlink(missing_ok=True)
-    except OSError as problem:
-        raise ConfigError(f"--out: cannot write to {job.folder}: {problem.strerror or problem}") from None
 
 
 def command(base: Path, over: Path, overrides: Sequence[str], out: Path) -> str:

@@ -258,7 +258,8 @@ class Checkpoints:
         finished = (self.run / "summary.json").exists()
         if resume and finished:
             raise ConfigError(
-                f"--resume: the run in {self.run} is finished, and left no checkpoint to go on from"
+                f"--resume: the run in {self.run} is finished, and left no checkpoint to go on from; name another "
+                f"folder, or leave --resume out to begin anew in this one"
             )
         if self.found() and not finished:
             raise ConfigError(

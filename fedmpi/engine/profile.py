@@ -36,8 +36,8 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import record_function
 
 from fedmpi.comm.base import Comm, together
-from fedmpi.engine.record import write_aside
-from fedmpi.errors import ConfigError, Stopped
+from fedmpi.engine.record import write_aside, writing
+from fedmpi.errors import Stopped
 
 if TYPE_CHECKING:
     from fedmpi.engine.rounds import Simulation
@@ -228,11 +228,9 @@ def profiling(
 def _write(folder: Path, report: dict[str, Any], traces: list[bytes]) -> None:
     events = [event for trace in traces for event in json.loads(gzip.decompress(trace))]
     whole = json.dumps({"displayTimeUnit": "ms", "traceEvents": events})
-    try:
+    with writing(folder, "--profile"):
         write_aside(folder / "profile.json", (json.dumps(report) + "\n").encode())
         write_aside(folder / "trace.json.gz", gzip.compress(whole.encode()))
-    except OSError as error:
-        raise ConfigError(f"--profile: cannot write to {folder}: {error.strerror or error}") from None
 
 
 def table(rounds: int, ranks: list[Seconds]) -> str:

@@ -35,6 +35,19 @@ def write_aside(path: Path, data: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
+@contextmanager
+def writing(folder: Path, argument: str) -> Iterator[None]:
+    """What is done inside writes to ``folder``.
+
+    Raises:
+      ConfigError: that failed; names the command line's ``argument``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{argument}: cannot write to {folder}: {error.strerror or error}") from None
+
+
 class Record:
     """Writes a run's folder; on rank 0 only.
 
@@ -52,7 +65,7 @@ class Record:
         self, folder: Path, config: dict[str, Any], start: int = 0, lines: bytes | None = None
     ) -> None:
         self.folder = folder
-        with self._writing():
+        with writing(self.folder, "--out"):
             folder.mkdir(parents=True, exist_ok=True)
             stale = [folder / "summary.json", folder / "model.safetensors"]
             for old in stale if lines is not None else [*stale, *folder.glob("events.*")]:
@@ -66,15 +79,8 @@ class Record:
             if start:  # what an earlier process showed of these rounds is void
                 self._events.write_event(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise ConfigError(f"--out: cannot write to {self.folder}: {error.strerror or error}") from None
-
     def round(self, line: dict[str, Any]) -> None:
-        with self._writing():
+        with writing(self.folder, "--out"):
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
             for name, value in line.items():
@@ -85,7 +91,7 @@ class Record:
 
     def finish(self, summary: dict[str, Any], parameters: dict[str, Tensor]) -> None:
         tensors = {name: value.clone() for name, value in parameters.items()}
-        with self._writing():
+        with writing(self.folder, "--out"):
             write_aside(self.folder / "model.safetensors", save(tensors))
             write_aside(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
 

@@ -41,13 +41,7 @@ def restore(simulation: Simulation, folder: Path) -> tuple[Manifest, bytes]:
     head = metrics = state = b""
     with _agreed(comm):
         if comm.rank == 0:
-            files.plain_folder(folder)
-            head = files.read(folder / MANIFEST)
-            described = files.parse_manifest(folder / MANIFEST, head)
-            if folder.name != files.folder_name(described.round):
-                raise CheckpointError(
-                    f"{folder}: expected {files.folder_name(described.round)}, by its manifest"
-                )
+            head, described = _head(folder)
             metrics = _file(folder, described, "metrics.jsonl")
             state = _file(folder, described, "state.safetensors")
     described = files.parse_manifest(folder / MANIFEST, comm.broadcast(head))
@@ -96,9 +90,7 @@ def restore_clients(simulation: Simulation, folder: Path, clients: Tensor, homes
     head = seen = b""
     with _agreed(comm):
         if comm.rank == 0:
-            files.plain_folder(folder)
-            head = files.read(folder / MANIFEST)
-            described = files.parse_manifest(folder / MANIFEST, head)
+            head, described = _head(folder)
             state = files.tensors(folder / "state.safetensors", _file(folder, described, "state.safetensors"))
             _check_state(folder / "state.safetensors", *_parts(state), simulation)
             seen = state["ledger.seen"].numpy().tobytes()
@@ -123,6 +115,16 @@ def restore_clients(simulation: Simulation, folder: Path, clients: Tensor, homes
     came = [torch.tensor(file.clients) for file in described.files.values() if file.store == "clients"]
     came_C = torch.cat([clients[:0], *came])
     return Found(described.round, clients[torch.isin(clients, came_C)], seen_K)
+
+
+def _head(folder: Path) -> tuple[bytes, Manifest]:
+    """A checkpoint's manifest, as it is written and as it is meant."""
+    files.plain_folder(folder)
+    head = files.read(folder / MANIFEST)
+    described = files.parse_manifest(folder / MANIFEST, head)
+    if folder.name != files.folder_name(described.round):
+        raise CheckpointError(f"{folder}: expected {files.folder_name(described.round)}, by its manifest")
+    return head, described
 
 
 def _parts(tensors: State) -> tuple[State, State]:

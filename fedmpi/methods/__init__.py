@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import ValidationError
-
 from fedmpi import own
 from fedmpi.errors import ConfigError
 from fedmpi.method import Method
@@ -27,7 +25,7 @@ from fedmpi.methods import (
 )
 from fedmpi.methods.base import Entry, Options, Setup
 from fedmpi.spec import Spec
-from fedmpi.validation import choose, describe, name_in
+from fedmpi.validation import checked, choose, name_in
 
 METHODS: dict[str, Entry] = {
     "dense": dense.ENTRY,
@@ -73,11 +71,7 @@ def parse(value: Any, where: str = "method") -> Options:
         return value
     if isinstance(value, str):
         value = {"name": value}
-    model = entry(name_in(where, value, METHODS), where).options
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        raise ConfigError(describe(error, model, where)) from None
+    return checked(entry(name_in(where, value, METHODS), where).options, value, where)
 
 
 def parse_inner(value: Any, wrapper: str) -> Options:

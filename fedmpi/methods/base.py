@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from fedmpi.errors import ConfigError
@@ -29,6 +29,17 @@ class Options(BaseModel):
     def separable(self) -> bool:
         """It means the same applied to groups of tensors one by one: no number counts over the whole model."""
         return False
+
+
+def inner_of(wrapper: str) -> BeforeValidator:
+    """Reads the option ``inner`` of a wrapper (:func:`fedmpi.methods.parse_inner`)."""
+
+    def parse(value: Any) -> Options:
+        from fedmpi import methods  # the table holds the wrapper's module: it cannot be imported before it
+
+        return methods.parse_inner(value, wrapper)
+
+    return BeforeValidator(parse)
 
 
 class FeedbackOptions(Options):
@@ -113,11 +124,6 @@ class MeanServer(Server):
     def memory(self) -> State:
         return {}
 
-    def gradient(
-        self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        return mean_S, memory
-
     def moved(self, state: State, theta_D: Tensor) -> State:
         """Parameters, version and changes after a step from ``state`` to ``theta_D``."""
         version = state["version"] + 1
@@ -137,6 +143,21 @@ class MeanServer(Server):
     def reconcile(self, view: State, message: Message, version: int) -> State:
         theta_D = apply_changes(view["theta"], message.arrays)
         return {"theta": theta_D, "version": torch.tensor(version)}
+
+
+def remember(history: Tensor, row: Tensor, keep: int) -> Tensor:
+    """A history, a row a round, with a new one at its end; the last ``keep`` of them."""
+    rows = torch.cat([history, row[None]])
+    return rows[max(0, len(rows) - keep) :]
+
+
+def missed_rounds(state: State, seen: int, names: tuple[str, ...]) -> Message | None:
+    """The download that brings a client of version ``seen`` the rounds since then, from a state's histories ``names``;
+    None where they do not go back that far."""
+    kept, missed = len(state[names[0]]), int(state["version"]) - seen
+    if missed > kept:
+        return None
+    return Message({name: state[name][kept - missed :][None] for name in names})
 
 
 def pack_changes(theta_D: Tensor, changed_D: Tensor) -> dict[str, Tensor]:

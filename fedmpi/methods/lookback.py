@@ -8,7 +8,7 @@ which the inner method sums, so that over subspace coordinates a look-back gradi
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, SerializeAsAny, field_validator
@@ -18,7 +18,7 @@ from torch import Tensor
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, State, believed, nest, unnest
-from fedmpi.methods.base import Entry, FeedbackOptions, Options, Setup
+from fedmpi.methods.base import Entry, FeedbackOptions, Options, Setup, inner_of
 from fedmpi.methods.dense import DenseOptions
 from fedmpi.methods.feedback import Feedback
 from fedmpi.ops.sums import dots
@@ -47,7 +47,7 @@ class LookBackOptions(FeedbackOptions):
         "which is as small as what was sent; or as the number of a centroid that the server shares out",
     )
     clusters: int = Option(8, ge=1, le=256, description="c, centroids, with keep: clustered")
-    inner: SerializeAsAny[Options] = Option(
+    inner: Annotated[SerializeAsAny[Options], inner_of("lookback")] = Option(
         DenseOptions(name="dense"), description="the method whose messages it recycles"
     )
 
@@ -66,13 +66,6 @@ class LookBackOptions(FeedbackOptions):
             if not 0 <= delta <= 1:
                 raise ValueError("expected δ from 0 to 1")
         return value
-
-    @field_validator("inner", mode="before")
-    @classmethod
-    def _parse(cls, value: Any) -> Options:
-        from fedmpi import methods  # the table holds this module: it cannot be imported before it
-
-        return methods.parse_inner(value, "lookback")
 
 
 class LookBack(Compressor):

@@ -15,7 +15,6 @@ Shape suffixes: C clients, D parameters, N rows and M columns of a layer's matri
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -85,31 +84,31 @@ def add_outer(total_CNM: Tensor, left_CN: Tensor, right_CM: Tensor) -> None:
 
 def set_product(out_CNM: Tensor, left_NR: Tensor, right_CMR: Tensor) -> None:
     """Each matrix becomes left · rightᵀ: terms are added in the order of R."""
-    kernels = fast.compiled("lowrank", out_CNM, count=fast.worth("lowrank", out_CNM.numel()))
-    if kernels is None:
-        out_CNM.zero_()
-        for r in range(left_NR.shape[1]):
-            add_outer(out_CNM, left_NR[None, :, r], right_CMR[:, :, r])
+    if _compiled("product", out_CNM, left_NR, right_CMR):
         return
-    for out_NM, right_MR in zip(out_CNM, right_CMR, strict=True):
-        _rows(kernels.product, out_NM, left_NR, right_MR)
+    out_CNM.zero_()
+    for r in range(left_NR.shape[1]):
+        add_outer(out_CNM, left_NR[None, :, r], right_CMR[:, :, r])
 
 
 def subtract_product(out_CNM: Tensor, left_NR: Tensor, right_CMR: Tensor) -> None:
     """Each matrix less left · rightᵀ, as :func:`set_product` makes it."""
+    if _compiled("subtract", out_CNM, left_NR, right_CMR):
+        return
+    product_CNM = torch.empty_like(out_CNM)
+    set_product(product_CNM, left_NR, right_CMR)
+    out_CNM -= product_CNM
+
+
+def _compiled(kernel: str, out_CNM: Tensor, left_NR: Tensor, right_CMR: Tensor) -> bool:
+    """Let a kernel do it; False where it does not pay, or cannot be had."""
     kernels = fast.compiled("lowrank", out_CNM, count=fast.worth("lowrank", out_CNM.numel()))
     if kernels is None:
-        product_CNM = torch.empty_like(out_CNM)
-        set_product(product_CNM, left_NR, right_CMR)
-        out_CNM -= product_CNM
-        return
+        return False
     for out_NM, right_MR in zip(out_CNM, right_CMR, strict=True):
-        _rows(kernels.subtract, out_NM, left_NR, right_MR)
-
-
-def _rows(kernel: Callable[..., None], out_NM: Tensor, left_NR: Tensor, right_MR: Tensor) -> None:
-    factors = left_NR.contiguous().numpy(), right_MR.T.contiguous().numpy()
-    fast.run(kernel, len(out_NM), *factors, out_NM.numpy())
+        factors = left_NR.contiguous().numpy(), right_MR.T.contiguous().numpy()
+        fast.run(getattr(kernels, kernel), len(out_NM), *factors, out_NM.numpy())
+    return True
 
 
 def orthonormal(p_NR: Tensor, threshold: float = 1e-5, count: int = 0) -> Tensor:

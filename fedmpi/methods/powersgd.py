@@ -29,7 +29,7 @@ from torch import Tensor
 from fedmpi import random
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, Round, Server, State, nest, unnest
-from fedmpi.methods.base import Entry, FeedbackOptions, Setup
+from fedmpi.methods.base import Entry, FeedbackOptions, Setup, missed_rounds, remember
 from fedmpi.methods.lowrank import Layer, Layers, orthonormal, set_product, subtract_product
 from fedmpi.ops import fast
 from fedmpi.optimizers import Optimizer
@@ -58,17 +58,16 @@ class Factors:
 
     def left(self, p: Tensor) -> Iterator[tuple[Layer, Tensor]]:
         """Each layer's part ``(..., N, R)`` of P ``(..., P)``, a view."""
-        parts = p.split([layer.rows * self.rank for layer in self.layers.factored], dim=-1)
-        for layer, part in zip(self.layers.factored, parts, strict=True):
-            yield layer, part.unflatten(-1, (layer.rows, self.rank))
+        return self._matrices(p, [layer.rows for layer in self.layers.factored])
 
     def right(self, q: Tensor) -> Iterator[tuple[Layer, Tensor]]:
         """Each layer's part ``(..., M, R)`` of Q ``(..., Q)``, or of a vector that starts with it, a view."""
-        parts = q[..., : self.q_size].split(
-            [layer.columns * self.rank for layer in self.layers.factored], dim=-1
-        )
-        for layer, part in zip(self.layers.factored, parts, strict=True):
-            yield layer, part.unflatten(-1, (layer.columns, self.rank))
+        return self._matrices(q[..., : self.q_size], [layer.columns for layer in self.layers.factored])
+
+    def _matrices(self, flat: Tensor, lengths: list[int]) -> Iterator[tuple[Layer, Tensor]]:
+        parts = flat.split([n * self.rank for n in lengths], dim=-1)
+        for layer, n, part in zip(self.layers.factored, lengths, parts, strict=True):
+            yield layer, part.unflatten(-1, (n, self.rank))
 
     def orthonormal(self, p_P: Tensor) -> Tensor:
         """P̂ of P."""
@@ -201,9 +200,9 @@ class PowerServer(Server):
         u_D, memory = self.optimizer.direction(unnest(state, "optimizer."), g_D)
         return {
             **self._after(state["theta"] - lr * u_D, self.factors.warm(mean_S), state["version"] + 1),
-            "lefts": self._last(state["lefts"], p_P),
-            "rights": self._last(state["rights"], mean_S),
-            "lr": self._last(state["lr"], lr),
+            "lefts": remember(state["lefts"], p_P, self.keep),
+            "rights": remember(state["rights"], mean_S, self.keep),
+            "lr": remember(state["lr"], lr, self.keep),
             **nest(memory, "optimizer."),
         }
 
@@ -211,16 +210,11 @@ class PowerServer(Server):
         # P̂ was this round's: what stands between rounds must follow from a download.
         return {"theta": theta_D, "q": q_Q, "p": self.factors.p0_P, "version": version}
 
-    def _last(self, history: Tensor, new: Tensor) -> Tensor:
-        rows = torch.cat([history, new[None]])
-        return rows[max(0, len(rows) - self.keep) :]
-
     def download(self, state: State, seen: int) -> Message:
-        missed = int(state["version"]) - seen
-        if missed > len(state["lr"]):
+        rounds = missed_rounds(state, seen, ("lefts", "rights", "lr"))
+        if rounds is None:
             return Message({"theta": state["theta"][None], "q": state["q"][None]})
-        last = slice(len(state["lr"]) - missed, None)
-        return Message({name: state[name][last][None] for name in ("lefts", "rights", "lr")})
+        return rounds
 
     def reconcile(self, view: State, message: Message, version: int) -> State:
         arrays = message.arrays

@@ -27,11 +27,11 @@ Shape suffixes: C clients, D parameters, M survivors.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field as Option
-from pydantic import SerializeAsAny, field_validator
+from pydantic import SerializeAsAny
 from torch import Tensor
 
 from fedmpi import random
@@ -45,6 +45,7 @@ from fedmpi.methods.base import (
     Setup,
     apply_changes,
     count_of,
+    inner_of,
     pack_changes,
 )
 from fedmpi.methods.dense import Dense
@@ -76,17 +77,10 @@ class PruneOptions(Options):
         "default",
         description="near_zero: a tenth of the model's own initial values, so that pruning moves it less",
     )
-    inner: SerializeAsAny[TopKOptions] = Option(
+    inner: Annotated[SerializeAsAny[TopKOptions], inner_of("prune")] = Option(
         TopKOptions.model_validate({"name": "topk"}),
         description="topk or rtopk; its k is a share of all parameters",
     )
-
-    @field_validator("inner", mode="before")
-    @classmethod
-    def _parse(cls, value: Any) -> Options:
-        from fedmpi import methods  # the table holds this module: it cannot be imported before it
-
-        return methods.parse_inner(value, "prune")
 
 
 class Prune(Compressor):
@@ -168,7 +162,7 @@ class PruneServer(MeanServer):
     def init(self, theta_D: Tensor) -> State:
         return super().init(theta_D) | {"sum": torch.zeros(self.size), "pruned": torch.tensor(0)}
 
-    memory, gradient = Server.memory, Server.gradient  # it sets parameters to zero
+    memory = Server.memory  # it sets parameters to zero: a mean alone is no gradient
 
     def shared(self, state: State) -> State:
         return {"kept": state["kept"]}

@@ -13,7 +13,7 @@ from fedmpi import random
 from fedmpi.errors import ConfigError
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, Round, Server, State
-from fedmpi.methods.base import Entry, FeedbackOptions, MeanServer, Setup
+from fedmpi.methods.base import Entry, FeedbackOptions, MeanServer, Setup, missed_rounds, remember
 from fedmpi.methods.feedback import Feedback
 from fedmpi.ops import bits, fast
 from fedmpi.ops.sums import absolute
@@ -114,12 +114,12 @@ class VoteServer(Server):
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         positive_D = majority(mean_S, round)
-        packed_1B, lr_1 = bits.pack(positive_D[None]), torch.tensor([round.lr], dtype=torch.float32)
+        packed_B, lr = bits.pack(positive_D[None])[0], torch.tensor(round.lr, dtype=torch.float32)
         return {
-            "theta": _step(state["theta"], packed_1B[0], lr_1[0]),
+            "theta": _step(state["theta"], packed_B, lr),
             "version": state["version"] + 1,
-            "signs": torch.cat([state["signs"], packed_1B])[-self.keep :],
-            "lr": torch.cat([state["lr"], lr_1])[-self.keep :],
+            "signs": remember(state["signs"], packed_B, self.keep),
+            "lr": remember(state["lr"], lr, self.keep),
         }
 
     def memory(self) -> State:
@@ -139,11 +139,8 @@ class VoteServer(Server):
         return {"theta": theta_D, "version": torch.tensor(0)}
 
     def download(self, state: State, seen: int) -> Message:
-        missed = int(state["version"]) - seen
-        if missed > len(state["lr"]):
-            return Message({"theta": state["theta"][None]})
-        last = slice(len(state["lr"]) - missed, None)
-        return Message({"signs": state["signs"][last][None], "lr": state["lr"][last][None]})
+        rounds = missed_rounds(state, seen, ("signs", "lr"))
+        return Message({"theta": state["theta"][None]}) if rounds is None else rounds
 
     def reconcile(self, view: State, message: Message, version: int) -> State:
         arrays = message.arrays
@@ -166,7 +163,10 @@ def build(options: SignOptions, spec: Spec, setup: Setup) -> Method:
     if vote == "mean":
         return Method(feedback, MeanServer(spec, setup.optimizer))
     if setup.optimizer.name != "sgd":
-        raise ConfigError(f"server.optimizer: expected sgd with a majority vote, got {setup.optimizer.name}")
+        raise ConfigError(
+            f"server.optimizer: expected sgd with a majority vote, got {setup.optimizer.name}, which needs "
+            f"method.vote: mean"
+        )
     return Method(feedback, VoteServer(spec))
 
 

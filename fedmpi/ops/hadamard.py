@@ -43,13 +43,3 @@ def fwht_reference(x: Tensor) -> Tensor:
         x = torch.stack((a + b, a - b), dim=-2)
         h *= 2
     return x.reshape(*lead, n)
-
-
-def hadamard_matrix(n: int) -> Tensor:
-    """H itself, ``(n, n)``: entry (i, j) is −1 to the number of common one-bits of i and j."""
-    common = torch.arange(n)[:, None] & torch.arange(n)[None, :]
-    parity = torch.zeros_like(common)
-    while bool(common.any()):
-        parity ^= common & 1
-        common >>= 1
-    return 1.0 - 2.0 * parity

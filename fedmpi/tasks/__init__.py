@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from fedmpi.errors import ConfigError
-from fedmpi.validation import describe, suggest
+from fedmpi.validation import suggest
 
 T = TypeVar("T")
-OptionsT = TypeVar("OptionsT", bound="Options")
 
 
 class Options(BaseModel):
@@ -29,11 +28,3 @@ def choose(what: str, name: str, table: Mapping[str, T]) -> T:
     if name not in table:
         raise ConfigError(f"unknown {what} {name!r}; {suggest(name, table)}")
     return table[name]
-
-
-def parse_options(what: str, model: type[OptionsT], given: Mapping[str, object]) -> OptionsT:
-    """``given`` as a checked ``model``; ConfigError that names every option at fault and the valid ones."""
-    try:
-        return model.model_validate(dict(given))
-    except ValidationError as error:
-        raise ConfigError(describe(error, model, what)) from None

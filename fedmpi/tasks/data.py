@@ -13,9 +13,10 @@ import torch
 
 from fedmpi import own
 from fedmpi.errors import ConfigError, DataError
-from fedmpi.tasks import choose, parse_options
+from fedmpi.tasks import choose
 from fedmpi.tasks.dataset import Data, DataOptions, Places, Split, default_folder
 from fedmpi.tasks.readers import celeba, cifar, hub, idx, images, leaf, personachat, segmentation, text
+from fedmpi.validation import checked
 
 __all__ = ["DATA", "INSTALLED", "Data", "Split", "default_folder", "load"]
 
@@ -76,7 +77,7 @@ def _load(name: str, places: Places, wanted: str) -> Data:
     if own.is_path(name):
         return _checked(name, own.call("data.name", name, places[0], options=options, usage=USAGE))
     reader = choose("data set", name, DATA)
-    return reader.read(parse_options(f"data {name}", reader.options, options), places)
+    return reader.read(checked(reader.options, options, f"data {name}"), places)
 
 
 def _checked(name: str, data: Any) -> Data:

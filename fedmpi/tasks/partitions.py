@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fedmpi import random
 from fedmpi.errors import ConfigError
-from fedmpi.tasks import Options, choose, parse_options
+from fedmpi.tasks import Options, choose
 from fedmpi.tasks.dataset import Split
+from fedmpi.validation import checked
 
 
 class Partition(NamedTuple):
@@ -97,18 +98,24 @@ def split(
       ConfigError: an unknown name or option, or a request that cannot be met; names the argument.
     """
     row = choose("partition", name, PARTITIONS)
-    checked = parse_options(f"partition {name}", row.options, options)
+    given = checked(row.options, options, f"partition {name}")
     if not 1 <= clients <= len(labels_N):
         raise ConfigError(
             f"partition {name}: clients: expected 1 to {len(labels_N)} (the samples), got {clients}"
         )
+    others = ", ".join(other for other, kind in PARTITIONS.items() if kind.needs == "nothing")
     if row.needs == "labels" and (labels_N.dim() != 1 or labels_N.dtype != torch.int64):
-        raise ConfigError(f"partition {name}: expected data with a class a sample; these have other targets")
+        raise ConfigError(
+            f"partition {name}: expected data with a class a sample, got other targets; for any data: {others}"
+        )
     if row.needs == "groups":
         if groups_N is None:
-            raise ConfigError(f"partition {name}: expected data that say whose each sample is; these do not")
+            raise ConfigError(
+                f"partition {name}: expected data that say whose each sample is, got some that do not; for any "
+                f"data: {others}"
+            )
         labels_N = groups_N
-    return row.split(labels_N, clients, key, checked)
+    return row.split(labels_N, clients, key, given)
 
 
 def divide(name: str, train: Split, clients: int, seed: int, **options: object) -> Partition:

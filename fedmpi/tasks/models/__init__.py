@@ -10,10 +10,11 @@ from torch import nn
 
 from fedmpi import own
 from fedmpi.errors import ConfigError
-from fedmpi.tasks import Options, choose, parse_options
+from fedmpi.tasks import Options, choose
 from fedmpi.tasks.models import images, language
 from fedmpi.tasks.models.images import Shape
 from fedmpi.tasks.models.initial import check_supported, initialize
+from fedmpi.validation import checked
 
 __all__ = ["MODELS", "Model", "Shape", "build", "check_supported", "initialize"]
 
@@ -68,11 +69,11 @@ def build(name: str, shape: Shape, classes: int, key: int, **options: object) ->
             raise ConfigError(f"model.name: {name} returned a {type(module).__name__}, expected {USAGE}")
         return module
     row = choose("model", name, MODELS)
-    checked = parse_options(f"model {name}", row.options, options)
+    given = checked(row.options, options, f"model {name}")
     if row.seeded:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key % 2**63)
-            return row.build(shape, classes, checked)
+            return row.build(shape, classes, given)
     with torch.device("meta"):  # torch's own initial values would draw from its global generator
-        module = row.build(shape, classes, checked)
+        module = row.build(shape, classes, given)
     return initialize(module.to_empty(device="cpu"), key)

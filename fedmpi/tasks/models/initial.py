@@ -36,7 +36,10 @@ def initialize(module: nn.Module, key: int) -> nn.Module:
                 for name, p in own.items()
             }
         elif own:
-            raise ConfigError(f"{_title(prefix, layer)}: no rule for the initial values of {', '.join(own)}")
+            raise ConfigError(
+                f"{_title(prefix, layer)}: no rule for the initial values of {', '.join(own)}; expected "
+                f"{', '.join(kind.__name__ for kind in (*_UNIFORM, *_ONES))}"
+            )
         else:
             continue
         with torch.no_grad():

@@ -47,7 +47,10 @@ class _Tokens(nn.Module):
     def __init__(self, inner: nn.Module, positions: int, length: int, name: str) -> None:
         super().__init__()
         if length > positions:
-            raise ConfigError(f"model {name}: it has {positions} positions, the data have {length} tokens")
+            raise ConfigError(
+                f"model {name}: it has {positions} positions, the data have {length} tokens a sample; expected at "
+                f"most as many: set data.length to {positions} or less, or take a model with more positions"
+            )
         self.inner = inner
         self.words = cast(Any, inner).get_input_embeddings().num_embeddings
         self.name = name

@@ -44,7 +44,10 @@ def hub(options: HubOptions, places: Places) -> Data:
     for part, x_N in zip(parts, x, strict=True):
         strange = next((value for value in part.y if str(value) not in number), None)
         if strange is not None:
-            raise DataError(f"{options.dataset}: {options.target}: {strange!r} occurs only in {options.test}")
+            raise DataError(
+                f"{options.dataset}: {options.target}: expected the classes of {options.train}, got {strange!r} "
+                f"in {options.test}"
+            )
         y_N = torch.tensor([number[str(value)] for value in part.y])
         splits.append(Split(x_N, y_N, None if part.group is None else numbered(part.group)))
     return Data("hub", splits[0], splits[1], len(values))

@@ -1,0 +1,93 @@
+"""What clients keep between rounds: rows apart, in memory or mapped from disk, taken back when a rank is lost."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmpi import config
+from fedmpi.comm import solo
+from fedmpi.engine.rounds import Simulation
+from fedmpi.engine.store import ClientStore, MappedStore
+from fedmpi.errors import ConfigError
+
+from .conftest import SMALL
+from .jobs.runs import outcome
+
+
+@pytest.mark.parametrize("kind", ["memory", "mmap"])
+def test_a_store_keeps_rows_apart(kind: str, tmp_path: Path) -> None:
+    def init() -> dict[str, torch.Tensor]:
+        return {"a": torch.zeros(3), "h": torch.zeros((), dtype=torch.bfloat16), "b": torch.ones(0)}
+
+    store = ClientStore(init) if kind == "memory" else MappedStore(init, 10, tmp_path)
+    assert store.row == 14
+    assert not list(tmp_path.iterdir()), "its files have no names"
+    ids = torch.tensor([5, 2])
+    state = store.get(ids)
+    state["a"] += torch.tensor([[1.0], [2.0]])
+    assert torch.equal(store.get(ids)["a"], torch.zeros(2, 3)), "a state that was not put back is not kept"
+    store.put(ids, state)
+    state["a"] += 7
+    assert store.get(torch.tensor([2, 5, 9]))["a"][:, 0].tolist() == [2.0, 1.0, 0.0]
+
+
+def test_the_two_stores_are_the_same_run(tmp_path: Path) -> None:
+    values = {
+        **SMALL,
+        "method": {"name": "lookback", "inner": {"name": "topk", "feedback": True, "ratio": 0.1}},
+    }
+    mapped = outcome({**values, "store": "mmap", "store_folder": str(tmp_path)}, solo())
+    assert mapped["sha256"] == outcome(values, solo())["sha256"]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    mapped=st.booleans(),
+    steps=st.lists(st.one_of(st.none(), st.lists(st.integers(0, 5), unique=True)), max_size=20),
+    data=st.data(),
+)
+def test_a_store_goes_back_by_two_marks(
+    mapped: bool, steps: list[list[int] | None], data: st.DataObject
+) -> None:
+    """``steps``: None marks, a list puts new states of those clients."""
+
+    def init() -> dict[str, torch.Tensor]:
+        return {"a": torch.zeros(2)}
+
+    store = MappedStore(init, 6, Path(tempfile.gettempdir())) if mapped else ClientStore(init)
+    held: list[dict[int, float]] = [{}]
+    now: dict[int, float] = {}
+    store.mark()
+    for n, step in enumerate(steps, 1):
+        if step is None:
+            store.mark()
+            held.append(dict(now))
+        elif step:
+            store.put(torch.tensor(step), {"a": torch.full((len(step), 2), float(n))})
+            now |= dict.fromkeys(step, float(n))
+    marks = data.draw(st.integers(0, min(2, len(held))))
+    store.rewind(marks)
+    expected = held[-marks] if marks else now
+    assert store.known.tolist() == sorted(expected)
+    assert store.get(torch.arange(6))["a"][:, 0].tolist() == [expected.get(c, 0.0) for c in range(6)]
+
+
+def test_a_run_whose_state_would_not_fit_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmpi.engine.store._available_memory", lambda: 10_000)
+    values = {**SMALL, "method": {"name": "topk", "feedback": True}}
+    with pytest.raises(
+        ConfigError, match=r"client state needs up to 15\.6 kB of memory, 10 kB are free; ways out"
+    ):
+        Simulation(config.parse(values), solo())  # 6 clients x 650 numbers
+    assert Simulation(config.parse({**values, "store": "mmap"}), solo()).memory.startswith(
+        "client state needs"
+    )
+    assert Simulation(config.parse({**values, "method": "dense"}), solo()).memory == ""
+    with pytest.raises(ConfigError, match="store_folder: cannot use /nowhere: No such file"):
+        Simulation(config.parse({**values, "store": "mmap", "store_folder": "/nowhere"}), solo())

@@ -1,0 +1,119 @@
+"""Sums over clients and ranks: the same bits in any order, and an error rather than a wrapped number."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmpi import random
+from fedmpi.comm import run_ranks
+from fedmpi.engine.sums import Sum
+from fedmpi.errors import NumericalError
+
+values32 = st.floats(-1000, 1000, width=32)
+
+
+def exact(terms: int, size: int = 3) -> Sum:
+    return Sum(size, integer=False, exact=True, terms=terms)
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> tuple[list[list[float]], list[float], list[list[list[int]]]]:
+    """Terms, their weights, and a way to add them up: ranks of chunks of terms."""
+    count = draw(st.integers(1, 12))
+    rows = draw(st.lists(st.lists(values32, min_size=3, max_size=3), min_size=count, max_size=count))
+    weights = draw(st.lists(st.floats(0, 1), min_size=count, max_size=count))
+    order = draw(st.permutations(range(count)))
+    ranks: list[list[list[int]]] = [[] for _ in range(draw(st.integers(1, 4)))]
+    while order:
+        size = draw(st.integers(1, len(order)))
+        ranks[draw(st.integers(0, len(ranks) - 1))].append(list(order[:size]))
+        order = order[size:]
+    return rows, weights, ranks
+
+
+@given(splits())
+@settings(deadline=None, max_examples=150)
+def test_exact_sum_has_the_same_bits_in_any_order(case):
+    rows, weights, ranks = case
+    v_CS, w_C = torch.tensor(rows, dtype=torch.float32), torch.tensor(weights, dtype=torch.float64)
+    whole = exact(len(rows))
+    whole.add(v_CS, w_C)
+    shares = []
+    for chunks in ranks:
+        share = exact(len(rows))
+        for chunk in chunks:
+            share.add(v_CS[chunk], w_C[chunk])
+        shares.append(share)
+    for other in shares[1:]:
+        shares[0].total_S += other.total_S
+    assert torch.equal(shares[0].value(), whole.value())
+    assert whole.value().dtype == torch.float32
+    for column in range(3):
+        true = math.fsum(row[column] * weight for row, weight in zip(rows, weights, strict=True))
+        bound = len(rows) * 2.0**-41 + abs(true) * 2.0**-23
+        assert abs(float(whole.value()[column]) - true) <= bound
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("integer", [False, True])
+def test_sum_over_ranks(ranks, integer):
+    """Equal bits on every rank and at every number of ranks."""
+    clients, size = 40, 50
+    v_CS = random.normal(random.keys(0, 0, torch.arange(clients), "v"), size)
+    v_CS = v_CS.sign().to(torch.int8) if integer else v_CS
+    w_C = random.uniform(random.key(1), clients).double() / clients
+
+    def main(comm):
+        total = Sum(size, integer=integer, exact=True, terms=clients)
+        total.add(v_CS[comm.rank :: comm.size], w_C[comm.rank :: comm.size])
+        total.over(comm)
+        return total.value()
+
+    sums = run_ranks(ranks, main)
+    true = v_CS.long().sum(0) if integer else (v_CS.double() * w_C[:, None]).sum(0)
+    alone = run_ranks(1, main)[0]
+    assert all(torch.equal(value, alone) for value in sums)
+    torch.testing.assert_close(alone.double(), true.double(), rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("terms", "dtype"), [(1, torch.int8), (127, torch.int8), (128, torch.int16), (2**15, torch.int32)]
+)
+def test_votes_are_counted_in_the_smallest_type_that_fits(terms, dtype):
+    total = Sum(2, integer=True, exact=False, terms=terms)
+    assert total.total_S.dtype == dtype
+    total.add(torch.tensor([[1, -1]], dtype=torch.int8).expand(terms, 2), torch.ones(terms).double())
+    assert total.value().tolist() == [terms, -terms]
+
+
+@pytest.mark.parametrize("value", [2.0**23, -(2.0**23), 1e30, -1e30, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("place", [0, 2])
+def test_exact_sum_refuses_what_does_not_fit(value, place):
+    row = torch.zeros(1, 3)
+    row[0, place] = value
+    with pytest.raises(NumericalError):
+        exact(1).add(row, torch.ones(1).double())
+
+
+@pytest.mark.parametrize("value", [2.0**22, -(2.0**22), 2.0**21])
+def test_exact_sum_never_wraps(value):
+    """Many terms that fit one by one: the true sum, or an error."""
+    total = exact(9)
+    try:
+        for _ in range(9):
+            total.add(torch.tensor([[value, 0.0, -value]]), torch.ones(1).double())
+    except NumericalError:
+        return
+    assert total.value().tolist() == [9 * value, 0, -9 * value]
+
+
+def test_a_sum_of_weights_one_takes_values_up_to_its_bound():
+    """A mean of large values is representable, so it is no error."""
+    total = exact(5)
+    total.add(torch.full((5, 3), 2.0**21), torch.full((5,), 0.2, dtype=torch.float64))
+    assert total.value().tolist() == pytest.approx([2.0**21] * 3)
