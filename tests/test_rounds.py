@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from fedmpi import config
 from fedmpi.comm import run_ranks, solo
+from fedmpi.engine import store as stores
 from fedmpi.engine.clients import cohort, place, survivors
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.store import ClientStore, MappedStore
@@ -194,3 +196,41 @@ def test_a_run_whose_state_would_not_fit_is_refused_before_it_starts(monkeypatch
     assert Simulation(config.parse({**values, "method": "dense"}), solo()).memory == ""
     with pytest.raises(ConfigError, match="store_folder: cannot use /nowhere: No such file"):
         Simulation(config.parse({**values, "store": "mmap", "store_folder": "/nowhere"}), solo())
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("MemTotal: 90 kB\nMemAvailable:  7 kB\n", 7 * 1024), ("MemTotal: 90 kB\n", None), (None, None)],
+)
+def test_free_memory_is_what_linux_says_or_all_that_there_is(
+    said: str | None, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if said is not None:
+        (tmp_path / "meminfo").write_text(said)
+    monkeypatch.setattr(stores, "Path", lambda path: {"/proc/meminfo": tmp_path / "meminfo"}[path])
+    everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert stores._available_memory() == (everything if expected is None else expected)
+
+
+@pytest.mark.parametrize(("share", "faster", "threads"), [(4, 0.5, 4), (4, 0.9, 1), (1, 0.1, 1)])
+def test_without_a_wish_a_rank_takes_threads_where_they_pay(
+    share: int, faster: float, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several threads must save more than a fifth of one's time."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("fedmpi.engine.rounds.own_cpus", lambda comm: share)
+    simulation = Simulation(settings_for(), solo())
+    monkeypatch.setattr(simulation.trainer, "time", lambda data, batch, n: 1.0 if n == 1 else faster)
+    simulation.set_threads()
+    assert torch.get_num_threads() == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    simulation.set_threads()
+    assert torch.get_num_threads() == 1
+
+
+def test_timing_a_step_leaves_the_run_as_it_was() -> None:
+    timed, fresh = (Simulation(settings_for(), solo()) for _ in range(2))
+    assert timed.trainer.time(timed.data.train, 20, 1) > 0
+    assert timed.round(0)["loss"] == fresh.round(0)["loss"]
+    assert torch.equal(timed.topology.parameters(), fresh.topology.parameters())
