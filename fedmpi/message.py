@@ -59,23 +59,21 @@ class Message(NamedTuple):
             return len(self.lengths[name]) if name in self.lengths else len(array)
         return 0
 
-    def nbytes(self, positions: bool = True) -> Tensor:
-        """Bytes that each client sends, int64 ``(C,)``, measured on the arrays.
-
-        Args:
-          positions: count arrays that say where values belong (``index``, ``map``), too. The
-            papers' tables leave them out.
-        """
+    def nbytes(self) -> Tensor:
+        """Bytes that each client sends, int64 ``(C,)``, measured on the arrays."""
         total_C = torch.zeros(self.clients, dtype=torch.int64)
         for name, array in self.arrays.items():
-            if not positions and name.rpartition(".")[2] in POSITIONS:
-                continue
             row = array[:1].nbytes if len(array) else 0
             total_C += self.lengths[name] * row if name in self.lengths else row
         return total_C
 
     def total_nbytes(self, positions: bool = True) -> int:
-        """The sum of :meth:`nbytes` over all clients."""
+        """The sum of :meth:`nbytes` over all clients.
+
+        Args:
+          positions: count arrays that say where values belong (``index``, ``map``), too. The
+            papers' tables leave them out.
+        """
         kept = (a for n, a in self.arrays.items() if positions or n.rpartition(".")[2] not in POSITIONS)
         return sum(array.nbytes for array in kept)
 
@@ -164,7 +162,7 @@ def from_rows(rows_CB: Tensor, layout: Layout) -> Message:
         size = math.prod(field.row) * field.dtype.itemsize
         # A copy where it is a part of the row: a view of wider numbers needs aligned bytes.
         part_CB = rows_CB[:, at : at + size].clone(memory_format=torch.contiguous_format)
-        arrays[name] = part_CB.view(field.dtype).view(len(rows_CB), *field.row)
+        arrays[name] = part_CB.flatten().view(field.dtype).view(len(rows_CB), *field.row)
         at += size
     return Message(arrays)
 

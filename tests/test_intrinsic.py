@@ -15,7 +15,7 @@ from fedmpi.comm import solo
 from fedmpi.engine.clients import cohort
 from fedmpi.engine.ledger import ratios
 from fedmpi.engine.rounds import Simulation
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, MessageError
 from fedmpi.method import Context, Round
 from fedmpi.methods.base import Setup
 from fedmpi.methods.intrinsic import Coordinates, Subspaces
@@ -201,6 +201,19 @@ def test_a_drawn_subspace_is_uniform() -> None:
     message, _ = method.up.compress(torch.ones(5000, 40), {}, ctx)
     counts = np.bincount(message.arrays["subspace"].numpy(), minlength=5)
     assert (abs(counts - 1000) < 5 * np.sqrt(5000 * 0.2 * 0.8)).all()
+
+
+@pytest.mark.parametrize("count", [5, 300])  # a byte's tag, an int32's
+def test_a_subspace_that_there_is_not_is_refused(count: int) -> None:
+    spec, ctx = Spec(("p",), ((40,),)), Context(Round(0, 3, 0.1), torch.arange(2), torch.ones(2).long())
+    options = {"name": "intrinsic", "dim": 2, "schedule": "k_varying", "subspaces": count}
+    up = methods.build(options, spec, Setup()).up
+    message, _ = up.compress(torch.ones(2, 40), {}, ctx)
+    tag = message.arrays["subspace"]
+    for wrong in (count, -1)[: 1 + tag.dtype.is_signed]:
+        arrays = {**message.arrays, "subspace": torch.tensor([0, wrong], dtype=tag.dtype)}
+        with pytest.raises(MessageError, match=f"subspace .*, expected 0 to {count - 1}"):
+            up.decompress(message._replace(arrays=arrays), {}, ctx)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -199,6 +200,27 @@ def test_a_message_whose_counts_do_not_fit_its_tags_is_refused() -> None:
     wrong = Message({**message.arrays, "scalar": 1 - message.arrays["scalar"]}, message.lengths)
     with pytest.raises(MessageError, match="row counts of rho do not fit"):
         up.decompress(wrong, peer, context(4))
+
+
+def test_a_message_with_a_centroid_that_there_is_not_is_refused() -> None:
+    up = compressor(keep="clustered", clusters=3)
+    state = {name: torch.stack([v] * 4) for name, v in up.init().items()}
+    ctx = replace(context(4), shared={"centroids": torch.zeros(3, SPEC.size)})
+    message, _ = up.compress(turning(0), state, ctx)
+    wrong = message._replace(arrays={**message.arrays, "cluster": torch.tensor([0, 1, 2, 3]).byte()})
+    with pytest.raises(MessageError, match="centroid 3, expected 0 to 2"):
+        up.decompress(wrong, believed(up, state), ctx)
+
+
+@pytest.mark.parametrize("factor", [1.0, -2.5])
+def test_at_the_threshold_the_scalar_is_sent(factor: float) -> None:
+    """sin²α ≤ δ, not <: a multiple of the look-back gradient has sin²α = 0, and needs no tolerance."""
+    up = compressor(threshold=0.0)
+    state = {name: torch.stack([v] * 4) for name, v in up.init().items()}
+    _, state = up.compress(turning(0), state, context(4))
+    message, _ = up.compress(factor * turning(0), state, context(4, t=1))
+    assert message.arrays["scalar"].tolist() == [1] * 4
+    assert message.arrays["rho"].tolist() == [factor] * 4
 
 
 @pytest.mark.parametrize(

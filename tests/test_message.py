@@ -13,7 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmpi.errors import MessageError
-from fedmpi.message import Field, Layout, Message, concat, equal, from_bytes, to_bytes
+from fedmpi.message import (
+    Field,
+    Layout,
+    Message,
+    concat,
+    equal,
+    from_bytes,
+    from_rows,
+    row_nbytes,
+    to_bytes,
+    to_rows,
+)
 
 DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 DTYPES += [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -347,3 +358,22 @@ def test_another_number_of_clients_is_refused(clients):
     frame = to_bytes(fill(EXPECTED, 2, 0))
     with pytest.raises(MessageError, match=f"holds 2 clients, expected {clients}"):
         from_bytes(frame, EXPECTED, clients)
+
+
+@given(
+    st.dictionaries(names, fields.map(lambda field: field._replace(ragged=False)), min_size=1),
+    counts,
+    bit_seeds,
+)
+@quick
+def test_rows_are_the_arrays_bytes_alone(layout, clients, seed):
+    message = fill(layout, clients, seed)
+    rows = to_rows(message)
+    assert rows.shape == (clients, row_nbytes(layout))
+    assert equal(from_rows(rows, layout), message)
+    longer = torch.cat([rows, torch.zeros(clients, 1, dtype=torch.uint8)], 1)
+    with pytest.raises(
+        MessageError, match=f"rows of {row_nbytes(layout) + 1} bytes, expected {row_nbytes(layout)}"
+    ):
+        from_rows(longer, layout)
+    assert row_nbytes(layout | {"ragged": Field(torch.uint8, (), ragged=True)}) is None

@@ -142,3 +142,27 @@ def test_a_message_that_cannot_be_read_ends_all_ranks(monkeypatch: pytest.Monkey
         return type(caught.value).__name__
 
     assert run_ranks(3, main, timeout=30) == ["MessageError", "RankError", "RankError"]
+
+
+@pytest.mark.parametrize(("share", "faster", "threads"), [(4, 0.5, 4), (4, 0.9, 1), (1, 0.1, 1)])
+def test_without_a_wish_a_rank_takes_threads_where_they_pay(
+    share: int, faster: float, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several threads must save more than a fifth of one's time."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("fedmpi.engine.rounds.own_cpus", lambda comm: share)
+    simulation = Simulation(settings_for(), solo())
+    monkeypatch.setattr(simulation.trainer, "time", lambda data, batch, n: 1.0 if n == 1 else faster)
+    simulation.set_threads()
+    assert torch.get_num_threads() == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    simulation.set_threads()
+    assert torch.get_num_threads() == 1
+
+
+def test_timing_a_step_leaves_the_run_as_it_was() -> None:
+    timed, fresh = (Simulation(settings_for(), solo()) for _ in range(2))
+    assert timed.trainer.time(timed.data.train, 20, 1) > 0
+    assert timed.round(0)["loss"] == fresh.round(0)["loss"]
+    assert torch.equal(timed.topology.parameters(), fresh.topology.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from fedmpi import config
 from fedmpi.comm import solo
+from fedmpi.engine import store as stores
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.store import ClientStore, MappedStore
 from fedmpi.errors import ConfigError
@@ -91,3 +93,17 @@ def test_a_run_whose_state_would_not_fit_is_refused_before_it_starts(monkeypatch
     assert Simulation(config.parse({**values, "method": "dense"}), solo()).memory == ""
     with pytest.raises(ConfigError, match="store_folder: cannot use /nowhere: No such file"):
         Simulation(config.parse({**values, "store": "mmap", "store_folder": "/nowhere"}), solo())
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("MemTotal: 90 kB\nMemAvailable:  7 kB\n", 7 * 1024), ("MemTotal: 90 kB\n", None), (None, None)],
+)
+def test_free_memory_is_what_linux_says_or_all_that_there_is(
+    said: str | None, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if said is not None:
+        (tmp_path / "meminfo").write_text(said)
+    monkeypatch.setattr(stores, "Path", lambda path: {"/proc/meminfo": tmp_path / "meminfo"}[path])
+    everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert stores._available_memory() == (everything if expected is None else expected)
