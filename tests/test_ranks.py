@@ -26,7 +26,15 @@ def references() -> list[tuple[dict[str, Any], dict[str, Any]]]:
     return [(values, outcome(values, solo())) for values in exact_or_not]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
+FAST = [("openmpi", 1), ("openmpi", 3), ("mpich", 2)]
+SLOW = [(mpi, ranks) for ranks in (1, 2, 3, 4) for mpi in ("openmpi", "mpich") if (mpi, ranks) not in FAST]
+
+
+@pytest.mark.parametrize(
+    ("mpi", "ranks"),
+    [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    indirect=["mpi"],
+)
 def test_processes_equal_one_process(
     mpi: Mpi, ranks: int, references: list[tuple[dict[str, Any], dict[str, Any]]], tmp_path: Path
 ) -> None:
