@@ -60,3 +60,9 @@ def test_feedback_needs_a_magnitude() -> None:
     method = {"name": "signsgd", "vote": "majority", "feedback": True}
     with pytest.raises(ConfigError, match=r"method\.feedback: expected a method whose message decodes"):
         Simulation(config.parse({**SMALL, "method": method}), solo())
+
+
+def test_a_majority_vote_takes_no_optimizer() -> None:
+    values = {**SMALL, "method": {"name": "signsgd"}, "server": {"optimizer": "adam"}}
+    with pytest.raises(ConfigError, match=r"server\.optimizer: expected sgd with a majority vote, got adam"):
+        Simulation(config.parse(values), solo())
