@@ -137,6 +137,24 @@ def test_additive_is_true_of_what_is_sent(method: Method) -> None:
     assert all(holds[up] == up.additive for up in holds)
 
 
+def test_adding_is_decoding_and_adding(method: Method) -> None:
+    """Methods that add without writing out what they decode come to the same, and to the same state."""
+    weights = [0.25 * (c + 1) for c in range(CLIENTS)]
+    senders, receivers = start(method)
+    ids = torch.arange(CLIENTS)
+    for t in range(2):
+        for up in passes(method):
+            message, state = up.compress(gradients(t), senders.get(ids), at(method, t))
+            peer = receivers.get(ids) if up is method.up else {}
+            v, expected = up.decompress(message, peer, at(method, t))
+            total = torch.ones(1, up.size)
+            new = up.add(total.expand(CLIENTS, -1), message, peer, at(method, t), weights)
+            torch.testing.assert_close(total[0], 1 + torch.tensor(weights) @ v.float(), rtol=1e-4, atol=1e-4)
+            assert all(torch.equal(a, b) for a, b in _pairs(new, expected))
+        senders.put(ids, state)
+        receivers.put(ids, new)
+
+
 def test_decoded_size_is_what_sums(method: Method) -> None:
     for up in passes(method):
         message, _ = up.compress(gradients(0), start(method)[0].get(torch.arange(CLIENTS)), at(method, 0))

@@ -361,7 +361,7 @@ def test_another_number_of_clients_is_refused(clients):
 
 
 @given(
-    st.dictionaries(names, fields.map(lambda field: field._replace(ragged=False)), min_size=1),
+    st.dictionaries(names, fields.map(lambda field: field._replace(ragged=False)), min_size=1, max_size=3),
     counts,
     bit_seeds,
 )

@@ -125,3 +125,9 @@ def test_a_sign_vector_of_zeros_is_coins(vote: str) -> None:
     assert v.abs().unique().tolist() == [1]
     assert bool((v.float().mean(1).abs() < 0.08).all())
     assert not torch.equal(v[0], v[1]), "each client has its own"
+
+
+def test_a_majority_vote_takes_no_optimizer() -> None:
+    values = {**SMALL, "method": {"name": "signsgd"}, "server": {"optimizer": "adam"}}
+    with pytest.raises(ConfigError, match=r"server\.optimizer: expected sgd with a majority vote, got adam"):
+        Simulation(config.parse(values), solo())

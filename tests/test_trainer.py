@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedmpi import config, random
-from fedmpi.comm import solo
+from fedmpi.comm import run_ranks, solo
+from fedmpi.comm.base import Comm
 from fedmpi.config import Local
 from fedmpi.engine.batches import Batches, padded
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.trainer import Trainer, Update
-from fedmpi.errors import NumericalError
+from fedmpi.errors import FedMPIError, NumericalError
 from fedmpi.methods import METHODS
 from fedmpi.spec import Spec
 from fedmpi.tasks import models
@@ -249,13 +250,45 @@ def test_what_asks_for_single_clients_is_not_fused() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), 3e38])
 def test_a_pool_that_is_no_number_names_the_client(value: float) -> None:
-    simulation = Simulation(config.parse(run("dense")), solo())
+    simulation = Simulation(config.parse(run("dense", local={"lr": 0.1})), solo())
+    assert simulation._pools
     bad = int(simulation.call(0).clients[2])
     x = simulation.data.train.x.clone()
     x[simulation.partition.of(bad)] = value
     simulation.data = simulation.data._replace(train=simulation.data.train._replace(x=x))
     with pytest.raises(NumericalError, match=f"client {bad}, round 0"):
         simulation.round(0)
+
+
+def test_a_pool_that_only_together_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each client's own gradient is finite, and their sum's rounding is to blame: nobody is accused."""
+    simulation = Simulation(config.parse(run("dense", local={"lr": 0.1})), solo())
+    assert simulation._pools
+    pool = simulation.trainer.pool
+
+    def rounded(*positional: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        g_D, loss_C = pool(*positional)
+        return g_D.fill_(torch.inf), loss_C
+
+    monkeypatch.setattr(simulation.trainer, "pool", rounded)
+    with pytest.raises(NumericalError, match="round 0: the sum of the clients' gradients is not finite"):
+        simulation.round(0)
+
+
+def test_a_servers_own_gradient_that_is_no_number_ends_all_ranks() -> None:
+    method = {"name": "prune", "keep": 0.3, "mask_from": "auxiliary", "inner": {"name": "topk", "ratio": 0.1}}
+
+    def main(comm: Comm) -> str:
+        simulation = Simulation(config.parse(SMALL | {"method": method}), comm)
+        x = torch.full_like(simulation.data.train.x, torch.nan)
+        simulation.data = simulation.data._replace(train=simulation.data.train._replace(x=x))
+        with pytest.raises(FedMPIError) as caught:
+            simulation.round(0)
+        return str(caught.value)
+
+    own, other = run_ranks(2, main, timeout=30)
+    assert own == "server: its own gradient is not finite; try a smaller local.lr than 0.1"
+    assert own in other
 
 
 def test_few_heights() -> None:
