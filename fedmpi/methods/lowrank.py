@@ -147,7 +147,7 @@ def orthonormal_reference(p_NR: Tensor, threshold: float = 1e-5) -> Tensor:
 def column_sums(x_NR: Tensor) -> Tensor:
     """Sums over N ``(R,)``, halves onto halves: in an order that does not depend on the processor."""
     n = 1 << (len(x_NR) - 1).bit_length()
-    x_NR = torch.nn.functional.pad(x_NR, (0, 0, 0, n - len(x_NR)))
+    x_NR = torch.cat([x_NR, x_NR.new_zeros(n - len(x_NR), x_NR.shape[1])])  # torch 2.4 pads no empty tensor
     while n > 1:
         n //= 2
         x_NR = x_NR[:n] + x_NR[n:]
