@@ -16,10 +16,10 @@ from .softmax import Softmax, assert_close, drawn, parameters, simulate
 
 
 def alone(model: str, **local: Any) -> tuple[Simulation, torch.nn.Module]:
-    """One client with all data, and the same model beside it."""
+    """One client with all data, and the same model beside it, whose kernels lie as the engine's (test_layout.py)."""
     simulation = simulate(model={"name": model}, clients=1, partition="iid", local=local, seed=3)
-    key = random.key(3, stream="model")
-    return simulation, models.build(model, simulation.data.shape, 10, key)
+    module = models.build(model, simulation.data.shape, 10, random.key(3, stream="model"))
+    return simulation, module.to(memory_format=torch.channels_last)
 
 
 def reference_steps(
