@@ -36,17 +36,17 @@ _SIGNS = {"name": "signsgd", "vote": "mean"}
 
 CASES: dict[str, Case] = {
     "bf16 hook": Case({"plain": "bf16"}, _GRADIENT, 0.05),
-    "PowerSGD hook, rank 1": Case(_power_hook(1), _GRADIENT, 0.02),
+    "PowerSGD hook, rank 1": Case(_power_hook(1), _GRADIENT, 0.01),
     "PowerSGD hook, rank 2": Case(_power_hook(2), _GRADIENT, 0.02),
     "PowerSGD hook, rank 4": Case(_power_hook(4), _GRADIENT, 0.05),
     "powersgd, rank 1": Case(_ours("powersgd", rank=1, feedback=True), _GRADIENT, 0.02),
     "powersgd, rank 2": Case(_ours("powersgd", rank=2, feedback=True), _GRADIENT, 0.02),
     "powersgd, rank 4": Case(_ours("powersgd", rank=4, feedback=True), _GRADIENT, 0.05),
-    "signsgd": Case(_ours("signsgd"), (3e-5, 1e-4, 2e-4, 3e-4), 1e-4),
+    "signsgd": Case(_ours("signsgd"), (3e-5, 1e-4, 2e-4, 3e-4), 2e-4),
     "signsgd, feedback": Case(_ours("signsgd", feedback=True), _GRADIENT, 0.02),
     "topk 1 %, feedback": Case(_ours("topk", ratio=0.01, feedback=True), _GRADIENT, 0.05),
     "intrinsic 1 %, hashed": Case(
-        _ours("intrinsic", dim=16384, matrix="hashed"), (0.001, 0.003, 0.01, 0.03), 0.01
+        _ours("intrinsic", dim=16384, matrix="hashed"), (0.001, 0.003, 0.01, 0.03), 0.03
     ),
     "intrinsic 1 %, fastfood": Case(_ours("intrinsic", dim=16384), (0.001, 0.003, 0.01, 0.03), 0.01),
     "lookback over signsgd": Case(_ours("lookback", threshold=0.2, inner=_SIGNS), _GRADIENT, 0.05),
