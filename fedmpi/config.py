@@ -56,7 +56,8 @@ _flat = PlainSerializer(lambda choice: {"name": choice.name, **choice.options})
 _Data = Annotated[Choice, _chooser("data", DATA, imports=True), _flat]
 _Model = Annotated[Choice, _chooser("model", MODELS, imports=True), _flat]
 _Partition = Annotated[Choice, _chooser("partition", PARTITIONS), _flat]
-_Method = Annotated[SerializeAsAny[Options], BeforeValidator(methods.parse)]
+# pydantic before 2.8 would give a second argument something of its own.
+_Method = Annotated[SerializeAsAny[Options], BeforeValidator(lambda value: methods.parse(value))]
 
 
 class _Section(BaseModel):
