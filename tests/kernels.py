@@ -22,13 +22,13 @@ keys = st.integers(-(2**63), 2**63 - 1)
 @contextmanager
 def smallest(size: int, threads: int = 1) -> Iterator[None]:
     """Kernels from ``size`` numbers on, in so many threads."""
-    before = fast.SMALLEST
-    fast.SMALLEST = size
+    before = fast.SMALLEST, fast.LOADED
+    fast.SMALLEST = fast.LOADED = size
     torch.set_num_threads(threads)
     try:
         yield
     finally:
-        fast.SMALLEST = before
+        fast.SMALLEST, fast.LOADED = before
         torch.set_num_threads(1)
 
 

@@ -116,6 +116,19 @@ def test_majority(voters: int, size: int, threads: int, key: int) -> None:
     assert same(got, bits.majority_reference(packed_WB, tie_B[0]))
 
 
+@given(st.integers(1, 5), st.integers(1, 9000), st.integers(1, 3), st.integers(0, 70), keys)
+@quick
+def test_vote(voters: int, size: int, threads: int, word: int, key: int) -> None:
+    rows = random.bits(random.key(key), voters * size).view(torch.uint8)[: voters * size]
+    packed_WB = rows.view(voters, size)
+    got = by_kernel(bits.vote, packed_WB, key, 64 * word, threads=threads)
+    assert same(got, bits.vote_reference(packed_WB, key, 64 * word))
+    coins_N = random.coins(key, 64 * word + 8 * size)[64 * word :]
+    twice_N = 2 * bits.unpack_reference(packed_WB, 8 * size).sum(0)
+    expected_N = (twice_N > voters) | ((twice_N == voters) & coins_N)
+    assert torch.equal(bits.unpack_reference(got[None], 8 * size)[0], expected_N)
+
+
 @pytest.mark.parametrize("voters", [1, 2, 3, 4, 255, 256, 257])
 def test_majority_at_its_edges(voters: int) -> None:
     """Every count of ones from none to all, against the definition; ties fall either way."""

@@ -177,6 +177,58 @@ def test_elementwise_methods_go_in_groups_and_the_others_whole() -> None:
         assert run_ranks(2, lambda comm, method=method: groups(comm, method)) == [expected] * 2
 
 
+def test_a_large_parameter_goes_alone_and_the_small_ones_around_it_together() -> None:
+    shapes = {"a": (30, 40), "b": (300, 40), "c": (10, 40), "d": (20, 40)}
+
+    def groups(comm: Comm, mb: float) -> list[tuple[str, ...]]:
+        return [g.names for g in Reducer(shapes, "signsgd", comm, exact_below=0, group_mb=mb).groups]
+
+    # A group comes when its last gradient does, from the last parameter to the first.
+    for numbers, expected in (
+        (12000, [("b",), ("d", "c", "a")]),
+        (1200, [("d", "c"), ("b",), ("a",)]),
+        (1600, [("d", "c"), ("b",), ("a",)]),
+        (12001, [("d", "c"), ("b",), ("a",)]),
+        (12400, [("d", "c"), ("b",), ("a",)]),
+        (13200, [("d", "c", "b"), ("a",)]),
+        (20000, [("d", "c", "b", "a")]),
+    ):
+        mb = numbers * 4 / 2**20
+        assert run_ranks(2, lambda comm, mb=mb: groups(comm, mb)) == [expected] * 2, numbers
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("method", ["signsgd", {"name": "topk", "ratio": 0.1, "feedback": True}], ids=str)
+def test_a_gradient_that_is_all_of_a_group_is_averaged_where_it_lies(method: Any, scale: float) -> None:
+    """With the same result as from a group's own memory, whose place it then takes; others are copied."""
+
+    def train(comm: Comm, where: str) -> tuple[list[Tensor], list[bool]]:
+        reducer, got, there = Reducer({"w": (30, 40)}, method, comm), [], []
+        (group,) = reducer.groups
+        for t in range(4):
+            gradient = gradients(comm.rank, t)["fc"] * scale
+            if where == "strided":
+                gradient = torch.stack([gradient, gradient], -1)[..., 0]
+            if where == "double":
+                gradient = gradient.double()
+            group.fill("w", gradient, scale)
+            there.append(group.flat_D.data_ptr() == gradient.data_ptr())
+            reducer.reduce(0)
+            group.answer("w", gradient, scale)
+            got.append(gradient.float() / scale)
+        return got, there
+
+    for ways in zip(
+        *(run_ranks(2, lambda comm, w=w: train(comm, w)) for w in ("whole", "strided", "double")), strict=True
+    ):
+        (whole, there), (strided, copied), (double, converted) = ways
+        assert all(there)
+        assert not any(copied + converted)
+        for a, b, c in zip(whole, strided, double, strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
+
+
 def test_equal_groups_draw_different_numbers() -> None:
     shapes = {"a": (40, 40), "b": (40, 40)}
 

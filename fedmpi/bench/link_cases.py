@@ -20,10 +20,13 @@ class Case(NamedTuple):
     rate: float
 
 
+_APART = {"group_mb": 3.0}
+"""The large linear layer goes alone, the others together: the first, nearly all of the model, is coded and sent while
+the gradients of the convolutions are still computed, as in DDP's buckets."""
+
+
 def _ours(name: str, **options: Any) -> dict[str, Any]:
-    """The linear layers in one group, the convolutions in another: the first, nearly all of the model, is coded and
-    sent while the gradients of the others are still computed, as in DDP's buckets."""
-    return {"method": {"name": name, **options}, "settings": {"group_mb": 6.2}}
+    return {"method": {"name": name, **options}, "settings": _APART}
 
 
 def _power_hook(rank: int) -> dict[str, Any]:
@@ -53,7 +56,7 @@ CASES: dict[str, Case] = {
     "bf16 hook, one bucket": Case({"plain": "bf16", "one_bucket": True}, _GRADIENT, 0.05),
     "fp32 DDP": Case({"plain": "fp32"}, _GRADIENT, 0.05),
     "nothing sent": Case({"plain": "nothing"}, _GRADIENT, 0.05),
-    "auto": Case({"method": {"name": "auto", "steps": 5}, "settings": {"group_mb": 6.2}}, _GRADIENT, 0.05),
+    "auto": Case({"method": {"name": "auto", "steps": 5}, "settings": _APART}, _GRADIENT, 0.05),
 }
 REFERENCE = "bf16 hook"
 BOUND = "nothing sent"

@@ -9,7 +9,7 @@ once for each other rank that they go to.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -68,14 +68,24 @@ class Comm(ABC):
         float16 and bfloat16 travel, and are added up, as float32 where the library cannot add them.
         """
         for tensor in tensors:
-            if self.size == 1 or not tensor.numel():
-                continue
-            wire = self._summable(self._stage(tensor))
-            self._sum(wire)
+            self.start_sum(tensor)()
+
+    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to :meth:`sum` one tensor, and return what waits for the end. Between the two the tensor must be left
+        alone; other collectives may go out. Some libraries do all of it here."""
+        if self.size == 1 or not tensor.numel():
+            return lambda: None
+        wire = self._summable(self._stage(tensor))
+        wait = self._start_sum(wire)
+        self.sent += wire.nbytes
+        self.received += wire.nbytes
+
+        def finish() -> None:
+            wait()
             if wire.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(wire)
-            self.sent += wire.nbytes
-            self.received += wire.nbytes
+
+        return finish
 
     def broadcast(self, data: bytes, root: int = 0) -> bytes:
         """``root``'s bytes, on every rank."""
@@ -168,6 +178,10 @@ class Comm(ABC):
 
     @abstractmethod
     def _sum(self, tensor: Tensor) -> None: ...
+
+    def _start_sum(self, tensor: Tensor) -> Callable[[], None]:
+        self._sum(tensor)
+        return lambda: None
 
     @abstractmethod
     def _allgather_rows(self, row: Tensor, rows: Tensor) -> None: ...

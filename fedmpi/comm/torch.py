@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -145,8 +145,18 @@ class TorchComm(Comm):
         return x.to(_WIDER[x.dtype])
 
     def _sum(self, tensor: Tensor) -> None:
-        with self._doing(f"summing {tensor.numel()} {tensor.dtype}"):
-            dist.all_reduce(tensor, group=self._group)
+        self._start_sum(tensor)()
+
+    def _start_sum(self, tensor: Tensor) -> Callable[[], None]:
+        what = f"summing {tensor.numel()} {tensor.dtype}"
+        with self._doing(what):
+            work = dist.all_reduce(tensor, group=self._group, async_op=True)
+
+        def wait() -> None:
+            with self._doing(what):
+                work.wait()
+
+        return wait
 
     def _allgather_rows(self, row: Tensor, rows: Tensor) -> None:
         with self._doing(f"gathering {len(row)} bytes a rank"):

@@ -17,7 +17,8 @@ import torch
 from fedmpi import random
 from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError
-from fedmpi.integrations.reducer import Reducer, Shapes
+from fedmpi.integrations.reducer import Reducer
+from fedmpi.integrations.settings import Shapes
 
 CANDIDATES: tuple[dict[str, Any] | str, ...] = (
     "dense",

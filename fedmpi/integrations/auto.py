@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from fedmpi import methods
 from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError
-from fedmpi.integrations.reducer import Reducer, Shapes
+from fedmpi.integrations.reducer import Reducer
+from fedmpi.integrations.settings import Shapes
 from fedmpi.methods.base import Options
 from fedmpi.validation import describe
 

@@ -32,7 +32,8 @@ from fedmpi import methods
 from fedmpi.comm.base import Comm
 from fedmpi.errors import CommError, ConfigError
 from fedmpi.integrations import auto
-from fedmpi.integrations.reducer import Reducer, Shapes
+from fedmpi.integrations.reducer import Reducer
+from fedmpi.integrations.settings import Shapes
 from fedmpi.methods.base import Options
 
 AnyMethod = Options | auto.AutoOptions | dict[str, Any] | str
@@ -115,9 +116,10 @@ class State:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def _begin(self) -> None:
-        if not (self._passing and self._job.settled):
-            self._reducer = self._worker.submit(self._job.between_steps).result()
-            self._passing = self._group is not None and self._job.plain
+        if not self._job.settled:  # its collectives go out from the one thread, too
+            self._worker.submit(self._job.between_steps).result()
+        self._reducer = self._job.reducer
+        self._passing = self._group is not None and self._job.plain
         if not self._passing:
             self._left = [set(group.names) for group in self._reducer.groups]
 
@@ -176,12 +178,12 @@ class State:
         self._waiting.append(bucket)
         try:
             self._fill(bucket)
-            for index in complete:
-                self._reducer.reduce(index)
-                for waiting in [b for b in self._waiting if index in b.groups]:
-                    waiting.groups.discard(index)
-                    if not waiting.groups:
-                        self._answer(waiting)
+            if complete:
+                self._reducer.reduce(*complete)
+            for waiting in list(self._waiting):
+                waiting.groups.difference_update(complete)
+                if not waiting.groups:
+                    self._answer(waiting)
         except Exception as error:
             # The pass cannot be finished: whoever waits gets the error, and backward() raises it.
             for waiting in self._waiting:
@@ -194,17 +196,13 @@ class State:
             if bucket.ready is not None:
                 bucket.ready.wait()
             for name, gradient in bucket.gradients.items():
-                view = self._reducer.groups[self._reducer.group_of[name]].views[name]
-                view.copy_(gradient)
-                if scale != 1:
-                    view.div_(scale)
+                self._reducer.group(name).fill(name, gradient, scale)
 
     def _answer(self, bucket: _Bucket) -> None:
         scale = self._scaler.get_scale() if self._scaler else 1.0
         with self._stream(bucket.buffer.device):
             for name, gradient in bucket.gradients.items():
-                view = self._reducer.groups[self._reducer.group_of[name]].views[name]
-                gradient.copy_(view if scale == 1 else view * scale)
+                self._reducer.group(name).answer(name, gradient, scale)
             self._waiting.remove(bucket)
             bucket.future.set_result(bucket.buffer)
 
@@ -256,7 +254,7 @@ def attach(
       comm: ``"group"``: messages go through a Gloo group of the same ranks; ``"mpi"``: through MPI, if the job was
         started by an MPI launcher; or a :class:`fedmpi.comm.Comm`.
       scaler: the job's GradScaler, if it has one: what is kept from step to step must not change with its scale.
-      settings: fields of :class:`fedmpi.integrations.reducer.Settings`: ``seed``, ``exact_below``, ``start_after``,
+      settings: fields of :class:`fedmpi.integrations.settings.Settings`: ``seed``, ``exact_below``, ``start_after``,
         ``steps_per_epoch``, ``group_mb``, ``exchange``.
 
     Raises:

@@ -25,7 +25,7 @@ from torch import Tensor
 from fedmpi import methods
 from fedmpi.errors import CommError, ConfigError
 from fedmpi.integrations.ddp import AnyMethod, Job
-from fedmpi.integrations.reducer import Settings
+from fedmpi.integrations.settings import Settings
 from fedmpi.message import Message
 from fedmpi.method import Context, Method, Round
 from fedmpi.methods.base import Options, Setup
@@ -82,7 +82,7 @@ class Compression:
         """Args:
           method: as in a configuration: ``{"name": "randomk", "ratio": 0.01}``.
           parameters: the model's, with or without names; needed by methods of a fixed size (``dim``).
-          seed, exact_below, steps_per_epoch: as in :class:`fedmpi.integrations.reducer.Settings`. Exact are
+          seed, exact_below, steps_per_epoch: as in :class:`fedmpi.integrations.settings.Settings`. Exact are
             tensors of one dimension and those of fewer numbers.
 
         Raises:
@@ -185,7 +185,7 @@ def DistributedOptimizer(
         tries some in the first steps and keeps the fastest.
       backward_passes_per_step: backward passes of a parameter before a ``step()``, at most.
       scaler: the job's GradScaler, if it has one: what is kept from step to step must not change with its scale.
-      settings: fields of :class:`fedmpi.integrations.reducer.Settings`.
+      settings: fields of :class:`fedmpi.integrations.settings.Settings`.
 
     Returns:
       The wrapped optimizer, with the attribute ``compression``, whose ``stats()`` are the bytes and seconds so

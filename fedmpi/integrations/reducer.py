@@ -2,8 +2,6 @@
 
 What every drop-in shares: which parameters go exactly, which together, where a method's state is kept (by
 parameter name), when a step counts. Who fills the gradients in, and when, is the drop-in's affair.
-
-Shape suffixes: D parameters of a group, S summed numbers.
 """
 
 from __future__ import annotations
@@ -11,198 +9,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from time import perf_counter
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from fedmpi import methods, random
+from fedmpi import methods
 from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm
 from fedmpi.engine import exchange as exchanges
 from fedmpi.errors import ConfigError
-from fedmpi.message import Message, concat, from_bytes, to_bytes
-from fedmpi.method import Compressor, Context, Round, State, believed
-from fedmpi.methods.base import Options, Setup
-from fedmpi.ops import fast
-from fedmpi.spec import Spec
-from fedmpi.validation import describe
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-class Settings(BaseModel):
-    """How a method is applied to a job."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    seed: int = Field(0, ge=0, lt=2**63, description="the same on every rank")
-    exact_below: int = Field(
-        1024,
-        ge=0,
-        description="tensors of fewer numbers and those of one dimension (norms, biases) are averaged exactly; "
-        "0: none are",
-    )
-    start_after: int = Field(0, ge=0, description="steps that are averaged exactly before compression starts")
-    steps_per_epoch: int = Field(1, ge=1, description="steps for which time-varying subspaces stay")
-    group_mb: float = Field(
-        25.0,
-        gt=0,
-        description="parameters that are compressed and sent together, in MB of float32; methods whose numbers "
-        "count over the whole model (k, dim, a sketch) take all in one",
-    )
-    exchange: exchanges.Way = Field(
-        "auto", description="how messages meet: sum, gather, merge, owner (fedmpi/engine/exchange.py)"
-    )
-
-    @classmethod
-    def of(cls, **settings: Any) -> Settings:
-        """Raises:
-        ConfigError: an unknown setting, or a value of the wrong type or range.
-        """
-        try:
-            return cls.model_validate(settings)
-        except ValidationError as error:
-            raise ConfigError(describe(error, cls)) from None
-
-    def exact(self, shape: tuple[int, ...]) -> bool:
-        """A tensor of this shape is averaged exactly."""
-        return self.exact_below > 0 and (len(shape) < 2 or math.prod(shape) < self.exact_below)
-
-
-class Group:
-    """Parameters that are compressed as one vector.
-
-    Attributes:
-      names: of the parameters, in the vector's order.
-      flat_D: their gradients before :meth:`reduce`, and their mean after it.
-      views: the same by name, in their own shapes.
-    """
-
-    def __init__(
-        self,
-        shapes: Shapes,
-        options: Options,
-        comm: Comm,
-        settings: Settings,
-        owner: int | None = None,
-        room: float = exchanges.GATHER_BYTES,
-    ) -> None:
-        self.comm, self.settings = comm, settings
-        self.spec = Spec(tuple(shapes), tuple(shapes.values()))
-        self.names = self.spec.names
-        self.flat_D = torch.zeros(self.spec.size)
-        self.views = self.spec.views(self.flat_D)
-        # A key of its own: equal groups must not draw equal numbers.
-        self.seed = random.key(settings.seed, stream=f"group {self.names[0]}")
-        setup = Setup(self.seed, comm.size)
-        self.method = methods.build(options, self.spec, setup)
-        self.plain = methods.build("dense", self.spec, setup)
-        up, first = self.method.up, self.method.first
-        self.ways = {up: exchanges.build(comm, up, settings.exchange, owner=owner, room=room, packed=True)}
-        if first is not None:
-            self.ways[first] = exchanges.build(comm, first)
-        self.ways[self.plain.up] = exchanges.build(comm, self.plain.up, "sum")
-        for way in self.ways.values():
-            way.reuse = True  # a mean is copied, or decoded, before the next step
-        self.reset()
-        self.seconds = dict.fromkeys(("encode", "wire", "decode"), 0.0)
-        self.payload = 0
-
-    def reset(self) -> None:
-        """Forget all that was kept between steps."""
-        self.state: State = {name: value[None].clone() for name, value in self.method.up.init().items()}
-        self.memory = self.method.server.memory()
-        self.peers = self.ways[self.method.up].init()
-        self._after = self.state, self.memory, self.peers
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes that this rank keeps between steps."""
-        return sum(v.nbytes for part in (self.state, self.memory, self.peers) for v in part.values())
-
-    def reduce(self, step: int, exact: bool) -> bool:
-        """Replace this rank's gradients by all ranks' mean; what is kept changes only with :meth:`commit`.
-
-        Returns:
-          False when a rank's gradient is not finite: the mean is NaN then, on every rank.
-        """
-        settings = self.settings
-        now = Round(self.seed, step, 1.0, settings.steps_per_epoch)
-        usable = _finite(self.flat_D)
-        g_1D = (self.flat_D if usable else torch.zeros_like(self.flat_D))[None]
-        if exact:
-            mean_S, _, _ = self._pass(self.plain.up, g_1D, {}, {}, self._context(now, {}), usable)
-            after = self.state, self.memory, self.peers
-        else:
-            mean_S, after = self._compressed(g_1D, now, usable)
-        if mean_S is None:
-            self.flat_D.fill_(math.nan)
-            return False
-        self._after = after
-        if mean_S.data_ptr() != self.flat_D.data_ptr():
-            self.flat_D.copy_(mean_S)
-        return True
-
-    def _compressed(
-        self, g_1D: Tensor, now: Round, usable: bool
-    ) -> tuple[Tensor | None, tuple[State, State, State]]:
-        up, first, server = self.method.up, self.method.first, self.method.server
-        state, memory, before = self.state, self.memory, (self.state, self.memory, self.peers)
-        if first is not None:
-            ctx = self._context(now, server.shared(memory))
-            mean_S, state, _ = self._pass(first, g_1D, state, {}, ctx, usable)
-            if mean_S is None:
-                return None, before
-            memory = server.first(memory, mean_S, now)
-        ctx = self._context(now, server.shared(memory))
-        mean_S, state, peers = self._pass(up, g_1D, state, self.peers, ctx, usable)
-        if mean_S is None:
-            return None, before
-        started = perf_counter()
-        g_D, memory = server.gradient(memory, mean_S, now, self.flat_D)
-        self.seconds["decode"] += perf_counter() - started
-        return g_D, (state, memory, peers)
-
-    def _context(self, now: Round, shared: State) -> Context:
-        return Context(now, torch.tensor([self.comm.rank]), torch.ones(1, dtype=torch.int64), shared)
-
-    def _pass(
-        self, codec: Compressor, g_1D: Tensor, state: State, peers: State, ctx: Context, usable: bool
-    ) -> tuple[Tensor | None, State, State]:
-        way = self.ways[codec]
-        started, wired = perf_counter(), way.wire
-        message, after = codec.compress(g_1D, state, ctx)
-        encoded = perf_counter()
-        mean_S, peers = way.mean(message, state, peers, ctx, usable)
-        wire = way.wire - wired
-        self.seconds["encode"] += encoded - started
-        self.seconds["wire"] += wire
-        self.seconds["decode"] += perf_counter() - encoded - wire
-        self.payload += int(message.nbytes()[0])
-        return mean_S, after, peers
-
-    def commit(self) -> None:
-        """The step counts."""
-        old = self.state.get("residual")
-        self.state, self.memory, self.peers = self._after
-        if old is not None and old is not self.state["residual"]:
-            fast.give_back(old)  # for the next step's: fresh memory costs more than all that is done with it
-
-    def rollback(self) -> None:
-        """The step does not count."""
-        self._after = self.state, self.memory, self.peers
-
-    def believe(self) -> None:
-        """Make the peers' state from what the ranks' own states say of it. Called by all ranks."""
-        way, up = self.ways[self.method.up], self.method.up
-        if not up.init_peer() or not isinstance(way, exchanges.GatherExchange):
-            return
-        frames = self.comm.allgather(to_bytes(Message(believed(up, self.state))))
-        if way.init():
-            self.peers = concat([from_bytes(frame) for frame in frames]).arrays
-        self.rollback()
+from fedmpi.integrations.groups import Compressed, Exact, Group
+from fedmpi.integrations.settings import Settings, Shapes
+from fedmpi.method import State
+from fedmpi.methods.base import Options
 
 
 class Reducer:
@@ -230,10 +50,8 @@ class Reducer:
         self.settings = Settings.of(**settings)
         self.options, self.comm = methods.parse(method), comm
         self._agree(shapes)
-        exact, compressed = self._split(shapes)
-        dense = methods.parse("dense")
+        exact, compressed = self.settings.split(shapes)
         self.groups: list[Group] = []
-        self._exact: list[Group] = []
         if compressed:
             separable = self.options.separable
             if self.settings.exchange == "owner" and not separable:
@@ -241,14 +59,12 @@ class Reducer:
                     f"exchange: owner averages parts of the model apart, and {self.options.name} with these options "
                     "is one for the whole model (lookback: scope: tensor is not); expected gather or sum"
                 )
-            parts = self._parts(compressed) if separable else [compressed]
+            parts = self.settings.parts(compressed, comm.size) if separable else [compressed]
             for i, part in enumerate(parts):
                 owner, room = i % comm.size if separable else None, exchanges.GATHER_BYTES / len(parts)
-                self.groups.append(Group(part, self.options, comm, self.settings, owner, room))
+                self.groups.append(Compressed(part, self.options, comm, self.settings, owner, room))
         if exact:
-            plain = self.settings.model_copy(update={"exchange": "auto"})
-            self._exact.append(Group(exact, dense, comm, plain))
-            self.groups += self._exact
+            self.groups.append(Exact(exact, comm))
         self.group_of = {name: i for i, group in enumerate(self.groups) for name in group.names}
         self.size = sum(group.spec.size for group in self.groups)
         self.step = self.skipped = 0
@@ -263,32 +79,16 @@ class Reducer:
             {**versions(), **mine, "parameters": {n: list(shape) for n, shape in shapes.items()}},
         )
 
-    def _split(self, shapes: Shapes) -> tuple[Shapes, Shapes]:
-        """The parameters that go exactly, and the others."""
-        exact = {n: s for n, s in shapes.items() if self.settings.exact(s)}
-        return exact, {n: s for n, s in shapes.items() if n not in exact}
+    def group(self, name: str) -> Group:
+        """The one that this parameter belongs to."""
+        return self.groups[self.group_of[name]]
 
-    def _parts(self, shapes: Shapes) -> list[dict[str, tuple[int, ...]]]:
-        """Groups of at most ``group_mb``, from the last parameter to the first, as gradients become ready."""
-        total = sum(map(math.prod, shapes.values()))
-        limit = self.settings.group_mb * 2**20 / 4
-        if self.settings.exchange == "owner":
-            limit = min(limit, total / self.comm.size)
-        parts: list[dict[str, tuple[int, ...]]] = []
-        room = 0.0
-        for name in reversed(list(shapes)):
-            if not parts or math.prod(shapes[name]) > room:
-                parts.append({})
-                room = limit
-            parts[-1][name] = shapes[name]
-            room -= math.prod(shapes[name])
-        return parts
-
-    def reduce(self, index: int) -> None:
-        """Average group ``index``; with the last one of a step the step is over. All ranks in the same order."""
-        group = self.groups[index]
-        exact = group in self._exact or self.step < self.settings.start_after
-        self._results[index] = group.reduce(self.step, exact)
+    def reduce(self, *indices: int) -> None:
+        """Average these groups; with the last one of a step the step is over. All ranks in the same order."""
+        for index in indices:
+            self.groups[index].start()
+        for index in indices:
+            self._results[index] = self.groups[index].reduce(self.step, self.step < self.settings.start_after)
         if len(self._results) == len(self.groups):
             self._finish()
 
@@ -312,17 +112,16 @@ class Reducer:
           parameters: by name, those of ``shapes``.
           scale: what the gradients are multiplied by (a GradScaler's): what is kept must not change with it.
         """
-        for index, group in enumerate(self.groups):
-            for name, view in group.views.items():
-                p = parameters[name]
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-                view.copy_(p.grad).div_(scale)
-            self.reduce(index)
-            for name, view in group.views.items():
-                gradient = parameters[name].grad
-                assert gradient is not None
-                gradient.copy_(view * scale)
+        gradients: dict[str, Tensor] = {}
+        for name, p in parameters.items():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            gradients[name] = p.grad
+        for name, gradient in gradients.items():
+            self.group(name).fill(name, gradient, scale)
+        self.reduce(*range(len(self.groups)))
+        for name, gradient in gradients.items():
+            self.group(name).answer(name, gradient, scale)
 
     def passed(self, payload: int, last: bool) -> None:
         """A part of a step's gradients that the drop-in averaged by itself, sending so many bytes, or the ``last``."""
@@ -399,11 +198,6 @@ class Reducer:
             group.rollback()
             group.believe()
         self.step, self.skipped = int(saved["step"]), int(saved["skipped"])
-
-
-def _finite(x_D: Tensor) -> bool:
-    """No infinity or NaN: such a sum has neither. One that overflows is looked at in float64, where none can."""
-    return math.isfinite(float(x_D.sum())) or math.isfinite(float(x_D.sum(dtype=torch.float64)))
 
 
 def _copy(state: State) -> State:

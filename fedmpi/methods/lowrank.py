@@ -102,7 +102,7 @@ def subtract_product(out_CNM: Tensor, left_NR: Tensor, right_CMR: Tensor) -> Non
 
 def _compiled(kernel: str, out_CNM: Tensor, left_NR: Tensor, right_CMR: Tensor) -> bool:
     """Let a kernel do it; False where it does not pay, or cannot be had."""
-    kernels = fast.compiled("lowrank", out_CNM, count=fast.worth("lowrank", out_CNM.numel()))
+    kernels = fast.compiled("lowrank", out_CNM)
     if kernels is None:
         return False
     for out_NM, right_MR in zip(out_CNM, right_CMR, strict=True):
@@ -120,7 +120,7 @@ def orthonormal(p_NR: Tensor, threshold: float = 1e-5, count: int = 0) -> Tensor
     Args:
       count: numbers of the vector of which this is a part: of a large one, kernels are loaded for this, too.
     """
-    kernels = fast.compiled("lowrank", p_NR, count=fast.worth("lowrank", max(count, p_NR.numel())))
+    kernels = fast.compiled("lowrank", p_NR, count=max(count, p_NR.numel()))
     if kernels is None:
         return orthonormal_reference(p_NR, threshold)
     columns_RN = p_NR.T.double().contiguous()

@@ -79,10 +79,7 @@ class Sign(Compressor):
         return peer
 
     def merge(self, rows_WN: Tensor, start: int, round: Round) -> Tensor:
-        size = rows_WN.shape[1]
-        # The coins of random.coins, packed as they are: bit i % 64 of word i // 64.
-        ties_n = random.bits(round.key("tie"), -(-size // 8), start // 8).view(torch.uint8)[:size]
-        return bits.majority(rows_WN, ties_n)
+        return bits.vote(rows_WN, round.key("tie"), 8 * start)
 
 
 def majority(votes_D: Tensor, round: Round) -> Tensor:

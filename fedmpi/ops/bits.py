@@ -114,6 +114,27 @@ def majority_reference(packed_WB: Tensor, tie_B: Tensor) -> Tensor:
     return pack_reference((twice_N > len(packed_WB)) | ((twice_N == len(packed_WB)) & tie_N))
 
 
+def vote(packed_WB: Tensor, key: int, start: int = 0) -> Tensor:
+    """:func:`majority` with ties that fall as the key's :func:`fedmpi.random.coins` do, of which bit ``start`` (a
+    multiple of 64) belongs to the first entry. Two voters, as in most data-parallel jobs, need no tally."""
+    kernels = fast.compiled("bits", packed_WB) if len(packed_WB) == 2 else None
+    size = packed_WB.shape[1]
+    if kernels is None:
+        return majority(packed_WB, _coin_bytes(key, size, start))
+    out_B = torch.empty(size, dtype=torch.uint8)
+    kernels.vote_of_two(packed_WB.contiguous(), key, start // 64, random.constants(), out_B)
+    return out_B
+
+
+def vote_reference(packed_WB: Tensor, key: int, start: int = 0) -> Tensor:
+    """:func:`vote` by torch."""
+    return majority_reference(packed_WB, _coin_bytes(key, packed_WB.shape[1], start))
+
+
+def _coin_bytes(key: int, size: int, start: int) -> Tensor:
+    return random.bits(key, -(-size // 8), start // 64).view(torch.uint8)[:size]
+
+
 def index_width(n: int) -> int:
     """Bits of an index into ``range(n)``: ceil(log2 n)."""
     return (n - 1).bit_length()

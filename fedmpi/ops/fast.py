@@ -25,24 +25,20 @@ from torch import Tensor
 
 # Below so many numbers torch stays: importing numba and loading a kernel takes a second, compiling some seconds.
 SMALLEST = 1 << 16
+LOADED = 1  # where the kernels of a kind are there already
 KEPT = 1 << 30
 _PIECES = 4  # of the work, for each thread: a core that others use as well does fewer of them
 
 
 def compiled(name: str, *tensors: Tensor, count: int | None = None) -> ModuleType | None:
     """The kernels of ``fedmpi.ops.compiled.<name>``; None where the torch reference has to do: without numba, for
-    tensors on a GPU, such as need a gradient, and less than ``SMALLEST`` numbers (``count``, else the first
-    tensor's)."""
-    if (tensors[0].numel() if count is None else count) < SMALLEST:
+    tensors on a GPU, such as need a gradient, and for too few numbers (``count``, else the first tensor's)."""
+    least = LOADED if f"fedmpi.ops.compiled.{name}" in sys.modules else SMALLEST
+    if (tensors[0].numel() if count is None else count) < least:
         return None
     if any(t.device.type != "cpu" or t.requires_grad for t in tensors):
         return None
     return _module(name)
-
-
-def worth(name: str, count: int) -> int:
-    """``count``, or where these kernels are loaded already, no fewer than they are loaded for."""
-    return max(count, SMALLEST) if f"fedmpi.ops.compiled.{name}" in sys.modules else count
 
 
 @lru_cache

@@ -73,6 +73,7 @@ class Counted:
 def check(comm: Comm) -> None:
     tensors(comm)
     layouts(comm)
+    begun(comm)
     frames(comm)
     mistakes(comm)
 
@@ -119,6 +120,25 @@ def layouts(comm: Comm) -> None:
     result = comm.allgather_tensor(full)
     result += 1  # a result is the caller's own
     same(full, values(comm.rank, (4, 6), torch.float32))
+
+
+def begun(comm: Comm) -> None:
+    """Between a sum's begin and its end other collectives, also another sum, may go out."""
+    for dtype in (torch.float32, torch.int16, torch.bfloat16):
+        alls = [values(r, (5, 200), dtype) for r in range(comm.size)]
+        whole, view = alls[comm.rank].clone(), alls[comm.rank].clone()
+        with Counted(comm) as sums:
+            finish = comm.start_sum(whole)
+            other = comm.start_sum(view[:, ::2])
+        same(comm.allgather_tensor(alls[comm.rank]), torch.stack(alls))
+        other()
+        assert comm.allgather(part(comm.rank, 1)) == [part(r, 1) for r in range(comm.size)]
+        finish()
+        total = sum(a.to(torch.int64) for a in alls).to(dtype)
+        same(whole, total)
+        same(view[:, ::2], total[:, ::2])
+        same(view[:, 1::2], alls[comm.rank][:, 1::2])
+        assert (sums.sent > 0) == (comm.size > 1)
 
 
 def frames(comm: Comm) -> None:

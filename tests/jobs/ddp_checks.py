@@ -314,7 +314,7 @@ def an_error_inside_the_hook_ends_the_pass() -> None:
     """The error comes out of backward(), with its own words."""
     module, state = hooked("bf16")
 
-    def broken(index: int) -> None:
+    def broken(*groups: int) -> None:
         raise CommError("the link is gone")
 
     state._job.reducer.reduce = broken

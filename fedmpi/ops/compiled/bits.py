@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -184,6 +186,20 @@ def _majority(first: int, last: int, packed: Bytes, tie: Bytes, out: Bytes) -> N
             out[begin + i] = more[i] | (equal[i] & tie[begin + i] & even)
 
 
+@kernel
+def _vote_of_two(
+    first: int, last: int, a: Array, b: Array, key: int, start: int, mixing: Array, out: Array
+) -> None:
+    """Words ``first`` to ``last``: where the two differ, the coins of the key's words from ``start`` on."""
+    step, one, two = mixing[0], mixing[1], mixing[2]
+    for w in range(first, last):
+        coins = key + (start + w + 1) * step
+        coins = (coins ^ ((coins >> 30) & 0x3FFFFFFFF)) * one
+        coins = (coins ^ ((coins >> 27) & 0x1FFFFFFFFF)) * two
+        coins = coins ^ ((coins >> 31) & 0x1FFFFFFFF)
+        out[w] = (a[w] & b[w]) | ((a[w] ^ b[w]) & coins)
+
+
 def pack(bits_CN: Tensor, out_CB: Tensor) -> None:
     n = bits_CN.shape[-1]
     x, out = bits_CN.view(-1).numpy().view(np.uint8), out_CB.view(-1).numpy()
@@ -205,3 +221,14 @@ def unpack(packed_CB: Tensor, yes_C: Tensor, no_C: Tensor, out_CN: Tensor) -> No
 
 def majority(packed_WB: Tensor, tie_B: Tensor, out_B: Tensor) -> None:
     fast.run(_majority, -(-len(out_B) // _BYTES), packed_WB.numpy(), tie_B.numpy(), out_B.numpy())
+
+
+def vote_of_two(packed_2B: Tensor, key: int, start: int, mixing: Tensor, out_B: Tensor) -> None:
+    """``start`` counts words."""
+    size, words = len(out_B), -(-len(out_B) // 8)
+    if size % 8:
+        packed_2B = F.pad(packed_2B, (0, 8 * words - size))
+    a, b = packed_2B.view(2, words, 8).view(torch.int64)[..., 0].numpy()
+    out = torch.empty(words, dtype=torch.int64)
+    fast.run(_vote_of_two, words, a, b, key, start, mixing.numpy(), out.numpy())
+    out_B.copy_(out.view(torch.uint8)[:size])

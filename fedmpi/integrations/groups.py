@@ -1,0 +1,247 @@
+"""Parameters whose gradients are averaged together, compressed or as they are.
+
+Shape suffixes: D parameters of a group, S summed numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from fedmpi import methods, random
+from fedmpi.comm.base import Comm
+from fedmpi.engine import exchange as exchanges
+from fedmpi.integrations.settings import Settings, Shapes
+from fedmpi.message import Message, concat, from_bytes, to_bytes
+from fedmpi.method import Compressor, Context, Round, State, believed
+from fedmpi.methods.base import Options, Setup
+from fedmpi.ops import fast
+from fedmpi.spec import Spec
+
+
+class Group:
+    """Parameters whose gradients are averaged as one vector.
+
+    Attributes:
+      names: of the parameters, in the vector's order.
+      flat_D: their gradients before :meth:`reduce`, and their mean after it.
+      views: the same by name, in their own shapes.
+      state, memory: what this rank keeps between steps, and what the server of each rank does.
+      seconds, payload: spent and sent so far, in seconds and bytes.
+    """
+
+    def __init__(self, shapes: Shapes, comm: Comm) -> None:
+        self.comm = comm
+        self.spec = Spec(tuple(shapes), tuple(shapes.values()))
+        self.names = self.spec.names
+        self.place(self.memory_D())
+        self.state: State = {}
+        self.memory: State = {}
+        self.peers: State = {}
+        self.seconds = dict.fromkeys(("encode", "wire", "decode"), 0.0)
+        self.payload = 0
+
+    def memory_D(self) -> Tensor:
+        """Where gradients are gathered."""
+        return torch.zeros(self.spec.size)
+
+    def place(self, flat_D: Tensor) -> None:
+        """Gradients are in ``flat_D`` from now on."""
+        self.flat_D, self.views = flat_D, self.spec.views(flat_D)
+
+    def fill(self, name: str, gradient: Tensor, scale: float) -> None:
+        """Take a gradient, over ``scale``. One that is all of the group stays where it lies."""
+        if self._whole(gradient):
+            self.place(gradient.view(-1))
+        else:
+            self.views[name].copy_(gradient)
+        if scale != 1:
+            self.views[name].div_(scale)
+
+    def answer(self, name: str, gradient: Tensor, scale: float) -> None:
+        """Set ``gradient``, which :meth:`fill` was given, to the mean, times ``scale``."""
+        view = self.views[name]
+        if view.data_ptr() != gradient.data_ptr():
+            gradient.copy_(view if scale == 1 else view * scale)
+        elif scale != 1:
+            gradient.mul_(scale)
+
+    def _whole(self, gradient: Tensor) -> bool:
+        alike = gradient.dtype == self.flat_D.dtype and gradient.device == self.flat_D.device
+        return alike and gradient.numel() == self.spec.size and gradient.is_contiguous()
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that this rank keeps between steps."""
+        return sum(v.nbytes for part in (self.state, self.memory, self.peers) for v in part.values())
+
+    def reset(self) -> None:
+        """Forget all that was kept between steps."""
+
+    def start(self) -> None:
+        """Begin what can be begun before other groups are reduced."""
+
+    def reduce(self, step: int, exact: bool) -> bool:
+        """Replace this rank's gradients by all ranks' mean; what is kept changes only with :meth:`commit`.
+
+        Returns:
+          False when a rank's gradient is not finite: the mean is NaN then, on every rank.
+        """
+        raise NotImplementedError
+
+    def commit(self) -> None:
+        """The step counts."""
+
+    def rollback(self) -> None:
+        """The step does not count."""
+
+    def believe(self) -> None:
+        """Make the peers' state from what the ranks' own states say of it. Called by all ranks."""
+
+
+class Exact(Group):
+    """Averaged as they are, in an all-reduce that other groups' messages need not wait for."""
+
+    def memory_D(self) -> Tensor:
+        self._all = torch.zeros(self.spec.size + 1)  # and whether it is usable: 0, or how many ranks' is not
+        return self._all[:-1]
+
+    def _whole(self, gradient: Tensor) -> bool:
+        return False
+
+    def start(self) -> None:
+        usable = _finite(self.flat_D)
+        if not usable:
+            self.flat_D.zero_()
+        self.flat_D.mul_(1 / self.comm.size)
+        self._all[-1] = float(not usable)
+        started = perf_counter()
+        self._finish = self.comm.start_sum(self._all)
+        self.seconds["wire"] += perf_counter() - started
+
+    def reduce(self, step: int, exact: bool) -> bool:
+        started = perf_counter()
+        self._finish()
+        self.seconds["wire"] += perf_counter() - started
+        self.payload += self.flat_D.nbytes
+        if float(self._all[-1]) == 0:
+            return True
+        self.flat_D.fill_(math.nan)
+        return False
+
+
+class Compressed(Group):
+    """Averaged as the method's messages."""
+
+    def __init__(
+        self,
+        shapes: Shapes,
+        options: Options,
+        comm: Comm,
+        settings: Settings,
+        owner: int | None = None,
+        room: float = exchanges.GATHER_BYTES,
+    ) -> None:
+        super().__init__(shapes, comm)
+        self.settings = settings
+        # A key of its own: equal groups must not draw equal numbers.
+        self.seed = random.key(settings.seed, stream=f"group {self.names[0]}")
+        setup = Setup(self.seed, comm.size)
+        self.method = methods.build(options, self.spec, setup)
+        self.plain = methods.build("dense", self.spec, setup)
+        up, first = self.method.up, self.method.first
+        self.ways = {up: exchanges.build(comm, up, settings.exchange, owner=owner, room=room, packed=True)}
+        if first is not None:
+            self.ways[first] = exchanges.build(comm, first)
+        self.ways[self.plain.up] = exchanges.build(comm, self.plain.up, "sum")
+        for way in self.ways.values():
+            way.reuse = True  # a mean is copied, or decoded, before the next step
+        self.reset()
+
+    def reset(self) -> None:
+        self.state: State = {name: value[None].clone() for name, value in self.method.up.init().items()}
+        self.memory = self.method.server.memory()
+        self.peers = self.ways[self.method.up].init()
+        self._after = self.state, self.memory, self.peers
+
+    def reduce(self, step: int, exact: bool) -> bool:
+        settings = self.settings
+        now = Round(self.seed, step, 1.0, settings.steps_per_epoch)
+        usable = _finite(self.flat_D)
+        g_1D = (self.flat_D if usable else torch.zeros_like(self.flat_D))[None]
+        if exact:
+            mean_S, _, _ = self._pass(self.plain.up, g_1D, {}, {}, self._context(now, {}), usable)
+            after = self.state, self.memory, self.peers
+        else:
+            mean_S, after = self._compressed(g_1D, now, usable)
+        if mean_S is None:
+            self.flat_D.fill_(math.nan)
+            return False
+        self._after = after
+        if mean_S.data_ptr() != self.flat_D.data_ptr():
+            self.flat_D.copy_(mean_S)
+        return True
+
+    def _compressed(
+        self, g_1D: Tensor, now: Round, usable: bool
+    ) -> tuple[Tensor | None, tuple[State, State, State]]:
+        up, first, server = self.method.up, self.method.first, self.method.server
+        state, memory, before = self.state, self.memory, (self.state, self.memory, self.peers)
+        if first is not None:
+            ctx = self._context(now, server.shared(memory))
+            mean_S, state, _ = self._pass(first, g_1D, state, {}, ctx, usable)
+            if mean_S is None:
+                return None, before
+            memory = server.first(memory, mean_S, now)
+        ctx = self._context(now, server.shared(memory))
+        mean_S, state, peers = self._pass(up, g_1D, state, self.peers, ctx, usable)
+        if mean_S is None:
+            return None, before
+        started = perf_counter()
+        g_D, memory = server.gradient(memory, mean_S, now, self.flat_D)
+        self.seconds["decode"] += perf_counter() - started
+        return g_D, (state, memory, peers)
+
+    def _context(self, now: Round, shared: State) -> Context:
+        return Context(now, torch.tensor([self.comm.rank]), torch.ones(1, dtype=torch.int64), shared)
+
+    def _pass(
+        self, codec: Compressor, g_1D: Tensor, state: State, peers: State, ctx: Context, usable: bool
+    ) -> tuple[Tensor | None, State, State]:
+        way = self.ways[codec]
+        started, wired = perf_counter(), way.wire
+        message, after = codec.compress(g_1D, state, ctx)
+        encoded = perf_counter()
+        mean_S, peers = way.mean(message, state, peers, ctx, usable)
+        wire = way.wire - wired
+        self.seconds["encode"] += encoded - started
+        self.seconds["wire"] += wire
+        self.seconds["decode"] += perf_counter() - encoded - wire
+        self.payload += int(message.nbytes()[0])
+        return mean_S, after, peers
+
+    def commit(self) -> None:
+        old = self.state.get("residual")
+        self.state, self.memory, self.peers = self._after
+        if old is not None and old is not self.state["residual"]:
+            fast.give_back(old)  # for the next step's: fresh memory costs more than all that is done with it
+
+    def rollback(self) -> None:
+        self._after = self.state, self.memory, self.peers
+
+    def believe(self) -> None:
+        way, up = self.ways[self.method.up], self.method.up
+        if not up.init_peer() or not isinstance(way, exchanges.GatherExchange):
+            return
+        frames = self.comm.allgather(to_bytes(Message(believed(up, self.state))))
+        if way.init():
+            self.peers = concat([from_bytes(frame) for frame in frames]).arrays
+        self.rollback()
+
+
+def _finite(x_D: Tensor) -> bool:
+    """No infinity or NaN: such a sum has neither. One that overflows is looked at in float64, where none can."""
+    return math.isfinite(float(x_D.sum())) or math.isfinite(float(x_D.sum(dtype=torch.float64)))

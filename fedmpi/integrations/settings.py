@@ -1,0 +1,79 @@
+"""How a method is applied to a job: which parameters go exactly, which together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedmpi.engine.exchange import Way
+from fedmpi.validation import checked
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Settings(BaseModel):
+    """How a method is applied to a job."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    seed: int = Field(0, ge=0, lt=2**63, description="the same on every rank")
+    exact_below: int = Field(
+        1024,
+        ge=0,
+        description="tensors of fewer numbers and those of one dimension (norms, biases) are averaged exactly; "
+        "0: none are",
+    )
+    start_after: int = Field(0, ge=0, description="steps that are averaged exactly before compression starts")
+    steps_per_epoch: int = Field(1, ge=1, description="steps for which time-varying subspaces stay")
+    group_mb: float = Field(
+        25.0,
+        gt=0,
+        description="parameters that are compressed and sent together, in MB of float32; a larger one goes alone; "
+        "methods whose numbers count over the whole model (k, dim, a sketch) take all in one",
+    )
+    exchange: Way = Field(
+        "auto", description="how messages meet: sum, gather, merge, owner (fedmpi/engine/exchange.py)"
+    )
+
+    @classmethod
+    def of(cls, **settings: Any) -> Settings:
+        """Raises:
+        ConfigError: an unknown setting, or a value of the wrong type or range.
+        """
+        return checked(cls, settings)
+
+    def split(self, shapes: Shapes) -> tuple[Shapes, Shapes]:
+        """The parameters that are averaged exactly, and the others."""
+        exact = {n: s for n, s in shapes.items() if self.exact(s)}
+        return exact, {n: s for n, s in shapes.items() if n not in exact}
+
+    def exact(self, shape: tuple[int, ...]) -> bool:
+        """A tensor of this shape is averaged exactly."""
+        return self.exact_below > 0 and (len(shape) < 2 or math.prod(shape) < self.exact_below)
+
+    def parts(self, shapes: Shapes, ranks: int) -> list[Shapes]:
+        """The groups that parameters go in, from the last parameter to the first, as gradients become ready.
+
+        One as large as a group is one by itself, whose gradient can be averaged where it lies; small ones before and
+        after it go together, for a message costs time whatever its length.
+        """
+        limit = self.group_mb * 2**20 / 4
+        if self.exchange == "owner":
+            limit = min(limit, sum(map(math.prod, shapes.values())) / ranks)
+        parts: list[dict[str, tuple[int, ...]]] = []
+        small: dict[str, tuple[int, ...]] = {}
+        room = 0.0
+        for name in reversed(list(shapes)):
+            size = math.prod(shapes[name])
+            if size >= limit:
+                parts.append({name: shapes[name]})
+                continue
+            if size > room:
+                small, room = {}, limit
+                parts.append(small)
+            small[name] = shapes[name]
+            room -= size
+        place = {name: i for i, name in enumerate(shapes)}
+        return sorted(parts, key=lambda part: -min(place[name] for name in part))
