@@ -120,14 +120,24 @@ class Comm(ABC):
 
     def allgather_tensor(self, x: Tensor) -> Tensor:
         """Every rank's ``x``, of one shape and dtype on all ranks: ``(W, *x.shape)`` in rank order."""
+        return self.start_allgather_tensor(x)()
+
+    def start_allgather_tensor(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin an :meth:`allgather_tensor`, as :meth:`start_sum` does; ``x`` must be left alone until its end."""
         if self.size == 1 or not x.numel():
-            return x.new_empty((self.size, *x.shape)).copy_(x.detach())
+            copy = x.new_empty((self.size, *x.shape)).copy_(x.detach())
+            return lambda: copy
         wire = self._stage(x)
         rows = wire.new_empty((self.size, *x.shape))
-        self._allgather_rows(_as_bytes(wire), _as_bytes(rows).view(self.size, -1))
+        wait = self._start_allgather_rows(_as_bytes(wire), _as_bytes(rows).view(self.size, -1))
         self.sent += (self.size - 1) * x.nbytes
         self.received += (self.size - 1) * x.nbytes
-        return rows.to(x.device)
+
+        def finish() -> Tensor:
+            wait()
+            return rows.to(x.device)
+
+        return finish
 
     def alltoall_tensor(self, x: Tensor) -> Tensor:
         """Row r of ``x`` ``(W, ...)`` goes to rank r; returns ``(W, ...)``, whose row r is from rank r.
@@ -185,6 +195,11 @@ class Comm(ABC):
 
     @abstractmethod
     def _allgather_rows(self, row: Tensor, rows: Tensor) -> None: ...
+
+    def _start_allgather_rows(self, row: Tensor, rows: Tensor) -> Callable[[], None]:
+        """``row`` stays alive until the end."""
+        self._allgather_rows(row, rows)
+        return lambda: None
 
     @abstractmethod
     def _alltoall_rows(self, sent: Tensor, received: Tensor) -> None: ...

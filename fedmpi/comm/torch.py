@@ -148,9 +148,14 @@ class TorchComm(Comm):
         self._start_sum(tensor)()
 
     def _start_sum(self, tensor: Tensor) -> Callable[[], None]:
-        what = f"summing {tensor.numel()} {tensor.dtype}"
+        return self._started(
+            f"summing {tensor.numel()} {tensor.dtype}",
+            lambda: dist.all_reduce(tensor, group=self._group, async_op=True),
+        )
+
+    def _started(self, what: str, launch: Callable[[], Any]) -> Callable[[], None]:
         with self._doing(what):
-            work = dist.all_reduce(tensor, group=self._group, async_op=True)
+            work = launch()
 
         def wait() -> None:
             with self._doing(what):
@@ -159,8 +164,13 @@ class TorchComm(Comm):
         return wait
 
     def _allgather_rows(self, row: Tensor, rows: Tensor) -> None:
-        with self._doing(f"gathering {len(row)} bytes a rank"):
-            _all_gather(rows.view(-1), row, group=self._group)
+        self._start_allgather_rows(row, rows)()
+
+    def _start_allgather_rows(self, row: Tensor, rows: Tensor) -> Callable[[], None]:
+        return self._started(
+            f"gathering {len(row)} bytes a rank",
+            lambda: _all_gather(rows.view(-1), row, group=self._group, async_op=True),
+        )
 
     def _alltoall_rows(self, sent: Tensor, received: Tensor) -> None:
         with self._doing(f"exchanging {sent.shape[1]} bytes a rank"):

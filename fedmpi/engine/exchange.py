@@ -14,7 +14,9 @@ owner      b, and (W−1) · 4 S as owner of a part    look-back in parts, each 
 =========  =======================================  ====================================================
 
 Ways are pure: what receivers keep (``peers``, a leading axis W) goes in and comes out, so that a step can be
-taken back. A rank whose gradient is not finite says so within the same collective, and the step counts on none.
+taken back. Each has two halves, so that the last collective of one message may be under way while the next message
+is coded; that collective is launched in the first half, so that their order is that of the messages. A rank whose
+gradient is not finite says so within the same collective, and the step counts on none.
 
 Shape suffixes: W ranks, S summed numbers, B bytes.
 """
@@ -22,8 +24,9 @@ Shape suffixes: W ranks, S summed numbers, B bytes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from time import perf_counter
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +37,8 @@ from fedmpi.errors import ConfigError
 from fedmpi.message import Message, concat, from_bytes, from_rows, row_nbytes, to_bytes, to_rows
 from fedmpi.method import Compressor, Context, State, believed
 
+T = TypeVar("T")
+Mean = tuple[Tensor | None, State]
 Way = Literal["auto", "sum", "gather", "merge", "owner"]
 GATHER_BYTES = 1 << 30  # of peers' state that "auto" lets a rank keep
 
@@ -58,18 +63,29 @@ class Exchange(ABC):
         """The peers' state before the first message."""
         return {}
 
+    def mean(self, message: Message, before: State, peers: State, ctx: Context, usable: bool = True) -> Mean:
+        """Both halves: :meth:`begin`, and what it returns."""
+        return self.begin(message, before, peers, ctx, usable)()
+
     @abstractmethod
-    def mean(
+    def begin(
         self, message: Message, before: State, peers: State, ctx: Context, usable: bool = True
-    ) -> tuple[Tensor | None, State]:
-        """The mean ``(S,)`` of all ranks' messages (of an integer method: the sum, or its sign), the same on every
-        rank, and the peers' new state. None when a rank's message is not ``usable``.
+    ) -> Callable[[], Mean]:
+        """Send a message. What comes back waits for the others' and returns the mean ``(S,)`` of all ranks' messages
+        (of an integer method: the sum, or its sign), the same on every rank, and the peers' new state; None when a
+        rank's message is not ``usable``.
 
         Args:
           message: this rank's.
           before: this rank's state before it compressed that.
           peers: from :meth:`init` or the step before.
         """
+
+    def _wait(self, collective: Callable[[], T]) -> T:
+        started = perf_counter()
+        result = collective()
+        self.wire += perf_counter() - started
+        return result
 
     def _zero(self) -> Sum:
         if self._kept is not None and self.reuse:
@@ -94,26 +110,26 @@ class Exchange(ABC):
         ranks_W = torch.arange(self.comm.size)
         return Context(ctx.round, ranks_W, ctx.steps_C.expand(self.comm.size), ctx.shared, ctx.part)
 
-    def _timed(self, started: float) -> None:
-        self.wire += perf_counter() - started
-
 
 class SumExchange(Exchange):
     """Each rank decodes its own message; the vectors are all-reduced."""
 
     name = "sum"
 
-    def mean(
+    def begin(
         self, message: Message, before: State, peers: State, ctx: Context, usable: bool = True
-    ) -> tuple[Tensor | None, State]:
+    ) -> Callable[[], Mean]:
         total = self._zero()
         if usable:
             self._decoded(total, message, believed(self.up, before), ctx)
         total.flag_1.fill_(not usable)
-        started = perf_counter()
-        total.over(self.comm)
-        self._timed(started)
-        return (total.value() if float(total.flag_1) == 0 else None), peers
+        summed = self._wait(lambda: total.start_over(self.comm))
+
+        def end() -> Mean:
+            self._wait(summed)
+            return (total.value() if float(total.flag_1) == 0 else None), peers
+
+        return end
 
 
 class GatherExchange(Exchange):
@@ -127,28 +143,37 @@ class GatherExchange(Exchange):
             for name, value in self.up.init_peer().items()
         }
 
-    def mean(
+    def begin(
         self, message: Message, before: State, peers: State, ctx: Context, usable: bool = True
-    ) -> tuple[Tensor | None, State]:
-        started = perf_counter()
-        everybody = self._messages(message, usable)
-        self._timed(started)
-        return (None, peers) if everybody is None else self._decode(everybody, peers, ctx)
+    ) -> Callable[[], Mean]:
+        sent = self._send(message, usable)
+
+        def end() -> Mean:
+            everybody = sent()
+            return (None, peers) if everybody is None else self._decode(everybody, peers, ctx)
+
+        return end
 
     def _decode(self, everybody: Message, peers: State, ctx: Context) -> tuple[Tensor, State]:
         total = self._zero()
         peers = self._decoded(total, everybody, peers, self._everybody(ctx))
         return total.value(), peers
 
-    def _messages(self, message: Message, usable: bool) -> Message | None:
-        """All ranks' messages, or None."""
+    def _send(self, message: Message, usable: bool) -> Callable[[], Message | None]:
+        """What waits for all ranks' messages, and returns them, or None."""
         layout = self.up.layout()
         if row_nbytes(layout) is None:  # of different lengths: framed, and an empty frame is not usable
-            frames = self.comm.allgather(to_bytes(message) if usable else b"")
-            return concat([from_bytes(f, layout, 1) for f in frames]) if all(frames) else None
+            frames = self._wait(lambda: self.comm.allgather(to_bytes(message) if usable else b""))
+            return lambda: concat([from_bytes(f, layout, 1) for f in frames]) if all(frames) else None
         flag_1 = torch.tensor([[usable]], dtype=torch.uint8)
-        rows_WB = self.comm.allgather_tensor(torch.cat([to_rows(message), flag_1], 1)[0])
-        return from_rows(rows_WB[:, :-1], layout) if bool(rows_WB[:, -1].all()) else None
+        row_B = torch.cat([to_rows(message), flag_1], 1)[0]
+        gathered = self._wait(lambda: self.comm.start_allgather_tensor(row_B))
+
+        def rows() -> Message | None:
+            rows_WB = self._wait(gathered)
+            return from_rows(rows_WB[:, :-1], layout) if bool(rows_WB[:, -1].all()) else None
+
+        return rows
 
 
 class VoteExchange(GatherExchange):
@@ -166,9 +191,9 @@ class MergeExchange(Exchange):
     name = "merge"
     _ALIGN = 64  # entries of a part: whole words of random bits
 
-    def mean(
+    def begin(
         self, message: Message, before: State, peers: State, ctx: Context, usable: bool = True
-    ) -> tuple[Tensor | None, State]:
+    ) -> Callable[[], Mean]:
         up, ranks = self.up, self.comm.size
         assert up.merged is not None  # build() saw to it
         ((name, field),) = up.layout().items()
@@ -179,20 +204,22 @@ class MergeExchange(Exchange):
         entries_N[:length] = message.arrays[name][0]
         flags_W1 = torch.full((ranks, 1), usable, dtype=torch.uint8)
         sent_WB = torch.cat([entries_N.view(ranks, part).view(torch.uint8), flags_W1], 1)
-        started = perf_counter()
-        got_WB = self.comm.alltoall_tensor(sent_WB)
-        self._timed(started)
+        got_WB = self._wait(lambda: self.comm.alltoall_tensor(sent_WB))
         rows_WN = got_WB[:, :-1].contiguous().view(field.dtype)
         merged_N = up.merge(rows_WN, self.comm.rank * part, ctx.round)
         all_1 = got_WB[:, -1].min()[None]
-        started = perf_counter()
-        parts_WB = self.comm.allgather_tensor(torch.cat([merged_N.view(torch.uint8), all_1]))
-        self._timed(started)
-        if not bool(parts_WB[:, -1].all()):
-            return None, peers
-        whole_1N = parts_WB[:, :-1].contiguous().view(field.dtype).view(1, -1)[:, :length]
-        v_1S, _ = up.decompress(Message({name: whole_1N}), {}, ctx)
-        return v_1S[0], peers
+        part_B = torch.cat([merged_N.view(torch.uint8), all_1])
+        gathered = self._wait(lambda: self.comm.start_allgather_tensor(part_B))
+
+        def end() -> Mean:
+            parts_WB = self._wait(gathered)
+            if not bool(parts_WB[:, -1].all()):
+                return None, peers
+            whole_1N = parts_WB[:, :-1].contiguous().view(field.dtype).view(1, -1)[:, :length]
+            v_1S, _ = up.decompress(Message({name: whole_1N}), {}, ctx)
+            return v_1S[0], peers
+
+        return end
 
 
 class OwnerExchange(GatherExchange):
@@ -207,21 +234,17 @@ class OwnerExchange(GatherExchange):
     def init(self) -> State:
         return super().init() if self.comm.rank == self.owner else {}
 
-    def mean(
+    def begin(
         self, message: Message, before: State, peers: State, ctx: Context, usable: bool = True
-    ) -> tuple[Tensor | None, State]:
-        started = perf_counter()
-        frames = self.comm.gather(to_bytes(message) if usable else b"", self.owner)
-        self._timed(started)
+    ) -> Callable[[], Mean]:
+        frames = self._wait(lambda: self.comm.gather(to_bytes(message) if usable else b"", self.owner))
         answer = b""
         if self.comm.rank == self.owner and all(frames):
             everybody = concat([from_bytes(f, self.up.layout(), 1) for f in frames])
             mean_S, peers = self._decode(everybody, peers, ctx)
             answer = to_bytes(Message({"mean": mean_S[None]}))
-        started = perf_counter()
-        answer = self.comm.broadcast(answer, self.owner)
-        self._timed(started)
-        return (from_bytes(answer).arrays["mean"][0] if answer else None), peers
+        answer = self._wait(lambda: self.comm.broadcast(answer, self.owner))
+        return lambda: ((from_bytes(answer).arrays["mean"][0] if answer else None), peers)
 
 
 _WAYS: dict[str, type[Exchange]] = {w.name: w for w in (SumExchange, GatherExchange, MergeExchange)}

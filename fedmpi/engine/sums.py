@@ -7,6 +7,8 @@ a parameter near 0.01, and sums up to 2^23 fit; a larger one is an error, never 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,11 @@ class Sum:
 
     def over(self, comm: Comm) -> None:
         """Sum over all ranks, too."""
-        comm.sum([self._all])
+        self.start_over(comm)()
+
+    def start_over(self, comm: Comm) -> Callable[[], None]:
+        """Begin that; what comes back waits for the end, before which the sum must be left alone."""
+        return comm.start_sum(self._all)
 
     def value(self, share: float = 1.0) -> Tensor:
         """The sum so far, over the weights' ``share`` that came: float32, or votes as integers."""

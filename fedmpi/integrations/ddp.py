@@ -113,6 +113,7 @@ class State:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="fedmpi")
         self._left: list[set[str]] = []
         self._waiting: list[_Bucket] = []
+        self._sent: list[int] = []  # groups that are to be decoded
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def _begin(self) -> None:
@@ -157,7 +158,7 @@ class State:
             self._left[index].discard(name)
             if not self._left[index]:
                 complete.append(index)
-        self._worker.submit(self._work, waiting, sorted(set(complete)))
+        self._worker.submit(self._work, waiting, sorted(set(complete)), bucket.is_last())
         return waiting.future
 
     def _pass(self, bucket: Any) -> torch.futures.Future[Tensor]:
@@ -173,22 +174,26 @@ class State:
         answer: torch.futures.Future[Tensor] = future.then(lambda done: buffer.copy_(done.value()[0]))
         return answer
 
-    def _work(self, bucket: _Bucket, complete: list[int]) -> None:
-        """In the one thread that communicates."""
+    def _work(self, bucket: _Bucket, complete: list[int], last: bool) -> None:
+        """In the one thread that communicates. What a bucket completes is sent at once, and decoded when the next
+        bucket's has been sent: then it had time to come."""
         self._waiting.append(bucket)
         try:
             self._fill(bucket)
-            if complete:
-                self._reducer.reduce(*complete)
-            for waiting in list(self._waiting):
-                waiting.groups.difference_update(complete)
-                if not waiting.groups:
-                    self._answer(waiting)
+            self._reducer.start(*complete)
+            due, self._sent = (self._sent + complete, []) if last else (self._sent, complete)
+            for index in due:
+                self._reducer.finish(index)
+                for waiting in list(self._waiting):
+                    waiting.groups.discard(index)
+                    if not waiting.groups:
+                        self._answer(waiting)
         except Exception as error:
             # The pass cannot be finished: whoever waits gets the error, and backward() raises it.
             for waiting in self._waiting:
                 waiting.future.set_exception(error)  # type: ignore[arg-type]
             self._waiting.clear()
+            self._sent = []
 
     def _fill(self, bucket: _Bucket) -> None:
         scale = self._scaler.get_scale() if self._scaler else 1.0

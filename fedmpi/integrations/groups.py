@@ -6,6 +6,7 @@ Shape suffixes: D parameters of a group, S summed numbers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from time import perf_counter
 
 import torch
@@ -20,6 +21,8 @@ from fedmpi.method import Compressor, Context, Round, State, believed
 from fedmpi.methods.base import Options, Setup
 from fedmpi.ops import fast
 from fedmpi.spec import Spec
+
+_Result = tuple[Tensor | None, tuple[State, State, State]]
 
 
 class Group:
@@ -81,10 +84,16 @@ class Group:
     def reset(self) -> None:
         """Forget all that was kept between steps."""
 
-    def start(self) -> None:
-        """Begin what can be begun before other groups are reduced."""
+    def start(self, step: int, exact: bool) -> None:
+        """Send this rank's gradients; other groups may follow before :meth:`finish`.
 
-    def reduce(self, step: int, exact: bool) -> bool:
+        Args:
+          step: of the job.
+          exact: they go as they are.
+        """
+        raise NotImplementedError
+
+    def finish(self) -> bool:
         """Replace this rank's gradients by all ranks' mean; what is kept changes only with :meth:`commit`.
 
         Returns:
@@ -112,19 +121,19 @@ class Exact(Group):
     def _whole(self, gradient: Tensor) -> bool:
         return False
 
-    def start(self) -> None:
+    def start(self, step: int, exact: bool) -> None:
         usable = _finite(self.flat_D)
         if not usable:
             self.flat_D.zero_()
         self.flat_D.mul_(1 / self.comm.size)
         self._all[-1] = float(not usable)
         started = perf_counter()
-        self._finish = self.comm.start_sum(self._all)
+        self._summed = self.comm.start_sum(self._all)
         self.seconds["wire"] += perf_counter() - started
 
-    def reduce(self, step: int, exact: bool) -> bool:
+    def finish(self) -> bool:
         started = perf_counter()
-        self._finish()
+        self._summed()
         self.seconds["wire"] += perf_counter() - started
         self.payload += self.flat_D.nbytes
         if float(self._all[-1]) == 0:
@@ -167,61 +176,75 @@ class Compressed(Group):
         self.peers = self.ways[self.method.up].init()
         self._after = self.state, self.memory, self.peers
 
-    def reduce(self, step: int, exact: bool) -> bool:
-        settings = self.settings
-        now = Round(self.seed, step, 1.0, settings.steps_per_epoch)
+    def start(self, step: int, exact: bool) -> None:
+        now = Round(self.seed, step, 1.0, self.settings.steps_per_epoch)
         usable = _finite(self.flat_D)
         g_1D = (self.flat_D if usable else torch.zeros_like(self.flat_D))[None]
-        if exact:
-            mean_S, _, _ = self._pass(self.plain.up, g_1D, {}, {}, self._context(now, {}), usable)
-            after = self.state, self.memory, self.peers
-        else:
-            mean_S, after = self._compressed(g_1D, now, usable)
-        if mean_S is None:
-            self.flat_D.fill_(math.nan)
-            return False
-        self._after = after
-        if mean_S.data_ptr() != self.flat_D.data_ptr():
-            self.flat_D.copy_(mean_S)
-        return True
+        self._end = self._exactly(g_1D, now, usable) if exact else self._compressed(g_1D, now, usable)
 
-    def _compressed(
-        self, g_1D: Tensor, now: Round, usable: bool
-    ) -> tuple[Tensor | None, tuple[State, State, State]]:
+    def finish(self) -> bool:
+        mean_D, self._after = self._end()
+        if mean_D is None:
+            self.flat_D.fill_(math.nan)
+        elif mean_D.data_ptr() != self.flat_D.data_ptr():
+            self.flat_D.copy_(mean_D)
+        return mean_D is not None
+
+    def _exactly(self, g_1D: Tensor, now: Round, usable: bool) -> Callable[[], _Result]:
+        kept = self.state, self.memory, self.peers
+        end, _ = self._send(self.plain.up, g_1D, {}, {}, self._context(now, {}), usable)
+        return lambda: (end()[0], kept)
+
+    def _compressed(self, g_1D: Tensor, now: Round, usable: bool) -> Callable[[], _Result]:
         up, first, server = self.method.up, self.method.first, self.method.server
         state, memory, before = self.state, self.memory, (self.state, self.memory, self.peers)
         if first is not None:
             ctx = self._context(now, server.shared(memory))
-            mean_S, state, _ = self._pass(first, g_1D, state, {}, ctx, usable)
+            end, state = self._send(first, g_1D, state, {}, ctx, usable)
+            mean_S, _ = end()
             if mean_S is None:
-                return None, before
+                return lambda: (None, before)
             memory = server.first(memory, mean_S, now)
         ctx = self._context(now, server.shared(memory))
-        mean_S, state, peers = self._pass(up, g_1D, state, self.peers, ctx, usable)
-        if mean_S is None:
-            return None, before
-        started = perf_counter()
-        g_D, memory = server.gradient(memory, mean_S, now, self.flat_D)
-        self.seconds["decode"] += perf_counter() - started
-        return g_D, (state, memory, peers)
+        end, after = self._send(up, g_1D, state, self.peers, ctx, usable)
+
+        def decoded() -> _Result:
+            mean_S, peers = end()
+            if mean_S is None:
+                return None, before
+            started = perf_counter()
+            g_D, kept = server.gradient(memory, mean_S, now, self.flat_D)
+            self.seconds["decode"] += perf_counter() - started
+            return g_D, (after, kept, peers)
+
+        return decoded
 
     def _context(self, now: Round, shared: State) -> Context:
         return Context(now, torch.tensor([self.comm.rank]), torch.ones(1, dtype=torch.int64), shared)
 
-    def _pass(
+    def _send(
         self, codec: Compressor, g_1D: Tensor, state: State, peers: State, ctx: Context, usable: bool
-    ) -> tuple[Tensor | None, State, State]:
+    ) -> tuple[Callable[[], exchanges.Mean], State]:
+        """Compress and send; what waits for the mean, and the state afterwards."""
         way = self.ways[codec]
         started, wired = perf_counter(), way.wire
         message, after = codec.compress(g_1D, state, ctx)
-        encoded = perf_counter()
-        mean_S, peers = way.mean(message, state, peers, ctx, usable)
-        wire = way.wire - wired
-        self.seconds["encode"] += encoded - started
-        self.seconds["wire"] += wire
-        self.seconds["decode"] += perf_counter() - encoded - wire
+        end = way.begin(message, state, peers, ctx, usable)
+        self._spent("encode", way, started, wired)
         self.payload += int(message.nbytes()[0])
-        return mean_S, after, peers
+
+        def ended() -> exchanges.Mean:
+            started, wired = perf_counter(), way.wire
+            mean = end()
+            self._spent("decode", way, started, wired)
+            return mean
+
+        return ended, after
+
+    def _spent(self, what: str, way: exchanges.Exchange, started: float, wired: float) -> None:
+        wire = way.wire - wired
+        self.seconds["wire"] += wire
+        self.seconds[what] += perf_counter() - started - wire
 
     def commit(self) -> None:
         old = self.state.get("residual")

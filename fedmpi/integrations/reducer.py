@@ -85,10 +85,18 @@ class Reducer:
 
     def reduce(self, *indices: int) -> None:
         """Average these groups; with the last one of a step the step is over. All ranks in the same order."""
+        self.start(*indices)
+        self.finish(*indices)
+
+    def start(self, *indices: int) -> None:
+        """Send these groups' gradients. All ranks in the same order, also of what they start and finish."""
         for index in indices:
-            self.groups[index].start()
+            self.groups[index].start(self.step, self.step < self.settings.start_after)
+
+    def finish(self, *indices: int) -> None:
+        """Wait for what was sent, and decode it."""
         for index in indices:
-            self._results[index] = self.groups[index].reduce(self.step, self.step < self.settings.start_after)
+            self._results[index] = self.groups[index].finish()
         if len(self._results) == len(self.groups):
             self._finish()
 

@@ -13,6 +13,8 @@ from fedmpi.validation import checked
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+_LITTLE = 16  # a group of less than such a part of the largest waits for the next
+
 
 class Settings(BaseModel):
     """How a method is applied to a job."""
@@ -57,7 +59,7 @@ class Settings(BaseModel):
         """The groups that parameters go in, from the last parameter to the first, as gradients become ready.
 
         One as large as a group is one by itself, whose gradient can be averaged where it lies; small ones before and
-        after it go together, for a message costs time whatever its length.
+        after it go together, and a few with the next group, for a message costs time whatever its length.
         """
         limit = self.group_mb * 2**20 / 4
         if self.exchange == "owner":
@@ -76,4 +78,8 @@ class Settings(BaseModel):
             small[name] = shapes[name]
             room -= size
         place = {name: i for i, name in enumerate(shapes)}
-        return sorted(parts, key=lambda part: -min(place[name] for name in part))
+        parts.sort(key=lambda part: -min(place[name] for name in part))
+        for i in reversed(range(len(parts) - 1)):
+            if sum(map(math.prod, parts[i].values())) < limit / _LITTLE:
+                parts[i : i + 2] = [parts[i] | parts[i + 1]]
+        return list(parts)

@@ -317,7 +317,7 @@ def an_error_inside_the_hook_ends_the_pass() -> None:
     def broken(*groups: int) -> None:
         raise CommError("the link is gone")
 
-    state._job.reducer.reduce = broken
+    state._job.reducer.start = broken
     refuses(RuntimeError, "the link is gone", lambda: backward(module, 0))
 
 
