@@ -47,10 +47,13 @@ class Message(NamedTuple):
       arrays: name → ``(C, *row)``, or ``(sum of lengths, *row)`` for a ragged one.
       lengths: name → int64 ``(C,)``, the rows each client has of a ragged array. The receiver knows
         them from another array (a tag, a count), which is one of ``arrays`` and so is counted.
+      finite: of a compressor that :attr:`~fedmpi.method.Compressor.tells`, as it is made: no gradient that it was
+        made of has an infinity or NaN. It does not travel.
     """
 
     arrays: dict[str, Tensor]
     lengths: Mapping[str, Tensor] = {}
+    finite: bool | None = None
 
     @property
     def clients(self) -> int:

@@ -101,6 +101,8 @@ class Compressor(ABC):
       integer: decoded values are small integers, summed as integers, one vote a client.
       merged: the array, the message's only one, whose parts can be averaged apart (:meth:`merge`) and sent on in
         the same form: ranks then share out the averaging, and nobody receives everybody's message.
+      tells: messages say whether the gradients were finite (:attr:`~fedmpi.message.Message.finite`), which
+        :meth:`compress` takes as they come; nobody else need look for that.
       counters: names of what :meth:`count` counts, shown in every round's metrics.
     """
 
@@ -108,6 +110,7 @@ class Compressor(ABC):
     replayable: bool = True
     integer: bool = False
     merged: str | None = None
+    tells: bool = False
     counters: tuple[str, ...] = ()
 
     def __init__(self, spec: Spec, size: int | None = None) -> None:

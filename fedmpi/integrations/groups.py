@@ -178,9 +178,7 @@ class Compressed(Group):
 
     def start(self, step: int, exact: bool) -> None:
         now = Round(self.seed, step, 1.0, self.settings.steps_per_epoch)
-        usable = _finite(self.flat_D)
-        g_1D = (self.flat_D if usable else torch.zeros_like(self.flat_D))[None]
-        self._end = self._exactly(g_1D, now, usable) if exact else self._compressed(g_1D, now, usable)
+        self._end = self._exactly(now) if exact else self._compressed(now)
 
     def finish(self) -> bool:
         mean_D, self._after = self._end()
@@ -190,23 +188,23 @@ class Compressed(Group):
             self.flat_D.copy_(mean_D)
         return mean_D is not None
 
-    def _exactly(self, g_1D: Tensor, now: Round, usable: bool) -> Callable[[], _Result]:
+    def _exactly(self, now: Round) -> Callable[[], _Result]:
         kept = self.state, self.memory, self.peers
-        end, _ = self._send(self.plain.up, g_1D, {}, {}, self._context(now, {}), usable)
+        end, _ = self._send(self.plain.up, {}, {}, self._context(now, {}))
         return lambda: (end()[0], kept)
 
-    def _compressed(self, g_1D: Tensor, now: Round, usable: bool) -> Callable[[], _Result]:
+    def _compressed(self, now: Round) -> Callable[[], _Result]:
         up, first, server = self.method.up, self.method.first, self.method.server
         state, memory, before = self.state, self.memory, (self.state, self.memory, self.peers)
         if first is not None:
             ctx = self._context(now, server.shared(memory))
-            end, state = self._send(first, g_1D, state, {}, ctx, usable)
+            end, state = self._send(first, state, {}, ctx)
             mean_S, _ = end()
             if mean_S is None:
                 return lambda: (None, before)
             memory = server.first(memory, mean_S, now)
         ctx = self._context(now, server.shared(memory))
-        end, after = self._send(up, g_1D, state, self.peers, ctx, usable)
+        end, after = self._send(up, state, self.peers, ctx, checked=first is not None)
 
         def decoded() -> _Result:
             mean_S, peers = end()
@@ -223,12 +221,19 @@ class Compressed(Group):
         return Context(now, torch.tensor([self.comm.rank]), torch.ones(1, dtype=torch.int64), shared)
 
     def _send(
-        self, codec: Compressor, g_1D: Tensor, state: State, peers: State, ctx: Context, usable: bool
+        self, codec: Compressor, state: State, peers: State, ctx: Context, checked: bool = False
     ) -> tuple[Callable[[], exchanges.Mean], State]:
-        """Compress and send; what waits for the mean, and the state afterwards."""
-        way = self.ways[codec]
+        """Compress and send; what waits for the mean, and the state afterwards.
+
+        Args:
+          checked: all ranks' gradients are finite.
+        """
+        way, g_1D = self.ways[codec], self.flat_D[None]
         started, wired = perf_counter(), way.wire
-        message, after = codec.compress(g_1D, state, ctx)
+        usable = checked or codec.tells or _finite(self.flat_D)
+        message, after = codec.compress(g_1D if usable else torch.zeros_like(g_1D), state, ctx)
+        if codec.tells and not checked:
+            usable = bool(message.finite)
         end = way.begin(message, state, peers, ctx, usable)
         self._spent("encode", way, started, wired)
         self.payload += int(message.nbytes()[0])

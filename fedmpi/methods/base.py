@@ -184,3 +184,8 @@ def apply_changes(theta_D: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
         index_K = bits.unpack_integers(arrays["index"], len(values_K), width)[0]
         return theta_D.scatter(0, index_K, values_K)
     return values_K
+
+
+def finite(x: Tensor) -> bool:
+    """No infinity or NaN."""
+    return bool(x.isfinite().all())

@@ -25,6 +25,7 @@ class Feedback(Compressor):
         super().__init__(inner.spec)
         self.inner = inner
         self.counters, self.replayable, self.merged = inner.counters, inner.replayable, inner.merged
+        self.tells = inner.tells  # e is finite: p is if g is
 
     def init(self) -> State:
         return {"residual": torch.zeros(self.spec.size), **nest(self.inner.init())}

@@ -26,7 +26,7 @@ from fedmpi import random
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, Round, Server, State, nest, unnest
-from fedmpi.methods.base import Entry, Options, Setup
+from fedmpi.methods.base import Entry, Options, Setup, finite
 from fedmpi.ops import fast
 from fedmpi.ops.subspace import MATRICES, Embedding
 from fedmpi.optimizers import Optimizer
@@ -87,6 +87,8 @@ class Subspaces:
 class Coordinates(Compressor):
     """Sends A^(k)ᵀ g: d numbers, and with several subspaces the number k, drawn by the client's key."""
 
+    tells = True
+
     def __init__(self, spec: Spec, subspaces: Subspaces) -> None:
         super().__init__(spec, subspaces.count * subspaces.dim)
         self.additive = subspaces.count == 1
@@ -100,12 +102,14 @@ class Coordinates(Compressor):
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
         subspaces, epoch = self.subspaces, ctx.round.epoch
         if subspaces.count == 1:
-            return Message({"coordinates": subspaces.at(epoch, 0).project(g_CD)}), state
+            coordinates_Cd = subspaces.at(epoch, 0).project(g_CD)
+            return Message({"coordinates": coordinates_Cd}, finite=finite(coordinates_Cd)), state
         k_C = random.integers(ctx.keys("subspace"), 1, subspaces.count)[:, 0]
         coordinates_Cd = g_CD.new_empty(len(g_CD), subspaces.dim)
         for k in k_C.unique().tolist():
             coordinates_Cd[k_C == k] = subspaces.at(epoch, k).project(g_CD[k_C == k])
-        return Message({"coordinates": coordinates_Cd, "subspace": k_C.to(self._tag)}), state
+        arrays = {"coordinates": coordinates_Cd, "subspace": k_C.to(self._tag)}
+        return Message(arrays, finite=finite(coordinates_Cd)), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         coordinates_Cd = message.arrays["coordinates"]

@@ -29,7 +29,7 @@ from torch import Tensor
 from fedmpi import random
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, Round, Server, State, nest, unnest
-from fedmpi.methods.base import Entry, FeedbackOptions, Setup, missed_rounds, remember
+from fedmpi.methods.base import Entry, FeedbackOptions, Setup, finite, missed_rounds, remember
 from fedmpi.methods.lowrank import Layer, Layers, orthonormal, set_product, subtract_product
 from fedmpi.ops import fast
 from fedmpi.optimizers import Optimizer
@@ -130,11 +130,14 @@ class Left(_Pass):
     beside it."""
 
     array = "p"
+    tells = True
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
         p_CD = self.corrected(g_CD, state)
         parts = [(layer.of(p_CD) @ q_MR).flatten(1) for layer, q_MR in self.factors.right(ctx.shared["q"])]
-        return Message({"p": torch.cat(parts, dim=1)}), state | ({"corrected": p_CD} if self.feedback else {})
+        message = torch.cat(parts, dim=1)
+        sound = finite(message) and finite(self.factors.layers.dense(p_CD))
+        return Message({"p": message}, finite=sound), state | ({"corrected": p_CD} if self.feedback else {})
 
 
 class Right(_Pass):

@@ -41,6 +41,8 @@ class Sign(Compressor):
     With ``momentum`` β (Signum, Algorithm 2) it is the sign of m ← β m + (1 − β) g, which the client keeps.
     """
 
+    tells = True
+
     def __init__(self, spec: Spec, scaled: bool, momentum: float = 0.0) -> None:
         super().__init__(spec)
         self.scaled, self.integer, self.momentum = scaled, not scaled, momentum
@@ -57,10 +59,11 @@ class Sign(Compressor):
         if self.momentum:
             g_CD = self.momentum * state["momentum"] + (1 - self.momentum) * g_CD
             state = {"momentum": g_CD}
-        arrays = {"signs": bits.pack_signs(g_CD, ctx.keys("sign of zero"))}
+        odd_1 = torch.zeros(1, dtype=torch.uint8)
+        arrays = {"signs": bits.pack_signs(g_CD, ctx.keys("sign of zero"), odd_1)}
         if self.scaled:
             arrays["scale"] = (absolute(g_CD) / self.size).float()
-        return Message(arrays), state
+        return Message(arrays, finite=not odd_1), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         arrays = message.arrays

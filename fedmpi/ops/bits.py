@@ -54,19 +54,26 @@ def unpack_reference(bytes_CB: Tensor, n: int) -> Tensor:
     return ((bytes_CB.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :n].bool()
 
 
-def pack_signs(g_CN: Tensor, keys_C: Tensor) -> Tensor:
+def pack_signs(g_CN: Tensor, keys_C: Tensor, odd_1: Tensor | None = None) -> Tensor:
     """The signs of each row, packed: 1 for a positive entry, 0 for a negative one (and NaN), and where it is 0 the
-    coin that :func:`fedmpi.random.coins` gives the row's key. No pass over the vector but this one."""
+    coin that :func:`fedmpi.random.coins` gives the row's key. No pass over the vector but this one.
+
+    Args:
+      odd_1: uint8, becomes 1 if any entry is infinite or NaN.
+    """
     kernels = fast.compiled("bits", g_CN) if g_CN.dtype == torch.float32 else None
     if kernels is None or len(keys_C) != len(g_CN):
-        return pack_signs_reference(g_CN, keys_C)
+        return pack_signs_reference(g_CN, keys_C, odd_1)
     packed_CB = torch.empty(len(g_CN), nbytes(g_CN.shape[1]), dtype=torch.uint8)
-    kernels.pack_signs(g_CN.contiguous(), keys_C.contiguous(), random.constants(), packed_CB)
+    odd_1 = torch.zeros(1, dtype=torch.uint8) if odd_1 is None else odd_1
+    kernels.pack_signs(g_CN.contiguous(), keys_C.contiguous(), random.constants(), packed_CB, odd_1)
     return packed_CB
 
 
-def pack_signs_reference(g_CN: Tensor, keys_C: Tensor) -> Tensor:
+def pack_signs_reference(g_CN: Tensor, keys_C: Tensor, odd_1: Tensor | None = None) -> Tensor:
     """:func:`pack_signs` by torch."""
+    if odd_1 is not None and not bool(g_CN.isfinite().all()):
+        odd_1.fill_(1)
     positive_CN, zero_CN = g_CN > 0, g_CN == 0
     if bool(zero_CN.any()):
         positive_CN |= zero_CN & random.coins(keys_C, g_CN.shape[1])

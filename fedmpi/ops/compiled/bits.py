@@ -56,6 +56,20 @@ _positive, _zero, _set = _compare(">"), _compare("=="), _compare("!=")
 
 
 @intrinsic
+def _finite(typing: Any, x: Any, i: Any) -> Any:
+    """_finite(x, i): the int64 whose bit j says that float32 x[i + j] is neither infinite nor NaN."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place, _ = _place(context, builder, signature, arguments, 0)
+        words = ir.VectorType(ir.IntType(32), _WORD)
+        exponents = ir.Constant(words, [0x7F800000] * _WORD)
+        x = builder.load(builder.bitcast(place, words.as_pointer()), align=1)
+        return builder.bitcast(builder.icmp_unsigned("!=", builder.and_(x, exponents), exponents), _INT64)
+
+    return types.int64(x, i), emit
+
+
+@intrinsic
 def _spread(typing: Any, word: Any, yes: Any, no: Any, x: Any, i: Any) -> Any:
     """_spread(word, yes, no, x, i): x[i + j] = yes where bit j of the word is 1, else no."""
 
@@ -104,9 +118,13 @@ def _pack(first: int, last: int, x: Array, n: int, out: Bytes) -> None:
 
 
 @kernel
-def _pack_signs(first: int, last: int, x: Array, n: int, keys: Array, mixing: Array, out: Bytes) -> None:
-    """The same of x > 0, or of the row's coin where x is 0; ``mixing``: SplitMix64's constants."""
+def _pack_signs(
+    first: int, last: int, x: Array, n: int, keys: Array, mixing: Array, out: Bytes, odd: Bytes
+) -> None:
+    """The same of x > 0, or of the row's coin where x is 0; ``mixing``: SplitMix64's constants. ``odd[0]`` becomes 1
+    if there is an infinity or NaN."""
     words, row_bytes = (n + 63) // 64, (n + 7) // 8
+    sound = np.int64(-1)
     row = first // words
     w = first - row * words - 1
     for _ in range(first, last):
@@ -117,16 +135,20 @@ def _pack_signs(first: int, last: int, x: Array, n: int, keys: Array, mixing: Ar
         word, zero = np.int64(0), np.int64(0)
         if count == 64:
             word, zero = _positive(x, begin), _zero(x, begin)
+            sound &= _finite(x, begin)  # type: ignore[call-arg]
         else:
             for j in range(count):
                 word |= np.int64(x[begin + j] > 0) << j
                 zero |= np.int64(x[begin + j] == 0) << j
+                sound &= -np.int64(np.isfinite(x[begin + j]))
         if zero != 0:
             coins = keys[row] + (w + 1) * mixing[0]
             coins = (coins ^ ((coins >> 30) & 0x3FFFFFFFF)) * mixing[1]
             coins = (coins ^ ((coins >> 27) & 0x1FFFFFFFFF)) * mixing[2]
             word |= zero & (coins ^ ((coins >> 31) & 0x1FFFFFFFF))
         _put(out, row * row_bytes + 8 * w, word, count)
+    if sound != -1:
+        odd[0] = 1
 
 
 @kernel
@@ -206,10 +228,11 @@ def pack(bits_CN: Tensor, out_CB: Tensor) -> None:
     fast.run(_pack, len(x) // n * -(-n // _WORD), x, n, out)
 
 
-def pack_signs(g_CN: Tensor, keys_C: Tensor, mixing: Tensor, out_CB: Tensor) -> None:
+def pack_signs(g_CN: Tensor, keys_C: Tensor, mixing: Tensor, out_CB: Tensor, odd_1: Tensor) -> None:
     n = g_CN.shape[-1]
     x, out = g_CN.view(-1).numpy(), out_CB.view(-1).numpy()
-    fast.run(_pack_signs, len(g_CN) * -(-n // _WORD), x, n, keys_C.numpy(), mixing.numpy(), out)
+    arguments = x, n, keys_C.numpy(), mixing.numpy(), out, odd_1.numpy()
+    fast.run(_pack_signs, len(g_CN) * -(-n // _WORD), *arguments)
 
 
 def unpack(packed_CB: Tensor, yes_C: Tensor, no_C: Tensor, out_CN: Tensor) -> None:
