@@ -116,6 +116,16 @@ def test_majority(voters: int, size: int, threads: int, key: int) -> None:
     assert same(got, bits.majority_reference(packed_WB, tie_B[0]))
 
 
+@given(st.integers(1, 3), st.integers(1, 3000), st.integers(1, 62), st.integers(1, 3), keys)
+@quick
+def test_integers(rows: int, size: int, width: int, threads: int, key: int) -> None:
+    values_CN = random.bits(random.keys(key, 0, torch.arange(rows), "x"), size) & ((1 << width) - 1)
+    packed_CB = by_kernel(bits.pack_integers, values_CN, width, threads=threads)
+    assert same(packed_CB, bits.pack_integers_reference(values_CN, width))
+    assert same(by_kernel(bits.unpack_integers, packed_CB, size, width, threads=threads), values_CN)
+    assert same(bits.unpack_integers_reference(packed_CB, size, width), values_CN)
+
+
 @given(st.integers(1, 5), st.integers(1, 9000), st.integers(1, 3), st.integers(0, 70), keys)
 @quick
 def test_vote(voters: int, size: int, threads: int, word: int, key: int) -> None:

@@ -147,13 +147,40 @@ def index_width(n: int) -> int:
     return (n - 1).bit_length()
 
 
+_WIDEST = 56  # that a word holds beside seven bits of the value before
+
+
 def pack_integers(values_CN: Tensor, width: int) -> Tensor:
     """int64 ``(C, N)`` with values below 2^width → uint8 ``(C, ceil(N · width / 8))``."""
+    fit = values_CN.dtype == torch.int64 and width <= _WIDEST
+    kernels = fast.compiled("bits", values_CN, count=values_CN.numel() * width) if fit else None
+    if kernels is None or not width:
+        return pack_integers_reference(values_CN, width)
+    rows, n = values_CN.shape
+    packed_CB = torch.empty(rows, nbytes(n, width), dtype=torch.uint8)
+    for values_N, packed_B in zip(values_CN.contiguous(), packed_CB, strict=True):
+        kernels.pack_integers(values_N, width, packed_B)
+    return packed_CB
+
+
+def pack_integers_reference(values_CN: Tensor, width: int) -> Tensor:
+    """:func:`pack_integers` by torch."""
     shifts = torch.arange(width, device=values_CN.device)
-    return pack(((values_CN.unsqueeze(-1) >> shifts) & 1).flatten(-2))
+    return pack_reference(((values_CN.unsqueeze(-1) >> shifts) & 1).flatten(-2))
 
 
 def unpack_integers(bytes_CB: Tensor, n: int, width: int) -> Tensor:
     """The inverse of :func:`pack_integers`: int64 ``(C, n)``."""
-    bits_CNW = unpack(bytes_CB, n * width).view(*bytes_CB.shape[:-1], n, width).long()
+    kernels = fast.compiled("bits", bytes_CB, count=8 * bytes_CB.numel()) if width <= _WIDEST else None
+    if kernels is None or not width or bytes_CB.ndim != 2 or bytes_CB.shape[1] != nbytes(n, width):
+        return unpack_integers_reference(bytes_CB, n, width)
+    values_CN = torch.empty(len(bytes_CB), n, dtype=torch.int64)
+    for bytes_B, values_N in zip(bytes_CB.contiguous(), values_CN, strict=True):
+        kernels.unpack_integers(bytes_B, width, values_N)
+    return values_CN
+
+
+def unpack_integers_reference(bytes_CB: Tensor, n: int, width: int) -> Tensor:
+    """:func:`unpack_integers` by torch."""
+    bits_CNW = unpack_reference(bytes_CB, n * width).view(*bytes_CB.shape[:-1], n, width).long()
     return (bits_CNW << torch.arange(width, device=bytes_CB.device)).sum(-1)

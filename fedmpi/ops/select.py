@@ -11,7 +11,7 @@ from torch import Tensor
 from fedmpi import random
 from fedmpi.ops import fast
 
-_SAMPLE = 1 << 16
+_SAMPLE, _ENOUGH = 1 << 16, 1 << 8  # the most that is sampled, and how many of the k are wanted among it
 _FEW = 16  # by sampling only up to D / 16 coordinates: of more, most of the time goes into sorting them
 
 
@@ -35,16 +35,16 @@ def top_k(g_CD: Tensor, k: int) -> Tensor:
 
 def _threshold(g_D: Tensor, k: int) -> float:
     """A magnitude that a little more than k entries reach, judged by a sample: six standard deviations more."""
-    places_S = _places(len(g_D))
+    places_S = _places(len(g_D), min(_SAMPLE, max(1, len(g_D) // 8), -(-_ENOUGH * len(g_D) // k)))
     expected = k * len(places_S) / len(g_D)
     rank = min(len(places_S), math.ceil(expected + 6 * math.sqrt(expected) + 8))
     return float(g_D[places_S].abs().topk(rank, sorted=False).values.amin())
 
 
 @lru_cache(maxsize=4)
-def _places(size: int) -> Tensor:
-    """Where samples are taken: any will do, as the choice is exact. One in 8, at most 2^16."""
-    return random.integers(random.key(0, stream="sample"), min(_SAMPLE, max(1, size // 8)), size)
+def _places(size: int, count: int) -> Tensor:
+    """Where samples are taken: any will do, as the choice is exact."""
+    return random.integers(random.key(0, stream="sample"), count, size).sort().values
 
 
 def top_k_reference(g_CD: Tensor, k: int) -> Tensor:

@@ -222,6 +222,39 @@ def _vote_of_two(
         out[w] = (a[w] & b[w]) | ((a[w] ^ b[w]) & coins)
 
 
+@kernel
+def _pack_integers(first: int, last: int, values: Array, width: int, out: Bytes) -> None:
+    """Eights ``first`` to ``last`` of the values, which begin at whole bytes."""
+    for eight in range(first, last):
+        word, used, at = np.int64(0), 0, eight * width
+        for i in range(8 * eight, min(8 * eight + 8, len(values))):
+            word |= values[i] << used
+            used += width
+            while used >= 8:
+                out[at] = word & 255
+                word = (word >> 8) & 0x00FFFFFFFFFFFFFF
+                used -= 8
+                at += 1
+        if used > 0:
+            out[at] = word & 255
+
+
+@kernel
+def _unpack_integers(first: int, last: int, packed: Bytes, width: int, out: Array) -> None:
+    """The inverse."""
+    mask = (np.int64(1) << width) - 1
+    for eight in range(first, last):
+        word, used, at = np.int64(0), 0, eight * width
+        for i in range(8 * eight, min(8 * eight + 8, len(out))):
+            while used < width:
+                word |= np.int64(packed[at]) << used
+                used += 8
+                at += 1
+            out[i] = word & mask
+            word >>= width
+            used -= width
+
+
 def pack(bits_CN: Tensor, out_CB: Tensor) -> None:
     n = bits_CN.shape[-1]
     x, out = bits_CN.view(-1).numpy().view(np.uint8), out_CB.view(-1).numpy()
@@ -255,3 +288,11 @@ def vote_of_two(packed_2B: Tensor, key: int, start: int, mixing: Tensor, out_B: 
     out = torch.empty(words, dtype=torch.int64)
     fast.run(_vote_of_two, words, a, b, key, start, mixing.numpy(), out.numpy())
     out_B.copy_(out.view(torch.uint8)[:size])
+
+
+def pack_integers(values_N: Tensor, width: int, out_B: Tensor) -> None:
+    fast.run(_pack_integers, -(-len(values_N) // 8), values_N.numpy(), width, out_B.numpy())
+
+
+def unpack_integers(packed_B: Tensor, width: int, out_N: Tensor) -> None:
+    fast.run(_unpack_integers, -(-len(out_N) // 8), packed_B.numpy(), width, out_N.numpy())
