@@ -189,6 +189,12 @@ def _link_arguments(parser: argparse.ArgumentParser) -> None:
         "--accuracy", type=_share, default=0.80, metavar="A", help="on test images, to be reached (0.8)"
     )
     parser.add_argument("--data", default="fashion-mnist", help="a data set of images (fashion-mnist)")
+    parser.add_argument(
+        "--model",
+        choices=("cnn", "mlp"),
+        default="cnn",
+        help="mlp: about as many parameters as the CNN, and less to compute (cnn)",
+    )
 
 
 def _share(text: str) -> float:
@@ -209,7 +215,9 @@ def _link(arguments: argparse.Namespace) -> Outcome:
     for speed in speeds:
         if speed not in SPEEDS:
             raise ConfigError(f"--speed: expected one of {', '.join(SPEEDS)}, got {speed!r}")
-    return run(arguments.repeats, arguments.steps, speeds, arguments.accuracy, arguments.data)
+    return run(
+        arguments.repeats, arguments.steps, speeds, arguments.accuracy, arguments.data, arguments.model
+    )
 
 
 BENCHES: dict[str, Bench] = {

@@ -21,14 +21,15 @@ class Job:
       ConfigError: there can be no such link here, or the job cannot run; says why.
     """
 
-    def __init__(self, **data: Any) -> None:
-        """Args: data: of :func:`fedmpi.tasks.data.load`."""
+    def __init__(self, model: str = "cnn", **data: Any) -> None:
+        """Args: model: one of :data:`fedmpi.bench.link_job.MODELS`. data: of :func:`fedmpi.tasks.data.load`."""
         common = {"WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(_PORT)}
         common |= {"GLOO_SOCKET_IFNAME": DEVICE, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         environments = [{**os.environ, **common, "RANK": str(rank)} for rank in range(2)]
+        self.model = model
         self.pair = Pair([[sys.executable, "-m", "fedmpi.bench.link_job"]] * 2, environments)
         try:
-            self.parameters: int = self.ask("load", **data)["parameters"]
+            self.parameters: int = self.ask("load", model=model, **data)["parameters"]
         except BaseException:
             self.pair.close()
             raise

@@ -1,18 +1,19 @@
-"""One rank of the job that ``fedmpi bench link`` times: DistributedDataParallel, SGD with momentum, a small CNN.
+"""One rank of the job that ``fedmpi bench link`` times: DistributedDataParallel, SGD with momentum, a small model.
 
     python -m fedmpi.bench.link_job        with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them
 
 It reads requests from its standard input, one JSON object a line, and answers each with one on its standard
 output. All ranks get the same requests. A *case* says how gradients are averaged: ``{"plain": "fp32"}`` by DDP
 itself, ``{"plain": "bf16"}`` by torch's hook for that, ``{"plain": "powersgd", "rank": r}`` by torch's too,
-``{"plain": "nothing"}`` not at all; ``{"method": …, "settings": …}`` by :func:`fedmpi.ddp.attach`. With
-``"one_bucket": true`` DDP hands over all gradients at once, at the end of the backward pass; else in the buckets
-that it makes by default.
+``{"plain": "nothing"}`` not at all, ``{"plain": "one number"}`` neither, but ranks wait for each other;
+``{"method": …, "settings": …}`` by :func:`fedmpi.ddp.attach`. With ``"one_bucket": true`` DDP hands over all
+gradients at once, at the end of the backward pass; else in the buckets that it makes by default.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,7 +34,19 @@ from fedmpi.tasks import data
 MOMENTUM = 0.9
 
 
-def network(shape: tuple[int, ...], classes: int) -> nn.Module:
+def mlp(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """About as many parameters as the CNN, 1,863,690 on 28×28, and a tenth of its arithmetic."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(math.prod(shape), 1024),
+        nn.ReLU(),
+        nn.Linear(1024, 1024),
+        nn.ReLU(),
+        nn.Linear(1024, classes),
+    )
+
+
+def cnn(shape: tuple[int, ...], classes: int) -> nn.Module:
     """The CNN of McMahan et al. 2017: 1,663,370 parameters on 28×28."""
     channels, height, width = shape
     return nn.Sequential(
@@ -50,6 +63,9 @@ def network(shape: tuple[int, ...], classes: int) -> nn.Module:
     )
 
 
+MODELS = {"cnn": cnn, "mlp": mlp}
+
+
 def sent() -> int:
     """Bytes that have left through this network namespace's interfaces."""
     lines = Path("/proc/self/net/dev").read_text().splitlines()[2:]
@@ -59,11 +75,13 @@ def sent() -> int:
 class Trial:
     """A model in training."""
 
-    def __init__(self, samples: data.Data, case: dict[str, Any], lr: float, seed: int, batch: int) -> None:
+    def __init__(
+        self, model: str, samples: data.Data, case: dict[str, Any], lr: float, seed: int, batch: int
+    ) -> None:
         rank, ranks = dist.get_rank(), dist.get_world_size()
         torch.manual_seed(seed)
-        model = network(samples.shape, samples.classes)
-        self.ddp = DistributedDataParallel(model, bucket_cap_mb=100 if case.get("one_bucket") else None)
+        module = MODELS[model](samples.shape, samples.classes)
+        self.ddp = DistributedDataParallel(module, bucket_cap_mb=100 if case.get("one_bucket") else None)
         self.hook: hooks.State | None = None
         self.alone = case.get("plain") == "nothing"
         if "method" in case:
@@ -71,6 +89,8 @@ class Trial:
         elif case["plain"] == "bf16":
             # By its own name DDP refuses it over Gloo, which can add bf16.
             self.ddp.register_comm_hook(None, _bf16)
+        elif case["plain"] == "one number":
+            self.ddp.register_comm_hook(torch.zeros(1), _one_number)
         elif case["plain"] == "powersgd":
             # Compression from the earliest step that it allows, as ours.
             state = powerSGD_hook.PowerSGDState(None, case["rank"], start_powerSGD_iter=2)
@@ -113,7 +133,19 @@ def _bf16(state: Any, bucket: Any) -> torch.futures.Future[Tensor]:
     return default_hooks.bf16_compress_hook(state, bucket)
 
 
-_bf16.__annotations__.clear()  # DDP compares them with classes, and they are strings here
+def _one_number(state: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+    buffer = bucket.buffer()
+    if bucket.is_last():
+        future = dist.all_reduce(state, async_op=True).get_future()
+        answer: torch.futures.Future[Tensor] = future.then(lambda done: buffer)
+        return answer
+    at_once: torch.futures.Future[Tensor] = torch.futures.Future()
+    at_once.set_result(buffer)
+    return at_once
+
+
+for _hook in (_bf16, _one_number):
+    _hook.__annotations__.clear()  # DDP compares them with classes, and they are strings here
 
 
 class Rank:
@@ -122,13 +154,13 @@ class Rank:
     def __init__(self) -> None:
         self.trials: dict[str, Trial] = {}
 
-    def load(self, trial: str, **options: Any) -> dict[str, Any]:
-        self.samples = data.load(**options)
-        model = network(self.samples.shape, self.samples.classes)
-        return {"parameters": sum(p.numel() for p in model.parameters())}
+    def load(self, trial: str, model: str, **options: Any) -> dict[str, Any]:
+        self.model, self.samples = model, data.load(**options)
+        module = MODELS[model](self.samples.shape, self.samples.classes)
+        return {"parameters": sum(p.numel() for p in module.parameters())}
 
     def start(self, trial: str, **options: Any) -> dict[str, Any]:
-        self.trials[trial] = Trial(self.samples, **options)
+        self.trials[trial] = Trial(self.model, self.samples, **options)
         return {}
 
     def stop(self, trial: str) -> dict[str, Any]:

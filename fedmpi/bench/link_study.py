@@ -48,9 +48,9 @@ def best(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return min(runs, key=rank)
 
 
-def tune(folder: Path, names: list[str]) -> None:
+def tune(folder: Path, model: str, names: list[str]) -> None:
     path = folder / "runs.jsonl"
-    with Job(name="fashion-mnist") as job:
+    with Job(model, name="fashion-mnist") as job:
 
         def run(name: str, rate: float, seed: int) -> None:
             wanted = {"case": name, "rate": rate, "seed": seed}
@@ -70,12 +70,12 @@ def tune(folder: Path, names: list[str]) -> None:
                 run(name, rate, seed)
 
 
-def time(folder: Path, speeds: list[str]) -> None:
+def time(folder: Path, model: str, speeds: list[str]) -> None:
     """At each bandwidth by itself: a few minutes."""
     times, wholes = folder / "times.jsonl", folder / "wholes.jsonl"
     for speed in speeds:
         if all(line["speed"] != speed for line in lines(times)):
-            with Job(name="fashion-mnist") as job:
+            with Job(model, name="fashion-mnist") as job:
                 turn = link.compare_steps(job, speed, repeats=4, count=4)
             for name in turn.names:
                 row = turn.row(name, speed)
@@ -87,8 +87,8 @@ def time(folder: Path, speeds: list[str]) -> None:
                 }
                 append(times, line | {"ratio": row.ratio._asdict()})
         if speed in link.FASTER and all(line["speed"] != speed for line in lines(wholes)):
-            with Job(name="fashion-mnist") as job:
-                found = link.train(job, speed, (REFERENCE, POWERSGD, OURS), link.ACCURACY)
+            with Job(model, name="fashion-mnist") as job:
+                found = link.train(job, speed, (REFERENCE, POWERSGD, *OURS), link.ACCURACY)
             for name, (seconds, steps) in found.items():
                 append(wholes, {"speed": speed, "case": name, "seconds": seconds, "steps": steps})
 
@@ -110,15 +110,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("part", choices=("tune", "time", "report"))
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", choices=("cnn", "mlp"), default="cnn", help="a folder has one only")
     parser.add_argument("--case", action="append", help="only this one; can be given several times")
     parser.add_argument("--speed", action="append", choices=list(link.SPEEDS), help="likewise")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     folder = arguments.folder
     if arguments.part == "tune":
-        tune(folder, arguments.case or [name for name in CASES if name not in SAME_AS_BF16])
+        names = [name for name in link.cases(arguments.model) if name not in SAME_AS_BF16]
+        tune(folder, arguments.model, arguments.case or names)
     elif arguments.part == "time":
-        time(folder, arguments.speed or list(link.SPEEDS))
+        time(folder, arguments.model, arguments.speed or list(link.SPEEDS))
     else:
         runs = lines(folder / "runs.jsonl")
         tuned = {
