@@ -34,6 +34,7 @@ LOSSLESS = {
         "schedule": "time_varying",
     },
     "lookback": {"name": "lookback", "threshold": 0.0},
+    "lookback that keeps messages": {"name": "lookback", "threshold": 0.0, "keep": "message"},
     "lookback per tensor": {"name": "lookback", "threshold": 0.0, "scope": "tensor"},
     "powersgd": {"name": "powersgd", "rank": 40},
     "atomo": {"name": "atomo", "rank": 40},
@@ -51,12 +52,23 @@ def gradients(rank: int, step: int) -> dict[str, Tensor]:
 
 def average(reducer: Reducer, mine: dict[str, Tensor]) -> dict[str, Tensor]:
     """One step: what every rank gets."""
-    got = {}
-    for index, group in enumerate(reducer.groups):
-        for name, view in group.views.items():
-            view.copy_(mine[name])
-        reducer.reduce(index)
-        got |= {name: view.clone() for name, view in group.views.items()}
+    parameters = {name: torch.zeros_like(g, requires_grad=True) for name, g in mine.items()}
+    for name, p in parameters.items():
+        p.grad = mine[name].clone()
+    reducer.average(parameters)
+    kept = [
+        v
+        for group in reducer.groups
+        for part in (group.state, group.memory, group.peers)
+        for v in part.values()
+    ]
+    got = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    ours = {
+        v.untyped_storage().data_ptr() for v in (*got.values(), *(group.flat_D for group in reducer.groups))
+    }
+    assert not ours & {v.untyped_storage().data_ptr() for v in kept if v.numel()}, (
+        "what is kept lies by itself"
+    )
     return got
 
 
@@ -227,6 +239,26 @@ def test_a_gradient_that_is_all_of_a_group_is_averaged_where_it_lies(method: Any
         for a, b, c in zip(whole, strided, double, strict=True):
             assert torch.equal(a, b)
             assert torch.equal(a, c)
+
+
+def test_a_gradient_of_another_kind_is_not_copied_into_the_one_before() -> None:
+    def train(comm: Comm) -> None:
+        reducer = Reducer({"w": (30, 40)}, "signsgd", comm)
+        (group,) = reducer.groups
+        first = gradients(comm.rank, 0)["fc"]
+        group.fill("w", first, 1.0)
+        reducer.reduce(0)
+        group.answer("w", first, 1.0)
+        kept = first.clone()
+        second = gradients(comm.rank, 1)["fc"].double()
+        group.fill("w", second, 1.0)
+        assert torch.equal(first, kept)
+        reducer.reduce(0)
+        group.answer("w", second, 1.0)
+        assert torch.equal(first, kept)
+        assert bool((second.abs() == 1).all())
+
+    run_ranks(2, train)
 
 
 def test_equal_groups_draw_different_numbers() -> None:

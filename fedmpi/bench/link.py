@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 
-from fedmpi.bench.link_cases import CASES, OURS, POWERSGD, REFERENCE, Case
+from fedmpi.bench.link_cases import CASES, OURS, POWERSGD, REFERENCE
 from fedmpi.bench.link_driver import Job
 from fedmpi.bench.timing import Row, Spread, Table
 from fedmpi.errors import ConfigError
@@ -75,18 +76,18 @@ def steps_to(curve: Sequence[float], accuracy: float) -> int | None:
     return next(((i + 3) * EVERY for i in reached), None)
 
 
-def cases(model: str) -> dict[str, tuple[Case, float]]:
-    """A model's cases, and their rates."""
-    pairs = ((name, case, case.best(model)) for name, case in CASES.items())
-    return {name: (case, rate) for name, case, rate in pairs if rate is not None}
+def cases(model: str) -> dict[str, tuple[dict[str, Any], float]]:
+    """A model's cases: options and rates."""
+    found = ((name, case.of(model)) for name, case in CASES.items())
+    return {name: case for name, case in found if case is not None}
 
 
 def compare_steps(job: Job, speed: str, repeats: int, count: int) -> Turn:
     """All cases at one bandwidth, each in training anew; ``auto`` judges the link first."""
     job.pair.shape(SPEEDS[speed])
     names = list(cases(job.model))
-    for name, (case, rate) in cases(job.model).items():
-        job.start(name, case.options, rate)
+    for name, (options, rate) in cases(job.model).items():
+        job.start(name, options, rate)
     for name in names:
         warm = min(_WARM, 1 + round((SPEEDS[speed] or 1e12) / _SLOW))
         job.ask("steps", name, count=warm)
@@ -108,8 +109,8 @@ def train(job: Job, speed: str, names: Sequence[str], accuracy: float) -> dict[s
     found: dict[str, tuple[float, int]] = {}
     seconds, curves = dict.fromkeys(names, 0.0), {name: list[float]() for name in names}
     for name in names:
-        case, rate = cases(job.model)[name]
-        job.start(name + " anew", case.options, rate)
+        options, rate = cases(job.model)[name]
+        job.start(name + " anew", options, rate)
     for done in range(EVERY, MOST + 1, EVERY):
         for name in [name for name in names if name not in found]:
             seconds[name] += job.ask("steps", name + " anew", count=EVERY)["seconds"]

@@ -21,18 +21,23 @@ class Case(NamedTuple):
     rate: float
     mlp: float | None = None
 
-    def best(self, model: str) -> float | None:
-        """The rate for a model of :mod:`fedmpi.bench.link_job`; None: this is no case of it."""
-        return self.rate if model == "cnn" else self.mlp
+    def of(self, model: str) -> tuple[dict[str, Any], float] | None:
+        """Options and rate for a model of :mod:`fedmpi.bench.link_job`; None: this is no case of it."""
+        rate = self.rate if model == "cnn" else self.mlp
+        settings = {"settings": _SETTINGS[model]} if "method" in self.options else {}
+        return None if rate is None else (self.options | settings, rate)
 
 
-_APART = {"group_mb": 3.0}
-"""The large linear layer goes alone, the others together: the first, nearly all of the model, is coded and sent while
-the gradients of the convolutions are still computed, as in DDP's buckets."""
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "cnn": {"group_mb": 3.0},
+    "mlp": {"group_mb": 3.0, "exact_below": 16384},
+}
+"""Large layers go alone, the others together, as in DDP's buckets: while gradients of the lower layers are still
+computed, those of the upper ones are coded and sent. The MLP's last layer, 10,240 numbers, goes exactly."""
 
 
 def _ours(name: str, **options: Any) -> dict[str, Any]:
-    return {"method": {"name": name, **options}, "settings": _APART}
+    return {"method": {"name": name, **options}}
 
 
 def _power_hook(rank: int) -> dict[str, Any]:
@@ -54,7 +59,7 @@ CASES: dict[str, Case] = {
     "powersgd, rank 4": Case(_ours("powersgd", rank=4, feedback=True), _GRADIENT, 0.05, 0.02),
     "signsgd": Case(_ours("signsgd"), (5e-5, 1e-4, 2e-4, 3e-4), 2e-4, 5e-5),
     "signsgd, feedback": Case(_ours("signsgd", feedback=True), _GRADIENT, 0.02),
-    "topk 1 %, feedback": Case(_ours("topk", ratio=0.01, feedback=True), _GRADIENT, 0.05, 0.02),
+    "topk 1 %, feedback": Case(_ours("topk", ratio=0.01, feedback=True), _GRADIENT, 0.05, 0.01),
     "intrinsic 1 %, hashed": Case(
         _ours("intrinsic", dim=16384, matrix="hashed"), (0.001, 0.003, 0.01, 0.03), 0.03
     ),
@@ -64,7 +69,7 @@ CASES: dict[str, Case] = {
     "fp32 DDP": Case({"plain": "fp32"}, _GRADIENT, 0.05, _PLAIN),
     "nothing sent": Case({"plain": "nothing"}, _GRADIENT, 0.05),
     "one number sent": Case({"plain": "one number"}, _GRADIENT, 0.05, _PLAIN),
-    "auto": Case({"method": {"name": "auto", "steps": 5}, "settings": _APART}, _GRADIENT, 0.05),
+    "auto": Case({"method": {"name": "auto", "steps": 5}}, _GRADIENT, 0.05),
 }
 REFERENCE = "bf16 hook"
 ALONE = "nothing sent"

@@ -53,10 +53,10 @@ def tune(folder: Path, model: str, names: list[str]) -> None:
     with Job(model, name="fashion-mnist") as job:
 
         def run(name: str, rate: float, seed: int) -> None:
-            wanted = {"case": name, "rate": rate, "seed": seed}
+            wanted = {"model": model, "case": name, "rate": rate, "seed": seed}
             if any(wanted.items() <= done.items() for done in lines(path)):
                 return
-            curve = train(job, CASES[name].options, rate, seed)
+            curve = train(job, link.cases(model)[name][0], rate, seed)
             append(path, wanted | {"curve": curve})
             steps = link.steps_to(curve, link.ACCURACY)
             print(f"{name}, rate {rate:g}, seed {seed}: {steps} steps", file=sys.stderr)
@@ -80,6 +80,7 @@ def time(folder: Path, model: str, speeds: list[str]) -> None:
             for name in turn.names:
                 row = turn.row(name, speed)
                 line = {
+                    "model": model,
                     "speed": speed,
                     "case": name,
                     "sent": turn.sent[name],
@@ -90,7 +91,8 @@ def time(folder: Path, model: str, speeds: list[str]) -> None:
             with Job(model, name="fashion-mnist") as job:
                 found = link.train(job, speed, (REFERENCE, POWERSGD, *OURS), link.ACCURACY)
             for name, (seconds, steps) in found.items():
-                append(wholes, {"speed": speed, "case": name, "seconds": seconds, "steps": steps})
+                line = {"model": model, "speed": speed, "case": name}
+                append(wholes, line | {"seconds": seconds, "steps": steps})
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -116,6 +118,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     folder = arguments.folder
+    files = [folder / f"{name}.jsonl" for name in ("runs", "times", "wholes")]
+    if there := {line["model"] for file in files for line in lines(file)} - {arguments.model}:
+        parser.error(f"{folder} holds a study of {', '.join(there)}; another folder for {arguments.model}")
     if arguments.part == "tune":
         names = [name for name in link.cases(arguments.model) if name not in SAME_AS_BF16]
         tune(folder, arguments.model, arguments.case or names)

@@ -75,6 +75,7 @@ class TorchComm(Comm):
         if self.rank < 0:
             raise CommError("group: expected one that this rank belongs to")
         self.name, self._timeout, self._lost = backend, timeout, ""
+        self._works: dict[object, Any] = {}  # under way: nobody else may hold one, it keeps connections open
         whole = group is None or self.size == dist.get_world_size()
         self._place = _here if whole else None
         with self._doing("starting a group of its own"):
@@ -127,6 +128,7 @@ class TorchComm(Comm):
             if self._place is not None and self.name == "gloo":
                 # Connections close with the last reference to the group: then the others notice, too, and tell.
                 traceback.clear_frames(error.__traceback__)
+                self._works.clear()
                 dist.destroy_process_group(self._group)
                 del self._group
                 if missing := absent(self._place):
@@ -154,12 +156,13 @@ class TorchComm(Comm):
         )
 
     def _started(self, what: str, launch: Callable[[], Any]) -> Callable[[], None]:
+        ticket = object()
         with self._doing(what):
-            work = launch()
+            self._works[ticket] = launch()
 
         def wait() -> None:
             with self._doing(what):
-                work.wait()
+                self._works.pop(ticket).wait()
 
         return wait
 

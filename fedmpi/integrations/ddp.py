@@ -114,6 +114,7 @@ class State:
         self._left: list[set[str]] = []
         self._waiting: list[_Bucket] = []
         self._sent: list[int] = []  # groups that are to be decoded
+        self._error: Exception | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def _begin(self) -> None:
@@ -158,6 +159,11 @@ class State:
             self._left[index].discard(name)
             if not self._left[index]:
                 complete.append(index)
+        if bucket.is_last() and (missing := sorted(set().union(*self._left))):
+            raise ConfigError(
+                f"ddp: no bucket has {', '.join(missing)}; a parameter that requires a gradient only since the module "
+                "was wrapped is averaged by nobody: wrap it after all parameters are as they will be trained"
+            )
         self._worker.submit(self._work, waiting, sorted(set(complete)), bucket.is_last())
         return waiting.future
 
@@ -179,6 +185,8 @@ class State:
         bucket's has been sent: then it had time to come."""
         self._waiting.append(bucket)
         try:
+            if self._error is not None:
+                raise self._error
             self._fill(bucket)
             self._reducer.start(*complete)
             due, self._sent = (self._sent + complete, []) if last else (self._sent, complete)
@@ -189,11 +197,12 @@ class State:
                     if not waiting.groups:
                         self._answer(waiting)
         except Exception as error:
-            # The pass cannot be finished: whoever waits gets the error, and backward() raises it.
+            # The pass cannot be finished: whoever waits gets the error, and backward() raises it. Nor can another one:
+            # ranks may have stopped at different places.
+            self._error = error
             for waiting in self._waiting:
                 waiting.future.set_exception(error)  # type: ignore[arg-type]
             self._waiting.clear()
-            self._sent = []
 
     def _fill(self, bucket: _Bucket) -> None:
         scale = self._scaler.get_scale() if self._scaler else 1.0

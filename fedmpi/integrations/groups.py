@@ -41,6 +41,7 @@ class Group:
         self.spec = Spec(tuple(shapes), tuple(shapes.values()))
         self.names = self.spec.names
         self.place(self.memory_D())
+        self._borrowed = False
         self.state: State = {}
         self.memory: State = {}
         self.peers: State = {}
@@ -59,7 +60,11 @@ class Group:
         """Take a gradient, over ``scale``. One that is all of the group stays where it lies."""
         if self._whole(gradient):
             self.place(gradient.view(-1))
+            self._borrowed = True
         else:
+            if self._borrowed:  # the last step's gradient is somebody else's
+                self.place(self.memory_D())
+                self._borrowed = False
             self.views[name].copy_(gradient)
         if scale != 1:
             self.views[name].div_(scale)
@@ -128,12 +133,14 @@ class Exact(Group):
         self.flat_D.mul_(1 / self.comm.size)
         self._all[-1] = float(not usable)
         started = perf_counter()
-        self._summed = self.comm.start_sum(self._all)
+        self._summed: Callable[[], None] | None = self.comm.start_sum(self._all)
         self.seconds["wire"] += perf_counter() - started
 
     def finish(self) -> bool:
-        started = perf_counter()
-        self._summed()
+        started, summed = perf_counter(), self._summed
+        assert summed is not None
+        self._summed = None  # with what it holds
+        summed()
         self.seconds["wire"] += perf_counter() - started
         self.payload += self.flat_D.nbytes
         if float(self._all[-1]) == 0:
@@ -178,10 +185,13 @@ class Compressed(Group):
 
     def start(self, step: int, exact: bool) -> None:
         now = Round(self.seed, step, 1.0, self.settings.steps_per_epoch)
+        self._end: Callable[[], _Result] | None
         self._end = self._exactly(now) if exact else self._compressed(now)
 
     def finish(self) -> bool:
-        mean_D, self._after = self._end()
+        end, self._end = self._end, None  # with the messages and the state before, which it holds
+        assert end is not None
+        mean_D, self._after = end()
         if mean_D is None:
             self.flat_D.fill_(math.nan)
         elif mean_D.data_ptr() != self.flat_D.data_ptr():

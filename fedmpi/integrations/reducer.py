@@ -114,14 +114,16 @@ class Reducer:
 
     @torch.no_grad()
     def average(self, parameters: Mapping[str, Tensor], scale: float = 1.0) -> None:
-        """One step: replace each parameter's gradient by the mean over all ranks; a missing one counts as zero.
+        """One step: replace each parameter's gradient by the mean over all ranks; a missing one counts as zero. After
+        an error gradients may be scaled or not.
 
         Args:
           parameters: by name, those of ``shapes``.
           scale: what the gradients are multiplied by (a GradScaler's): what is kept must not change with it.
         """
         gradients: dict[str, Tensor] = {}
-        for name, p in parameters.items():
+        for name in self.group_of:
+            p = parameters[name]
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             gradients[name] = p.grad

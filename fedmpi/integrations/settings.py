@@ -32,8 +32,8 @@ class Settings(BaseModel):
     group_mb: float = Field(
         25.0,
         gt=0,
-        description="parameters that are compressed and sent together, in MB of float32; a larger one goes alone; "
-        "methods whose numbers count over the whole model (k, dim, a sketch) take all in one",
+        description="parameters that are compressed and sent together, in MB of float32; a larger one goes alone, or "
+        "with a few small ones; methods whose numbers count over the whole model (k, dim, a sketch) take all in one",
     )
     exchange: Way = Field(
         "auto", description="how messages meet: sum, gather, merge, owner (fedmpi/engine/exchange.py)"

@@ -25,7 +25,7 @@ class Feedback(Compressor):
         super().__init__(inner.spec)
         self.inner = inner
         self.counters, self.replayable, self.merged = inner.counters, inner.replayable, inner.merged
-        self.tells = inner.tells  # e is finite: p is if g is
+        self.tells = inner.tells  # e is finite: p is if g is, but for an overflow
 
     def init(self) -> State:
         return {"residual": torch.zeros(self.spec.size), **nest(self.inner.init())}

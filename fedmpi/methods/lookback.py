@@ -111,7 +111,7 @@ class LookBack(Compressor):
     def _store(self, state: State, full: Tensor, v_CS: Tensor, inner: Message) -> State:
         """This part of a state after the clients ``full`` sent ``inner``, decoded ``v_CS``, in full."""
         if self.keep != "message":
-            kept = {"lookback": _apart(v_CS, inner).to(state["lookback"].dtype)}
+            kept = {"lookback": _apart(v_CS, *inner.arrays.values()).to(state["lookback"].dtype)}
         else:
             held = torch.ones(len(full), dtype=torch.uint8)
             kept = {"held": held, **nest(inner.arrays, "kept.")}
@@ -147,7 +147,8 @@ class LookBack(Compressor):
             rows = sent.lengths.get(name, torch.ones_like(full))
             lengths[f"inner.{name}"] = torch.zeros(len(v_CS), dtype=torch.int64).index_copy(0, full, rows)
         kept_FS = v_CS if len(full) == len(v_CS) else v_CS[full]
-        new = {**self._store(state, full, kept_FS, sent), **nest(after)}
+        own = Message({name: _apart(array, g_CD) for name, array in sent.arrays.items()}, sent.lengths)
+        new = {**self._store(state, full, kept_FS, own), **nest(after)}
         return Message(arrays, lengths), new
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
@@ -190,10 +191,10 @@ class LookBack(Compressor):
         return {"scalars": int(message.arrays["scalar"].sum()), **dict.fromkeys(self.inner.counters, 0)}
 
 
-def _apart(v_CS: Tensor, message: Message) -> Tensor:
-    """A copy where ``v_CS`` lies in the message's memory, which may be used for the next one."""
-    memory = {array.untyped_storage().data_ptr() for array in message.arrays.values()}
-    return v_CS.clone() if v_CS.untyped_storage().data_ptr() in memory else v_CS
+def _apart(x: Tensor, *others: Tensor) -> Tensor:
+    """A copy where ``x`` lies in others' memory, which may be used for the next message or gradient."""
+    memory = {other.untyped_storage().data_ptr() for other in others}
+    return x.clone() if x.untyped_storage().data_ptr() in memory else x
 
 
 def put_rows(state: State, full: Tensor, rows: State) -> State:

@@ -95,6 +95,8 @@ def run(kernel: Callable[..., None], count: int, *arguments: Any) -> None:
     The items of the range must be independent of each other.
     """
     threads = min(torch.get_num_threads(), count)
+    if 0 < max((getattr(x, "size", 0) for x in arguments), default=0) < SMALLEST:
+        threads = 1  # others would only begin when it is done
     if threads <= 1:
         kernel(0, count, *arguments)
         return

@@ -41,7 +41,7 @@ def _threshold(g_D: Tensor, k: int) -> float:
     return float(g_D[places_S].abs().topk(rank, sorted=False).values.amin())
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)
 def _places(size: int, count: int) -> Tensor:
     """Where samples are taken: any will do, as the choice is exact."""
     return random.integers(random.key(0, stream="sample"), count, size).sort().values

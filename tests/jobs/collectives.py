@@ -223,7 +223,10 @@ def die(comm: Comm) -> None:
         for i in range(10**6):
             if i == 20 and comm.rank == comm.size - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
+            others = [comm.start_sum(torch.ones(10)), comm.start_sum(torch.ones(10))]
             comm.sum([torch.ones(1000)])
+            for finish in others:
+                finish()
     except LostError as error:
         refused(lambda: comm.allgather(b"x"), re.escape(str(error)))  # and stays lost, at once
         print(f"lost: {error}", flush=True)

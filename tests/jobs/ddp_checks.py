@@ -321,6 +321,34 @@ def an_error_inside_the_hook_ends_the_pass() -> None:
     refuses(RuntimeError, "the link is gone", lambda: backward(module, 0))
 
 
+@check
+def an_error_is_final() -> None:
+    """Also one that comes late, on one rank, with several groups under way: no later step may count on some ranks."""
+    module, state = hooked("signsgd", ddp={"bucket_cap_mb": 0.01}, group_mb=0.01)
+    steps(module, 2)
+    groups = state._job.reducer.groups
+    assert len(groups) > 2
+
+    def broken() -> bool:
+        raise CommError("a broken message")
+
+    groups[0].finish = broken
+    for _ in range(2):
+        refuses(RuntimeError, "a broken message", lambda: backward(module, 0))
+    assert state.stats()["steps"] == 2
+
+
+@check
+def a_parameter_that_is_in_no_bucket_is_named() -> None:
+    net = Net()
+    frozen, p = next(iter(net.named_parameters()))
+    p.requires_grad_(False)
+    module = DDP(net.to(DEVICE))
+    p.requires_grad_(True)
+    fedmpi.ddp.attach(module, "bf16", comm=COMM)
+    refuses(RuntimeError, f"no bucket has {frozen};", lambda: backward(module, 0))
+
+
 def main() -> None:
     global COMM, DEVICE
     torch.set_num_threads(1)
