@@ -56,10 +56,10 @@ CASES: dict[str, Case] = {
     "PowerSGD hook, rank 4": Case(_power_hook(4), _GRADIENT, 0.05, 0.02),
     "powersgd, rank 1": Case(_ours("powersgd", rank=1, feedback=True), _GRADIENT, 0.02),
     "powersgd, rank 2": Case(_ours("powersgd", rank=2, feedback=True), _GRADIENT, 0.02),
-    "powersgd, rank 4": Case(_ours("powersgd", rank=4, feedback=True), _GRADIENT, 0.05, 0.02),
+    "powersgd, rank 4": Case(_ours("powersgd", rank=4, feedback=True), _GRADIENT, 0.05, 0.05),
     "signsgd": Case(_ours("signsgd"), (5e-5, 1e-4, 2e-4, 3e-4), 2e-4, 5e-5),
     "signsgd, feedback": Case(_ours("signsgd", feedback=True), _GRADIENT, 0.02),
-    "topk 1 %, feedback": Case(_ours("topk", ratio=0.01, feedback=True), _GRADIENT, 0.05, 0.01),
+    "topk 1 %, feedback": Case(_ours("topk", ratio=0.01, feedback=True), _GRADIENT, 0.05, 0.05),
     "intrinsic 1 %, hashed": Case(
         _ours("intrinsic", dim=16384, matrix="hashed"), (0.001, 0.003, 0.01, 0.03), 0.03
     ),

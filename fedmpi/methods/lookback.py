@@ -108,13 +108,15 @@ class LookBack(Compressor):
         v_CS, _ = self.inner.decompress(Message(unnest(state, "kept.")), {}, ctx)
         return v_CS.float() * state["held"][:, None]
 
-    def _store(self, state: State, full: Tensor, v_CS: Tensor, inner: Message) -> State:
-        """This part of a state after the clients ``full`` sent ``inner``, decoded ``v_CS``, in full."""
+    def _store(self, state: State, full: Tensor, v_CS: Tensor, inner: Message, *used: Tensor) -> State:
+        """This part of a state after the clients ``full`` sent ``inner``, decoded ``v_CS``, in full. Nothing of it lies
+        in the memory of tensors that are ``used`` again."""
         if self.keep != "message":
-            kept = {"lookback": _apart(v_CS, *inner.arrays.values()).to(state["lookback"].dtype)}
+            kept = {"lookback": _apart(v_CS, *inner.arrays.values(), *used).to(state["lookback"].dtype)}
         else:
             held = torch.ones(len(full), dtype=torch.uint8)
-            kept = {"held": held, **nest(inner.arrays, "kept.")}
+            arrays = {name: _apart(array, *used) for name, array in inner.arrays.items()}
+            kept = {"held": held, **nest(arrays, "kept.")}
         return put_rows(state, full, kept)
 
     def _threshold(self, vv_C: Tensor, ctx: Context) -> Tensor | float:
@@ -147,8 +149,7 @@ class LookBack(Compressor):
             rows = sent.lengths.get(name, torch.ones_like(full))
             lengths[f"inner.{name}"] = torch.zeros(len(v_CS), dtype=torch.int64).index_copy(0, full, rows)
         kept_FS = v_CS if len(full) == len(v_CS) else v_CS[full]
-        own = Message({name: _apart(array, g_CD) for name, array in sent.arrays.items()}, sent.lengths)
-        new = {**self._store(state, full, kept_FS, own), **nest(after)}
+        new = {**self._store(state, full, kept_FS, sent, g_CD), **nest(after)}
         return Message(arrays, lengths), new
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:

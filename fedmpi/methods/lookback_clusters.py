@@ -39,7 +39,7 @@ class ClusteredLookBack(LookBack):
         centroid_CS: Tensor = ctx.shared["centroids"][cluster_C.clamp(min=0)]
         return centroid_CS * (cluster_C >= 0)[:, None]
 
-    def _store(self, state: State, full: Tensor, v_CS: Tensor, inner: Message) -> State:
+    def _store(self, state: State, full: Tensor, v_CS: Tensor, inner: Message, *used: Tensor) -> State:
         return {"cluster": state["cluster"]}  # set in compress and decompress, where the choice is known
 
     def layout(self) -> Layout:
