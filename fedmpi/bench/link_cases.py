@@ -69,7 +69,7 @@ CASES: dict[str, Case] = {
     "fp32 DDP": Case({"plain": "fp32"}, _GRADIENT, 0.05, _PLAIN),
     "nothing sent": Case({"plain": "nothing"}, _GRADIENT, 0.05),
     "one number sent": Case({"plain": "one number"}, _GRADIENT, 0.05, _PLAIN),
-    "auto": Case({"method": {"name": "auto", "steps": 5}}, _GRADIENT, 0.05),
+    "auto": Case({"method": {"name": "auto", "steps": 5}}, _GRADIENT, 0.05, _PLAIN),
 }
 REFERENCE = "bf16 hook"
 ALONE = "nothing sent"

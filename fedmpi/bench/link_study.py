@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("part", choices=("tune", "time", "report"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", choices=("cnn", "mlp"), default="cnn", help="a folder has one only")
+    parser.add_argument("--model", choices=("mlp", "cnn"), default="mlp", help="a folder has one only")
     parser.add_argument("--case", action="append", help="only this one; can be given several times")
     parser.add_argument("--speed", action="append", choices=list(link.SPEEDS), help="likewise")
     arguments = parser.parse_args()
