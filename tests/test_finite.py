@@ -42,7 +42,7 @@ def test_messages_tell_of_any_number_that_is_not_finite(name: str) -> None:
     assert finite(normals(1, 2, SPEC.size)) is True
     assert finite(torch.zeros(2, SPEC.size)) is True
     for bad in (math.nan, math.inf, -math.inf):
-        for place in range(SPEC.size):
+        for place in {*range(0, SPEC.size, 17), SPEC.size - 1}:
             g_CD = normals(1, 2, SPEC.size)
             g_CD[1, place] = bad
             assert finite(g_CD) is False, f"{bad} in place {place}"

@@ -346,7 +346,7 @@ def a_parameter_that_is_in_no_bucket_is_named() -> None:
     module = DDP(net.to(DEVICE))
     p.requires_grad_(True)
     fedmpi.ddp.attach(module, "bf16", comm=COMM)
-    refuses(RuntimeError, f"no bucket has {frozen};", lambda: backward(module, 0))
+    refuses(ConfigError, f"no bucket has {frozen};", lambda: backward(module, 0))
 
 
 def main() -> None:
