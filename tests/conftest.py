@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import yaml
 pytest.register_assert_rewrite("tests.codecs", "tests.softmax")
 
 JOBS = Path(__file__).parent / "jobs"
+_CPU = pytest.StashKey[float]()  # CPU seconds before the test
 
 # A run of a second: 6 clients of digits, of which 4 train in a round.
 SMALL: dict[str, Any] = {
@@ -36,6 +38,9 @@ SMALL: dict[str, Any] = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the tests marked slow")
+    parser.addoption(
+        "--cpu", action="store_true", help="show each test file's CPU seconds, its processes included"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -45,8 +50,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if "slow" not in item.keywords]
 
 
+def _cpu_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    item.stash[_CPU] = _cpu_seconds()  # before fixtures, which may train
+    yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    yield
+    item.user_properties.append(("cpu", _cpu_seconds() - item.stash[_CPU]))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What tests have recorded as ("row", text), whatever process they ran in, as a table."""
+    """What tests have recorded as ("row", text), whatever process they ran in, as a table; with --cpu each file's
+    seconds, most first."""
+    if terminalreporter.config.getoption("--cpu"):
+        seconds: Counter[str] = Counter()
+        for report in terminalreporter.getreports(""):
+            for name, value in getattr(report, "user_properties", ()):
+                seconds[report.nodeid.partition("::")[0]] += value if name == "cpu" else 0
+        terminalreporter.section(f"CPU seconds, {sum(seconds.values()):.0f} in all")
+        for file, value in seconds.most_common():
+            terminalreporter.write_line(f"{value:8.1f}  {file}")
     reports = [report for group in ("passed", "failed") for report in terminalreporter.getreports(group)]
     rows = sorted(text for report in reports for name, text in report.user_properties if name == "row")
     if rows:
