@@ -26,7 +26,7 @@ step ruff check
 step ruff format --check
 step mypy
 ((${#failed[@]} == 0)) || say "failed so far: ${failed[*]}"
-workers=$(cores)
+workers=$(($(cores) + 1)) # tests wait for processes, time limits and Slurm
 # Last: its closing line is the last one printed. Its own arguments come after ours and win.
-step pytest -n "$((workers > 4 ? 4 : workers))" --dist worksteal "$@"
+step pytest -n "$((workers > 4 ? 4 : workers))" --dist worksteal --cpu "$@"
 ((${#failed[@]} == 0))

@@ -297,11 +297,12 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_any_number_of_ranks_and_both_topologies_are_the_same_run(name: str) -> None:
-    """Threads as ranks; tests/test_ranks.py does the same with real MPI processes."""
+    """Threads as ranks; tests/test_ranks.py does the same with real MPI processes. Sums of floats, which differ from
+    exact ones where ranks meet only, are done at every number of ranks with --full."""
     for exact in (True, False):
         reference = outcome({**RUNS[name], "reproducible": exact}, solo())
         for topology in ("allreduce", "aggregator"):
-            for ranks in (1, 2, 3, 4):
+            for ranks in (1, 2, 3, 4) if exact or "FEDMPI_FULL" in os.environ else (3,):
                 values = {**RUNS[name], "reproducible": exact, "topology": topology}
                 results = run_ranks(ranks, lambda comm, values=values: outcome(values, comm), timeout=60)
                 for result in results:

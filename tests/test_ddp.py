@@ -84,7 +84,7 @@ def plain(*arguments: str, ranks: int = 2, alone: bool = False) -> dict[str, Any
 def test_two_lines_in_a_job_that_we_did_not_write() -> None:
     """bf16 ends within 2 % of the plain test loss; signs are 25 times smaller, and the interface confirms what
     fedmpi says it sent."""
-    unchanged, bf16 = plain(), plain("--fedmpi", "bf16")
+    unchanged, bf16 = plain("--steps", "60"), plain("--fedmpi", "bf16", "--steps", "60")
     assert bf16["test_loss"] == pytest.approx(unchanged["test_loss"], rel=0.02)
     alone = namespaces()
     signs = plain("--fedmpi", "signsgd", "--hidden", "1024", "--steps", "60", alone=alone)

@@ -59,7 +59,9 @@ def test_steps_and_bytes_across_a_link() -> None:
         stats = job.ask("stats", "auto")
         assert stats["auto"]["chosen"]["name"] == "bf16"
         assert 2 * job.parameters <= sent["bf16"] <= 1.15 * 2 * job.parameters
-        assert sent["nothing"] == 0
+        assert sent["nothing"] < 100, (
+            "but for what TCP itself sends: an acknowledgement that came late has 66 bytes"
+        )
         assert 0 < sent["one number"] < 1000
         assert sums["one number"] == sums["nothing"] != sums["fp32"], "each rank keeps its own gradients"
         assert sent["fp32"] == pytest.approx(2 * sent["bf16"], rel=0.1)
