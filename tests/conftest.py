@@ -144,6 +144,12 @@ def mpi(request: pytest.FixtureRequest) -> Mpi:
     return find_mpi(request.param)
 
 
+# What is the same under any MPI is tried under one in the fast suite, and under both with --full.
+one_mpi = pytest.mark.parametrize(
+    "mpi", ["openmpi", pytest.param("mpich", marks=pytest.mark.slow)], indirect=True
+)
+
+
 @pytest.fixture(scope="session")
 def openmpi() -> Mpi:
     return find_mpi("openmpi")
