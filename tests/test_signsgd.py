@@ -131,6 +131,6 @@ def test_with_coins_a_sign_vector_of_zeros_is_coins(vote: str) -> None:
 
 
 def test_a_majority_vote_takes_no_optimizer() -> None:
-    values = {**SMALL, "method": {"name": "signsgd"}, "server": {"optimizer": "adam"}}
+    values = {**SMALL, "method": {"name": "signsgd"}, "server": {"optimizer": "adam", "lr": 0.1}}
     with pytest.raises(ConfigError, match=r"server\.optimizer: expected sgd with a majority vote, got adam"):
         Simulation(config.parse(values), solo())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ def plain(g_CD: Tensor, ctx: Context) -> Tensor:
     coins = torch.stack([random.coins(int(key), SPEC.size) for key in ctx.keys("sign of zero")])
     votes_CD = torch.where(g_CD == 0, coins, g_CD > 0).int() * 2 - 1
     for c, g_D in enumerate(g_CD):
-        for first, last in zip(ROWS, ROWS[1:], strict=False):
+        for first, last in itertools.pairwise(ROWS):
             if not bool(g_D[first:last].any()):
                 votes_CD[c, first:last] = 0
     total_D, tie_D = votes_CD.sum(0), random.coins(ctx.round.key("tie"), SPEC.size)
