@@ -106,11 +106,18 @@ class Schedule(_Section):
 
 
 class ServerConfig(_Section):
-    lr: float | None = Field(None, gt=0, description="the server's learning rate (default: local.lr)")
-    optimizer: Name = Field("sgd", description="the rule on what the method sums")
+    lr: float | None = Field(
+        None, gt=0, description="the server's learning rate η (default: local.lr; adam and yogi need one)"
+    )
+    optimizer: Name = Field(
+        "sgd",
+        description="the rule on what the method sums. sgd, momentum: on the accumulated gradients' mean, "
+        "Δ / local.lr; adam, yogi: on the model difference Δ with η and τ as in Reddi et al. (in a subspace on "
+        "AᵀΔ); with mode: data_parallel all on the mean gradient",
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="momentum's, adam's and yogi's β₁")
     beta2: float = Field(0.99, ge=0, lt=1, description="adam's and yogi's β₂")
-    epsilon: float = Field(1e-3, gt=0, description="adam's and yogi's τ")
+    epsilon: float = Field(1e-3, gt=0, description="adam's and yogi's τ: v starts at τ²")
     schedule: Schedule = Schedule.model_validate({})
     aggregate: Literal["mean", "trimmed_mean", "median"] = Field(
         "mean",
@@ -119,9 +126,14 @@ class ServerConfig(_Section):
     )
     trim: float = Field(0.1, ge=0, lt=0.5, description="trimmed_mean: the share left out at either end")
 
-    @property
-    def rule(self) -> Optimizer:
-        return Optimizer(self.optimizer, self.beta1, self.beta2, self.epsilon)
+    @model_validator(mode="after")
+    def _rate(self) -> ServerConfig:
+        if self.lr is None and self.optimizer in ("adam", "yogi"):
+            raise ValueError(
+                f"expected lr, the paper's η, with optimizer: {self.optimizer}, got none: local.lr, the default of "
+                f"the others, is no rate for normalised steps; set server.lr"
+            )
+        return self
 
 
 class TimeConfig(_Section):
@@ -286,6 +298,12 @@ class Config(_Section):
     @property
     def rounds_per_epoch(self) -> int:
         return -(-self.clients // self.cohort_size)
+
+    @property
+    def rule(self) -> Optimizer:
+        """The server's, of what clients accumulate."""
+        server, step = self.server, 1.0 if self.mode == "data_parallel" else self.local.lr
+        return Optimizer(server.optimizer, server.beta1, server.beta2, server.epsilon, step)
 
     def server_lr(self, t: int) -> float:
         """η in round ``t``."""

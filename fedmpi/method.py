@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fedmpi import random
 from fedmpi.errors import ConfigError
-from fedmpi.message import Layout, Message
+from fedmpi.message import Layout, Message, row_nbytes
 from fedmpi.spec import Spec
 
 State = dict[str, Tensor]
@@ -99,8 +99,12 @@ class Compressor(ABC):
         round, with the same shared state): gradients of several clients may be summed before they are encoded.
       replayable: a message decodes to the same vector whenever it is decoded, without any state.
       integer: decoded values are small integers, summed as integers, one vote a client.
-      merged: the array, the message's only one, whose parts can be averaged apart (:meth:`merge`) and sent on in
-        the same form: ranks then share out the averaging, and nobody receives everybody's message.
+      presence: the last of the S numbers, one a row (:attr:`~fedmpi.spec.Spec.rows`), that count who had a gradient
+        there instead of saying what it was.
+      optional: the ragged array, of at most one row a client, that most messages go without.
+      merged: the array, the message's only one but for an optional one, whose parts can be averaged apart
+        (:meth:`merge`) and sent on in the same form: ranks then share out the averaging, and nobody receives
+        everybody's message.
       tells: messages say whether the gradients were finite (:attr:`~fedmpi.message.Message.finite`), which
         :meth:`compress` takes as they come; nobody else need look for that.
       counters: names of what :meth:`count` counts, shown in every round's metrics.
@@ -109,6 +113,8 @@ class Compressor(ABC):
     additive: bool = False
     replayable: bool = True
     integer: bool = False
+    presence: int = 0
+    optional: str | None = None
     merged: str | None = None
     tells: bool = False
     counters: tuple[str, ...] = ()
@@ -130,6 +136,10 @@ class Compressor(ABC):
     def layout(self) -> Layout:
         """The arrays of a message, for the receiver to check."""
 
+    def nbytes(self) -> int | None:
+        """Bytes of a client's message without its optional array, where every one has the same; else None."""
+        return row_nbytes({name: field for name, field in self.layout().items() if name != self.optional})
+
     @abstractmethod
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
         """Encode gradients ``(C, D)``; returns the messages and the clients' new state."""
@@ -150,12 +160,21 @@ class Compressor(ABC):
 
     def lift(self, v_CS: Tensor, ctx: Context) -> Tensor:
         """The gradients ``(C, D)`` that decoded vectors stand for (identity where S = D)."""
-        return v_CS
+        return v_CS[:, : self.size - self.presence]
 
-    def merge(self, rows_WN: Tensor, start: int, round: Round) -> Tensor:
+    def merge(self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None) -> Tensor:
         """What ``W`` senders' entries ``start`` … ``start + N`` (a multiple of 8) of the array :attr:`merged` come to
-        ``(N,)``: what one sender would send for their mean, as the server would have decided on it."""
+        ``(N,)``: what one sender would send for their mean, as the server would have decided on it.
+
+        Args:
+          optional_WB: the senders' :attr:`optional` arrays, zeros for one who has none; None where nobody has one.
+        """
         raise AssertionError(f"{type(self).__name__}.merged is None")
+
+    def merged_message(self, merged_1N: Tensor, optional_WB: Tensor | None = None) -> Message:
+        """The message of all entries that :meth:`merge` made."""
+        assert self.merged is not None
+        return Message({self.merged: merged_1N})
 
     def count(self, message: Message) -> dict[str, int]:
         """Counts of this message for the metrics; keys are :attr:`counters`."""

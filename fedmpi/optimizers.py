@@ -2,7 +2,7 @@
 
 Pure functions of a vector and a state, over whatever the method sums: parameters, or coordinates of a
 subspace (so that a static subspace is never left). Source of adam and yogi: Reddi et al., "Adaptive
-Federated Optimization", ICLR 2021, Algorithm 2 (without bias correction, as there).
+Federated Optimization", ICLR 2021, Algorithm 2 (without bias correction, as there; v starts at τ², its least).
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ Name = Literal["sgd", "momentum", "adam", "yogi"]
 
 
 class Optimizer(NamedTuple):
-    """One rule with its constants; ``epsilon`` is the papers' τ."""
+    """One rule with its constants; ``epsilon`` is the papers' τ.
+
+    ``step`` is what a vector of accumulated gradients is multiplied by to be the model difference −Δ that adam and
+    yogi act on: the clients' learning rate η_l, or 1 for gradients themselves. sgd and momentum, which are linear, act
+    on the accumulated gradients.
+    """
 
     name: Name = "sgd"
     beta1: float = 0.9
     beta2: float = 0.99
     epsilon: float = 1e-3
+    step: float = 1.0
 
     def init(self, size: int) -> dict[str, Tensor]:
         """The state for vectors of ``size`` numbers."""
@@ -38,6 +44,7 @@ class Optimizer(NamedTuple):
         if self.name == "momentum":
             m = self.beta1 * state["momentum"] + g
             return m, {"momentum": m}
+        g = g if self.step == 1 else g * self.step
         m = self.beta1 * state["momentum"] + (1 - self.beta1) * g
         v, g2 = state["variance"], g * g
         if self.name == "adam":

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from fedmpi.errors import ConfigError
 
+_ROW = 64  # entries of a row of a tensor of one dimension
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -50,6 +52,18 @@ class Spec:
     def size(self) -> int:
         """D."""
         return sum(self.sizes)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Where its rows begin in the vector, and D: int64 ``(R + 1,)``. A row is a tensor's part of one index of the
+        first dimension; a tensor of one dimension has rows of 64 entries, the last one of which may be short."""
+        counts: list[int] = []
+        for shape, size in zip(self.shapes, self.sizes, strict=True):
+            if len(shape) < 2:
+                counts += [min(_ROW, size - at) for at in range(0, size, _ROW)]
+            elif size:
+                counts += [size // shape[0]] * shape[0]
+        return torch.tensor([0, *counts]).cumsum(0)
 
     def plain(self) -> dict[str, list[int]]:
         """Name → shape, as JSON types."""

@@ -9,6 +9,7 @@ import torch
 from fedmpi import config
 from fedmpi.comm import solo
 from fedmpi.engine.rounds import Simulation
+from fedmpi.errors import ConfigError
 
 from .codecs import means
 from .conftest import SMALL
@@ -19,7 +20,7 @@ from .test_intrinsic import explicit_matrix
 @pytest.mark.parametrize("optimizer", ["momentum", "adam", "yogi"])
 @pytest.mark.parametrize("method", [{"name": "dense"}, {"name": "intrinsic", "dim": 24}], ids=str)
 def test_server_optimizers_are_the_papers(optimizer, method):
-    """Reddi et al. 2021, Algorithm 2, on what the method sums, for 15 rounds."""
+    """Reddi et al. 2021, Algorithm 2, on the model difference, for 15 rounds; momentum on the difference over η_l."""
     beta1, beta2, tau, eta = 0.8, 0.95, 0.01, 0.05
     rule = {"optimizer": optimizer, "beta1": beta1, "beta2": beta2, "epsilon": tau, "lr": eta}
     simulation = simulate(method=method, server=rule)
@@ -35,6 +36,7 @@ def test_server_optimizers_are_the_papers(optimizer, method):
             m = beta1 * m + delta
             x = x + eta * m
         else:
+            delta = 0.2 * delta  # Δ: the clients' learning rate times what they accumulated
             m = beta1 * m + (1 - beta1) * delta
             if optimizer == "adam":
                 v = beta2 * v + (1 - beta2) * delta**2
@@ -55,7 +57,7 @@ def test_server_optimizers_follow_their_rule(optimizer: str) -> None:
     m, v = torch.zeros_like(theta), torch.full_like(theta, 1e-6)
     for t in range(6):
         simulation.round(t)
-        g = got[-1].double()
+        g = got[-1].double() * (1 if optimizer == "momentum" else simulation.config.local.lr)
         if optimizer == "momentum":
             m = 0.8 * m + g
             theta = theta - 0.05 * m
@@ -64,3 +66,32 @@ def test_server_optimizers_follow_their_rule(optimizer: str) -> None:
             v = 0.95 * v + 0.05 * g**2 if optimizer == "adam" else v - 0.05 * g**2 * (v - g**2).sign()
             theta = theta - 0.05 * m / (v.sqrt() + 1e-3)
         assert torch.allclose(simulation.topology.parameters().double(), theta, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "yogi"])
+def test_in_data_parallel_mode_they_act_on_the_mean_gradient(optimizer: str) -> None:
+    values = {
+        "data": {"name": "digits"},
+        "model": "linear",
+        "mode": "data_parallel",
+        "rounds": 6,
+        "method": "dense",
+        "local": {"lr": 0.3},
+        "server": {"optimizer": optimizer, "lr": 0.02, "epsilon": 0.01},
+    }
+    simulation = Simulation(config.parse(values).for_ranks(1), solo())
+    theta, got = simulation.topology.parameters().double(), means(simulation)
+    m, v = torch.zeros_like(theta), torch.full_like(theta, 1e-4)
+    for t in range(6):
+        simulation.round(t)
+        g = got[-1].double()
+        m = 0.9 * m + 0.1 * g
+        v = 0.99 * v + 0.01 * g**2 if optimizer == "adam" else v - 0.01 * g**2 * (v - g**2).sign()
+        theta = theta - 0.02 * m / (v.sqrt() + 0.01)
+        assert torch.allclose(simulation.topology.parameters().double(), theta, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "yogi"])
+def test_they_need_a_learning_rate(optimizer: str) -> None:
+    with pytest.raises(ConfigError, match=rf"server: expected lr, .* with optimizer: {optimizer}, got none"):
+        config.parse({**SMALL, "server": {"optimizer": optimizer}})

@@ -82,10 +82,13 @@ def test_majority_vote_with_ties_and_zeros(clients):
         message, _ = method.up.compress(g_CD, {}, ctx)
         assert message.nbytes().tolist() == [27] * clients
         votes_CD, _ = method.up.decompress(message, {}, ctx)
-        total = Sum(size, integer=True, exact=False, terms=clients)
+        total = Sum(method.up.size, integer=True, exact=False, terms=clients)
         for rows in torch.arange(clients).split(3):
             total.add(votes_CD[rows], torch.ones(len(rows)).double())
         assert total.value()[:2].tolist() == [clients, -clients]
+        assert total.value()[size:].tolist() == [clients] * 4, (
+            "everybody has a gradient in each row of 64 entries"
+        )
         ties += int((total.value() == 0).sum())
         zeros += int((g_CD == 0).sum())
         expected = plain_vote(g_CD.tolist(), ctx.clients_C.tolist(), 5, t)
@@ -113,8 +116,8 @@ def test_majority_vote_through_the_engine(clients, topology):
 
 
 @pytest.mark.parametrize("vote", ["majority", "mean"])
-def test_a_sign_vector_of_zeros_is_coins(vote: str) -> None:
-    up = codec("signsgd", 4096, vote=vote)
+def test_with_coins_a_sign_vector_of_zeros_is_coins(vote: str) -> None:
+    up = codec("signsgd", 4096, vote=vote, zeros="coin")
     message, _ = up.compress(torch.zeros(2, 4096), {}, context(2))
     again, _ = up.compress(torch.zeros(2, 4096), {}, context(2))
     v, _ = up.decompress(message, {}, context(2))
@@ -128,6 +131,6 @@ def test_a_sign_vector_of_zeros_is_coins(vote: str) -> None:
 
 
 def test_a_majority_vote_takes_no_optimizer() -> None:
-    values = {**SMALL, "method": {"name": "signsgd"}, "server": {"optimizer": "adam"}}
+    values = {**SMALL, "method": {"name": "signsgd"}, "server": {"optimizer": "adam", "lr": 0.1}}
     with pytest.raises(ConfigError, match=r"server\.optimizer: expected sgd with a majority vote, got adam"):
         Simulation(config.parse(values), solo())

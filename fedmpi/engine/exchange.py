@@ -16,7 +16,8 @@ owner      b, and (W−1) · 4 S as owner of a part    look-back in parts, each 
 Ways are pure: what receivers keep (``peers``, a leading axis W) goes in and comes out, so that a step can be
 taken back. Each has two halves, so that the last collective of one message may be under way while the next message
 is coded; that collective is launched in the first half, so that their order is that of the messages. A rank whose
-gradient is not finite says so within the same collective, and the step counts on none.
+gradient is not finite says so within the same collective, and the step counts on none. What few messages have
+(:attr:`~fedmpi.method.Compressor.optional`) follows in one more, once all know that some have it.
 
 Shape suffixes: W ranks, S summed numbers, B bytes.
 """
@@ -33,8 +34,8 @@ from torch import Tensor
 
 from fedmpi.comm.base import Comm
 from fedmpi.engine.sums import Sum
-from fedmpi.errors import ConfigError
-from fedmpi.message import Message, concat, from_bytes, from_rows, row_nbytes, to_bytes, to_rows
+from fedmpi.errors import ConfigError, MessageError
+from fedmpi.message import Message, concat, from_bytes, from_rows, to_bytes, to_rows
 from fedmpi.method import Compressor, Context, State, believed
 
 T = TypeVar("T")
@@ -86,6 +87,27 @@ class Exchange(ABC):
         result = collective()
         self.wire += perf_counter() - started
         return result
+
+    def _flag(self, message: Message, usable: bool) -> int:
+        """The byte beside a message: 0, 1 where it is usable, 2 where an optional array of it follows."""
+        optional = self.up.optional
+        return int(usable) * (1 + (optional is not None and len(message.arrays[optional]) > 0))
+
+    def _optional(self, message: Message, flags_W: Tensor) -> tuple[Tensor, Tensor]:
+        """The optional arrays of all ranks that have one, in one more collective where there is any, and which have
+        (bool)."""
+        name, has_W = self.up.optional, flags_W > 1
+        assert name is not None
+        mine, field = message.arrays[name], self.up.layout()[name]
+        if not bool(has_W.any()):
+            return mine, has_W
+        told = self._wait(
+            lambda: self.comm.allgather(to_bytes(Message({name: mine[0][None]})) if len(mine) else b"")
+        )
+        got = [from_bytes(f, {name: field._replace(ragged=False)}, 1).arrays[name] for f in told if f]
+        if [bool(f) for f in told] != has_W.tolist():
+            raise MessageError(f"message: array {name!r} came from other ranks than those that had one")
+        return torch.cat(got), has_W
 
     def _zero(self) -> Sum:
         if self._kept is not None and self.reuse:
@@ -161,17 +183,25 @@ class GatherExchange(Exchange):
 
     def _send(self, message: Message, usable: bool) -> Callable[[], Message | None]:
         """What waits for all ranks' messages, and returns them, or None."""
-        layout = self.up.layout()
-        if row_nbytes(layout) is None:  # of different lengths: framed, and an empty frame is not usable
+        layout, optional = self.up.layout(), self.up.optional
+        if self.up.nbytes() is None:  # of different lengths: framed, and an empty frame is not usable
             frames = self._wait(lambda: self.comm.allgather(to_bytes(message) if usable else b""))
             return lambda: concat([from_bytes(f, layout, 1) for f in frames]) if all(frames) else None
-        flag_1 = torch.tensor([[usable]], dtype=torch.uint8)
-        row_B = torch.cat([to_rows(message), flag_1], 1)[0]
+        if optional is not None:
+            del layout[optional]
+        flag_1 = torch.tensor([[self._flag(message, usable)]], dtype=torch.uint8)
+        row_B = torch.cat([to_rows(Message({name: message.arrays[name] for name in layout})), flag_1], 1)[0]
         gathered = self._wait(lambda: self.comm.start_allgather_tensor(row_B))
 
         def rows() -> Message | None:
             rows_WB = self._wait(gathered)
-            return from_rows(rows_WB[:, :-1], layout) if bool(rows_WB[:, -1].all()) else None
+            if not bool(rows_WB[:, -1].all()):
+                return None
+            everybody = from_rows(rows_WB[:, :-1], layout)
+            if optional is None:
+                return everybody
+            rows_NB, has_W = self._optional(message, rows_WB[:, -1])
+            return Message(everybody.arrays | {optional: rows_NB}, {optional: has_W.long()})
 
         return rows
 
@@ -181,8 +211,15 @@ class VoteExchange(GatherExchange):
     ranks, and a server that takes it so (:meth:`fedmpi.method.Server.gradient`)."""
 
     def _decode(self, everybody: Message, peers: State, ctx: Context) -> tuple[Tensor, State]:
-        (rows_WN,) = everybody.arrays.values()
-        return self.up.merge(rows_WN, 0, ctx.round), peers
+        up, optional_WB = self.up, None
+        assert up.merged is not None  # build() saw to it
+        if up.optional is not None:
+            optional_WB = _each(everybody.arrays[up.optional], everybody.lengths[up.optional].bool())
+        merged_N = up.merge(everybody.arrays[up.merged], 0, ctx.round, optional_WB)
+        if optional_WB is None:
+            return merged_N, peers
+        v_1S, _ = up.decompress(up.merged_message(merged_N[None], optional_WB), {}, ctx)
+        return v_1S[0], peers
 
 
 class MergeExchange(Exchange):
@@ -196,17 +233,20 @@ class MergeExchange(Exchange):
     ) -> Callable[[], Mean]:
         up, ranks = self.up, self.comm.size
         assert up.merged is not None  # build() saw to it
-        ((name, field),) = up.layout().items()
+        name, field = up.merged, up.layout()[up.merged]
         length = field.row[0]
         part = -(-length // ranks)
         part += -part % self._ALIGN
         entries_N = torch.zeros(ranks * part, dtype=field.dtype)
         entries_N[:length] = message.arrays[name][0]
-        flags_W1 = torch.full((ranks, 1), usable, dtype=torch.uint8)
+        flags_W1 = torch.full((ranks, 1), self._flag(message, usable), dtype=torch.uint8)
         sent_WB = torch.cat([entries_N.view(ranks, part).view(torch.uint8), flags_W1], 1)
         got_WB = self._wait(lambda: self.comm.alltoall_tensor(sent_WB))
         rows_WN = got_WB[:, :-1].contiguous().view(field.dtype)
-        merged_N = up.merge(rows_WN, self.comm.rank * part, ctx.round)
+        optional_WB = None
+        if up.optional is not None and bool(got_WB[:, -1].all()):
+            optional_WB = _each(*self._optional(message, got_WB[:, -1]))
+        merged_N = up.merge(rows_WN, self.comm.rank * part, ctx.round, optional_WB)
         all_1 = got_WB[:, -1].min()[None]
         part_B = torch.cat([merged_N.view(torch.uint8), all_1])
         gathered = self._wait(lambda: self.comm.start_allgather_tensor(part_B))
@@ -216,10 +256,19 @@ class MergeExchange(Exchange):
             if not bool(parts_WB[:, -1].all()):
                 return None, peers
             whole_1N = parts_WB[:, :-1].contiguous().view(field.dtype).view(1, -1)[:, :length]
-            v_1S, _ = up.decompress(Message({name: whole_1N}), {}, ctx)
+            v_1S, _ = up.decompress(up.merged_message(whole_1N, optional_WB), {}, ctx)
             return v_1S[0], peers
 
         return end
+
+
+def _each(rows_NB: Tensor, has_W: Tensor) -> Tensor | None:
+    """The optional array of each rank, zeros for one without; None where no rank has one."""
+    if not len(rows_NB):
+        return None
+    optional_WB = rows_NB.new_zeros(len(has_W), *rows_NB.shape[1:])
+    optional_WB[has_W] = rows_NB
+    return optional_WB
 
 
 class OwnerExchange(GatherExchange):
@@ -297,5 +346,5 @@ def _choose(comm: Comm, up: Compressor, exact: bool, owned: bool, room: float) -
             return "gather"
         return "owner" if owned else "sum"
     summed = 2 / comm.size * 4 * up.size
-    one = row_nbytes(up.layout())
+    one = up.nbytes()
     return "gather" if one is None or one < summed else "sum"

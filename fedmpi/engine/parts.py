@@ -46,7 +46,7 @@ def load(config: Config) -> Parts:
     model = models.build(config.model.name, found.shape, found.classes, key, **config.model.options)
     models.check_supported(model)
     spec = Spec.of(model)
-    method = methods.build(config.method, spec, Setup(config.seed, config.clients, config.server.rule))
+    method = methods.build(config.method, spec, Setup(config.seed, config.clients, config.rule))
     if method.server.samples > samples:
         raise ConfigError(
             f"method.samples: expected at most {samples} (the training set), got {method.server.samples}"

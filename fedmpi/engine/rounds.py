@@ -25,7 +25,7 @@ from fedmpi.engine.timing import Clock
 from fedmpi.engine.topology import AllReduce, Workers
 from fedmpi.engine.trainer import Trainer, Update
 from fedmpi.errors import FedMPIError, NumericalError
-from fedmpi.message import Message, row_nbytes
+from fedmpi.message import Message
 from fedmpi.method import Compressor, Context, Round, State
 from fedmpi.ops.sums import from_fixed, to_fixed
 
@@ -133,7 +133,7 @@ class Simulation:
         """The method is additive and keeps nothing, all messages have one size, and nothing asks for a single one."""
         up, config = self.method.up, self.config
         single = config.on_bad_update == "reject" or config.clip or config.reproducible or self.method.first
-        plain = up.additive and not up.counters and not up.init() and row_nbytes(up.layout()) is not None
+        plain = up.additive and not up.counters and not up.init() and up.nbytes() is not None
         return self.topology.fuses and plain and not single
 
     def _passes_of_data(self) -> int:
@@ -145,7 +145,7 @@ class Simulation:
         config = self.config
         if config.time is None:
             return None
-        sizes = [row_nbytes(codec.layout()) for codec in (self.method.first, self.method.up) if codec]
+        sizes = [codec.nbytes() for codec in (self.method.first, self.method.up) if codec]
         first = sum(4 * self.spec.size if size is None else size for size in sizes)
         work = self.trainer.work(self.partition.sizes)
         return Clock(config.time, config.seed, work, self.ledger, first)

@@ -166,7 +166,7 @@ class AllReduce(Topology):
         self.state = self.method.server.skip(state, round)
 
     def served(self, clients: int) -> Tensor:
-        return torch.arange(self.comm.rank, clients, self.comm.size)
+        return torch.arange(min(self.comm.rank, clients), clients, self.comm.size)
 
 
 class Workers(AllReduce):

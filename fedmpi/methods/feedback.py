@@ -17,13 +17,13 @@ class Feedback(Compressor):
     """p = g + e is compressed, and e ← p − (what the receiver decodes) is kept: D numbers a client."""
 
     def __init__(self, inner: Compressor) -> None:
-        if inner.size != inner.spec.size or inner.integer:
+        if inner.size - inner.presence != inner.spec.size or inner.integer:
             raise ConfigError(
                 "method.feedback: expected a method whose message decodes to a gradient "
                 "(topk, signsgd with vote: mean, …); this one's does not, set feedback: false"
             )
-        super().__init__(inner.spec)
-        self.inner = inner
+        super().__init__(inner.spec, inner.size)
+        self.inner, self.presence, self.optional = inner, inner.presence, inner.optional
         self.counters, self.replayable, self.merged = inner.counters, inner.replayable, inner.merged
         self.tells = inner.tells  # e is finite: p is if g is, but for an overflow
 
@@ -40,9 +40,9 @@ class Feedback(Compressor):
         residual_CD, before = state["residual"], unnest(state)
         p_CD = torch.add(g_CD, residual_CD, out=fast.fresh(residual_CD))
         message, after = self.inner.compress(p_CD, before, ctx)
-        if before:  # what keeps something may keep p itself
+        if before or self.presence:  # what keeps something may keep p itself
             sent_CD, _ = self.inner.decompress(message, believed(self.inner, before), ctx)
-            return message, {"residual": p_CD - sent_CD, **nest(after)}
+            return message, {"residual": p_CD - sent_CD[:, : self.spec.size], **nest(after)}
         self.inner.add(p_CD, message, {}, ctx, [-1.0] * len(p_CD))
         return message, {"residual": p_CD}
 
@@ -55,8 +55,11 @@ class Feedback(Compressor):
     ) -> State:
         return nest(self.inner.add(total_CS, message, unnest(peer), ctx, weights))
 
-    def merge(self, rows_WN: Tensor, start: int, round: Round) -> Tensor:
-        return self.inner.merge(rows_WN, start, round)
+    def merge(self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None) -> Tensor:
+        return self.inner.merge(rows_WN, start, round, optional_WB)
+
+    def merged_message(self, merged_1N: Tensor, optional_WB: Tensor | None = None) -> Message:
+        return self.inner.merged_message(merged_1N, optional_WB)
 
     def count(self, message: Message) -> dict[str, int]:
         return self.inner.count(message)

@@ -48,7 +48,7 @@ class Half(Compressor):
             raise MessageError("message: expected finite values (senders saturate), got infinity or NaN")
         return v_CD, peer
 
-    def merge(self, rows_WN: Tensor, start: int, round: Round) -> Tensor:
+    def merge(self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None) -> Tensor:
         return rows_WN.float().mean(0).to(self.dtype)
 
 

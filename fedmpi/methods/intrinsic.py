@@ -9,6 +9,8 @@ Learning": Algorithm 1 (static), 2 (time-varying), 3 (K-varying). Readings, wher
   final Σ of each epoch that it missed, and the current Σ_e. The algorithms, taken literally, leave
   missed epochs out, which goes wrong under random sampling.
 - Coordinates are averaged over the round's W clients, not over those that drew the same k.
+- Every parameter moves with every coordinate: in a row without any gradient (padding, unseen tokens) the lift AAᵀg is
+  not zero, and the row walks. Keep such rows out of the model's trainable parameters where they must stay.
 
 Shape suffixes: C clients, D parameters, d subspace dimension, K subspaces, S = K·d, E epochs.
 """

@@ -79,9 +79,12 @@ class LookBack(Compressor):
     def __init__(self, inner: Compressor, options: LookBackOptions) -> None:
         super().__init__(inner.spec, inner.size)
         self.inner, self.threshold, self.keep = inner, options.threshold, options.keep
+        self.presence = inner.presence
+        self._vector = inner.size - inner.presence  # numbers that have a direction
         self.counters = ("scalars", *inner.counters)
         self._ragged = {name for name, field in inner.layout().items() if field.ragged}
-        if self.keep == "message" and (self._ragged or inner.init_peer() or not inner.replayable):
+        several = self._ragged - {inner.optional}
+        if self.keep == "message" and (several or inner.init_peer() or not inner.replayable):
             raise ConfigError(
                 "method.keep: message is for inner methods whose messages have one size and can be decoded "
                 "again later; expected exact or half"
@@ -97,7 +100,12 @@ class LookBack(Compressor):
         """What stands for the look-back gradient; all zeros, whose norm says that there is none."""
         if self.keep == "message":
             kept = {n: torch.zeros(f.row, dtype=f.dtype) for n, f in self.inner.layout().items()}
-            return {"held": torch.zeros((), dtype=torch.uint8), **nest(kept, "kept.")}
+            held = torch.zeros((), dtype=torch.uint8)
+            return {
+                "held": held,
+                **nest(kept, "kept."),
+                **({"optional": held} if self.inner.optional else {}),
+            }
         dtype = torch.bfloat16 if self.keep == "half" else torch.float32
         return {"lookback": torch.zeros(self.size, dtype=dtype)}
 
@@ -105,7 +113,11 @@ class LookBack(Compressor):
         """The look-back gradients ``(C, S)`` that a state holds."""
         if self.keep != "message":
             return state["lookback"].float()
-        v_CS, _ = self.inner.decompress(Message(unnest(state, "kept.")), {}, ctx)
+        arrays, lengths, optional = unnest(state, "kept."), {}, self.inner.optional
+        if optional is not None:
+            arrays[optional] = arrays[optional][state["optional"].bool()]
+            lengths[optional] = state["optional"].long()
+        v_CS, _ = self.inner.decompress(Message(arrays, lengths), {}, ctx)
         return v_CS.float() * state["held"][:, None]
 
     def _store(self, state: State, full: Tensor, v_CS: Tensor, inner: Message, *used: Tensor) -> State:
@@ -116,7 +128,13 @@ class LookBack(Compressor):
         else:
             held = torch.ones(len(full), dtype=torch.uint8)
             arrays = {name: _apart(array, *used) for name, array in inner.arrays.items()}
-            kept = {"held": held, **nest(arrays, "kept.")}
+            kept = {"held": held}
+            if (optional := self.inner.optional) is not None:
+                rows_F, array = inner.lengths[optional], arrays[optional]
+                arrays[optional] = array.new_zeros(len(full), *array.shape[1:])
+                arrays[optional][rows_F.bool()] = array
+                kept["optional"] = rows_F.to(torch.uint8)
+            kept |= nest(arrays, "kept.")
         return put_rows(state, full, kept)
 
     def _threshold(self, vv_C: Tensor, ctx: Context) -> Tensor | float:
@@ -136,7 +154,8 @@ class LookBack(Compressor):
         v_CS, _ = self.inner.decompress(message, believed(self.inner, before), ctx)
         v_CS = v_CS.float()
         # float64: in float32 the cancellation in 1 − cos² would hide every α below about 0.02.
-        dot_C, vv_C, ll_C = dots(v_CS, self._load(state, ctx))
+        n = self._vector
+        dot_C, vv_C, ll_C = dots(v_CS[:, :n], self._load(state, ctx)[:, :n])
         sin2_C = (1 - dot_C * dot_C / (vv_C * ll_C)).clamp(0, 1)
         rho_C = (dot_C / ll_C).float()  # infinite where l is too short for a float32 to say how often it fits
         scalar_C = (vv_C > 0) & (ll_C > 0) & (sin2_C <= self._threshold(vv_C, ctx)) & rho_C.isfinite()
@@ -164,7 +183,9 @@ class LookBack(Compressor):
         new = {**self._store(peer, full, v_FS, sent), **put_rows(peer, full, nest(inner_peer))}
         if len(full) == len(scalar_C):
             return v_FS, new
-        v_CS = self._load(peer, ctx) * rho_C[:, None]
+        l_CS = self._load(peer, ctx)
+        v_CS = l_CS * rho_C[:, None]
+        v_CS[:, self._vector :] = l_CS[:, self._vector :]  # who had a gradient, not how often
         return v_CS.index_copy_(0, full, v_FS), new
 
     def _sent(self, message: Message, full: Tensor) -> Message:
@@ -214,8 +235,8 @@ class PerTensor(Compressor):
     """One compressor a tensor, each deciding for itself; their messages travel together."""
 
     def __init__(self, spec: Spec, parts: list[Compressor]) -> None:
-        super().__init__(spec)
-        self.parts = parts
+        super().__init__(spec, sum(part.size for part in parts))
+        self.parts, self.presence = parts, sum(part.presence for part in parts)
         self.counters = ("scalars", "scalar_tensors")
 
     def init(self) -> State:
@@ -244,13 +265,15 @@ class PerTensor(Compressor):
         return Message(arrays, lengths), self._merge(states)
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
-        values, states = [], []
+        values, present, states = [], [], []
         for i, part in enumerate(self.parts):
             own = Message(unnest(message.arrays, f"{i}."), unnest(message.lengths, f"{i}."))
             v, after = part.decompress(own, unnest(peer, f"{i}."), ctx.within(i))
-            values.append(v)
+            n = v.shape[1] - part.presence
+            values.append(v[:, :n])
+            present.append(v[:, n:])
             states.append(after)
-        return torch.cat(values, 1), self._merge(states)
+        return torch.cat(values + present, 1), self._merge(states)
 
     def count(self, message: Message) -> dict[str, int]:
         scalar_TC = torch.stack([message.arrays[f"{i}.scalar"] for i in range(len(self.parts))])
@@ -265,7 +288,8 @@ def build(options: LookBackOptions, spec: Spec, setup: Setup) -> Method:
             f"method.threshold: expected one δ a client, {setup.clients}, got {len(options.threshold)}"
         )
     inner = methods.build(options.inner, spec, setup)
-    if (options.feedback or options.scope == "tensor") and inner.up.size != spec.size:
+    numbers = inner.up.size - inner.up.presence
+    if (options.feedback or options.scope == "tensor") and numbers != spec.size:
         which = "feedback" if options.feedback else "scope"
         raise ConfigError(
             f"method.{which}: expected an inner method that sums D numbers, and {options.inner.name} sums fewer; "

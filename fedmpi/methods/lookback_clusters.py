@@ -30,6 +30,7 @@ class ClusteredLookBack(LookBack):
         super().__init__(inner, options)
         self.clusters, self.width = options.clusters, inner.size
         self.size = (1 + self.clusters) * self.width + self.clusters
+        self.presence = 0  # it is within the width
 
     def _own(self) -> State:
         return {"cluster": torch.tensor(-1)}
@@ -52,7 +53,9 @@ class ClusteredLookBack(LookBack):
         v_FS, _ = self.inner.decompress(
             self._sent(message, full), believed(self.inner, before), ctx.select(full)
         )
-        nearest_F = self._nearest(v_FS.double(), ctx.clients_C[full], ctx.shared["centroids"].double())
+        n = self._vector
+        centroids_KS = ctx.shared["centroids"][:, :n].double()
+        nearest_F = self._nearest(v_FS[:, :n].double(), ctx.clients_C[full], centroids_KS)
         arrays = message.arrays | {"cluster": nearest_F.to(torch.uint8)}
         lengths = {**message.lengths, "cluster": 1 - message.arrays["scalar"].long()}
         return Message(arrays, lengths), new | put_rows(state, full, {"cluster": nearest_F})

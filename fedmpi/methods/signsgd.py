@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field as Option
 from torch import Tensor
 
 from fedmpi import random
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, Round, Server, State
 from fedmpi.methods.base import Entry, FeedbackOptions, MeanServer, Setup, missed_rounds, remember
@@ -30,6 +31,12 @@ class SignOptions(FeedbackOptions):
         0.0, ge=0, lt=1, description="β of Signum: signs of the clients' momenta; 0: none"
     )
 
+    zeros: Literal["skip", "coin"] = Option(
+        "skip",
+        description="skip: a row (of the first dimension, or 64 entries of a tensor of one) in which nobody has a "
+        "gradient stays, at a bit a row of a message that has such rows; coin: all zeros are fair coins",
+    )
+
     @property
     def separable(self) -> bool:
         return True
@@ -38,22 +45,33 @@ class SignOptions(FeedbackOptions):
 class Sign(Compressor):
     """Bit 1 for a positive entry. The sign of 0 is a fair coin of the client's key.
 
-    With ``momentum`` β (Signum, Algorithm 2) it is the sign of m ← β m + (1 − β) g, which the client keeps.
+    With ``skip``, a sender abstains in rows (:attr:`fedmpi.spec.Spec.rows`) that hold nothing but zeros, such as those
+    of padding and of tokens that it has not seen: a bit a row says which, in a message that has any, and the bit
+    after the last sign says that it has. Where everybody abstains nothing moves. A receiver decodes zeros there and,
+    of votes, also each row's presence (1 or 0), since a sum of votes cannot tell a tie from nothing.
+
+    With ``momentum`` β (Signum, Algorithm 2) it is the sign of m ← β m + (1 − β) g, which the client keeps, and
+    whose rows count.
     """
 
     tells = True
 
-    def __init__(self, spec: Spec, scaled: bool, momentum: float = 0.0) -> None:
-        super().__init__(spec)
-        self.scaled, self.integer, self.momentum = scaled, not scaled, momentum
+    def __init__(self, spec: Spec, scaled: bool, momentum: float = 0.0, skip: bool = True) -> None:
+        self.count_rows = len(spec.rows) - 1 if skip else 0
+        self.presence = 0 if scaled else self.count_rows
+        super().__init__(spec, spec.size + self.presence)
+        self.scaled, self.integer, self.momentum, self.skip = scaled, not scaled, momentum, skip
         self.merged = None if scaled else "signs"
+        self.optional = "rows" if skip else None
 
     def init(self) -> State:
-        return {"momentum": torch.zeros(self.size)} if self.momentum else {}
+        return {"momentum": torch.zeros(self.spec.size)} if self.momentum else {}
 
     def layout(self) -> Layout:
-        layout = {"signs": Field(torch.uint8, (bits.nbytes(self.size),))}
-        return layout | ({"scale": Field(torch.float32)} if self.scaled else {})
+        layout = {"signs": Field(torch.uint8, (bits.nbytes(self.spec.size + self.skip),))}
+        layout |= {"scale": Field(torch.float32)} if self.scaled else {}
+        rows = Field(torch.uint8, (bits.nbytes(self.count_rows),), ragged=True)
+        return layout | ({"rows": rows} if self.skip else {})
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
         if self.momentum:
@@ -62,12 +80,52 @@ class Sign(Compressor):
         odd_1 = torch.zeros(1, dtype=torch.uint8)
         arrays = {"signs": bits.pack_signs(g_CD, ctx.keys("sign of zero"), odd_1)}
         if self.scaled:
-            arrays["scale"] = (absolute(g_CD) / self.size).float()
-        return Message(arrays, finite=not odd_1), state
+            arrays["scale"] = (absolute(g_CD) / self.spec.size).float()
+        if not self.skip:
+            return Message(arrays, finite=not odd_1), state
+        empty_CR = bits.empty_rows(g_CD, self.spec.rows)
+        some_C = empty_CR.any(1)
+        arrays["signs"] = _tagged(arrays["signs"], self.spec.size, some_C)
+        arrays["rows"] = bits.pack(empty_CR[some_C])
+        return Message(arrays, {"rows": some_C.long()}, finite=not odd_1), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
-        arrays = message.arrays
-        return bits.unpack_signs(arrays["signs"], self.size, arrays["scale"] if self.scaled else None), peer
+        size, signs_CB = self.spec.size, message.arrays["signs"]
+        scale_C = message.arrays["scale"] if self.scaled else None
+        signs_CB = signs_CB[:, : bits.nbytes(size)]
+        if not self.presence:
+            v_CD = bits.unpack_signs(signs_CB, size, scale_C)
+            return self._abstain(v_CD, self._empty(message)), peer
+        v_CS = torch.empty(len(signs_CB), self.size, dtype=torch.int8, device=signs_CB.device)
+        empty_CR = self._empty(message)
+        for c, v_S in enumerate(v_CS):
+            bits.unpack_signs(signs_CB[c : c + 1], size, None, v_S[None, :size])
+            self._abstain(v_S[None, :size], None if empty_CR is None else empty_CR[c : c + 1])
+        v_CS[:, size:] = 1 if empty_CR is None else ~empty_CR
+        return v_CS, peer
+
+    def _empty(self, message: Message) -> Tensor | None:
+        """The rows in which each client abstains, bool ``(C, R)``; None where nobody does.
+
+        Raises:
+          MessageError: the tags say otherwise.
+        """
+        if not self.skip:
+            return None
+        some_C, rows_EB = _tags(message.arrays["signs"], self.spec.size), message.arrays["rows"]
+        if not torch.equal(message.lengths["rows"], some_C.long()):
+            raise MessageError(
+                f"message: {message.lengths['rows'].tolist()} arrays 'rows' of the clients, expected "
+                f"{some_C.long().tolist()} by their tags"
+            )
+        if not len(rows_EB):
+            return None
+        empty_CR = torch.zeros(len(some_C), self.count_rows, dtype=torch.bool)
+        empty_CR[some_C] = bits.unpack(rows_EB, self.count_rows)
+        return empty_CR
+
+    def _abstain(self, v_CD: Tensor, empty_CR: Tensor | None) -> Tensor:
+        return v_CD if empty_CR is None else bits.clear_rows(v_CD, empty_CR, self.spec.rows)
 
     def add(
         self, total_CS: Tensor, message: Message, peer: State, ctx: Context, weights: Sequence[float]
@@ -75,14 +133,48 @@ class Sign(Compressor):
         if not self.scaled:
             return super().add(total_CS, message, peer, ctx, weights)
         signs_CB, scale_C = message.arrays["signs"], message.arrays["scale"]
+        signs_CB, empty_CR = signs_CB[:, : bits.nbytes(self.size)], self._empty(message)
         v_1D = fast.scratch("signs", 1, self.size, signs_CB.device)
         for c, (total_S, weight) in enumerate(zip(total_CS, weights, strict=True)):
             bits.unpack_signs(signs_CB[c : c + 1], self.size, scale_C[c : c + 1], v_1D)
+            self._abstain(v_1D, None if empty_CR is None else empty_CR[c : c + 1])
             total_S.add_(v_1D[0], alpha=weight)
         return peer
 
-    def merge(self, rows_WN: Tensor, start: int, round: Round) -> Tensor:
-        return bits.vote(rows_WN, round.key("tie"), 8 * start)
+    def merge(self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None) -> Tensor:
+        if optional_WB is None:
+            return bits.vote(rows_WN, round.key("tie"), 8 * start)
+        present_WR = ~bits.unpack(optional_WB, self.count_rows)
+        first, n = 8 * start, 8 * rows_WN.shape[1]
+        present_WN = bits.spread_rows(present_WR, self.spec.rows)[:, first : first + n]
+        present_WN = F.pad(present_WN, (0, n - present_WN.shape[1]))
+        return bits.vote_of_present(rows_WN, present_WN, round.key("tie"), first)
+
+    def merged_message(self, merged_1N: Tensor, optional_WB: Tensor | None = None) -> Message:
+        """Abstains where all senders do."""
+        if not self.skip:
+            return Message({"signs": merged_1N})
+        rows_EB = torch.empty(0, bits.nbytes(self.count_rows), dtype=torch.uint8)
+        if optional_WB is not None:
+            empty_1R = bits.unpack(optional_WB, self.count_rows).all(0, keepdim=True)
+            rows_EB = bits.pack(empty_1R[empty_1R.any(1)])
+        some_1 = torch.tensor([len(rows_EB) > 0])
+        signs_1B = _tagged(merged_1N[:, : bits.nbytes(self.spec.size)], self.spec.size, some_1)
+        return Message({"signs": signs_1B, "rows": rows_EB}, {"rows": some_1.long()})
+
+
+def _tagged(signs_CB: Tensor, size: int, some_C: Tensor) -> Tensor:
+    """Packed signs with one bit more, in place of what followed them; it may take a byte of its own."""
+    place, tag_C1 = size % 8, some_C[:, None].to(torch.uint8)
+    if not place:
+        return torch.cat([signs_CB, tag_C1], 1)
+    signs_CB[:, -1:] = (signs_CB[:, -1:] & ((1 << place) - 1)) | (tag_C1 << place)
+    return signs_CB
+
+
+def _tags(signs_CB: Tensor, size: int) -> Tensor:
+    """That bit, bool ``(C,)``."""
+    return ((signs_CB[:, -1] >> size % 8) & 1).bool()
 
 
 def majority(votes_D: Tensor, round: Round) -> Tensor:
@@ -97,30 +189,51 @@ class VoteServer(Server):
     """θ ← θ − η · sign(votes); a tie is a fair coin of the round's key, the same for everybody.
 
     A client downloads the signs of the rounds it missed (1 bit a parameter and η for each), or θ
-    where that is smaller; the server keeps the signs of as many rounds (about 31).
+    where that is smaller; the server keeps the signs of as many rounds (about 31). With ``skip`` rows stay in which
+    nobody voted: the bit after a round's signs says whether it had such rows, and a bit a row of these rounds which.
     """
 
     weighted = False
 
-    def __init__(self, spec: Spec) -> None:
-        self.size = spec.size
-        row = bits.nbytes(self.size)
+    def __init__(self, spec: Spec, skip: bool = True) -> None:
+        self.spec, self.size, self.skips = spec, spec.size, skip
+        self.rows = bits.nbytes(len(spec.rows) - 1)
+        row = self.row = bits.nbytes(self.size + skip)
         self.keep = max(1, -(-4 * self.size // (row + 4)) - 1)  # more rounds than these cost more than θ
 
     def init(self, theta_D: Tensor) -> State:
-        row = bits.nbytes(self.size)
-        history = {"signs": torch.zeros(0, row, dtype=torch.uint8), "lr": torch.zeros(0)}
+        history = {"signs": torch.zeros(0, self.row, dtype=torch.uint8), "lr": torch.zeros(0)}
+        if self.skips:
+            history["rows"] = torch.zeros(0, self.rows, dtype=torch.uint8)
         return self.view(theta_D) | history
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
-        positive_D = majority(mean_S, round)
-        packed_B, lr = bits.pack(positive_D[None])[0], torch.tensor(round.lr, dtype=torch.float32)
+        positive_D = majority(mean_S[: self.size], round)
+        packed_1B, lr = bits.pack(positive_D[None]), torch.tensor(round.lr, dtype=torch.float32)
+        history, rows_B = {}, None
+        if self.skips:
+            still_1R = self._still(mean_S)
+            packed_1B = _tagged(packed_1B, self.size, still_1R.any(1))
+            rows_B = bits.pack(still_1R)[0]
+            history["rows"] = remember(state["rows"], rows_B, self.keep)
         return {
-            "theta": _step(state["theta"], packed_B, lr),
+            "theta": self._step(state["theta"], packed_1B[0], lr, rows_B),
             "version": state["version"] + 1,
-            "signs": remember(state["signs"], packed_B, self.keep),
+            "signs": remember(state["signs"], packed_1B[0], self.keep),
             "lr": remember(state["lr"], lr, self.keep),
-        }
+        } | history
+
+    def _still(self, mean_S: Tensor) -> Tensor:
+        """Rows in which nobody voted, bool ``(1, R)``."""
+        return mean_S[None, self.size :] == 0
+
+    def _step(self, theta_D: Tensor, signs_B: Tensor, lr: Tensor, rows_B: Tensor | None) -> Tensor:
+        step_1D = fast.scratch("signs", 1, self.size, theta_D.device)
+        bits.unpack_signs(signs_B[None, : bits.nbytes(self.size)], self.size, lr[None], step_1D)
+        if rows_B is not None and bool(rows_B.any()):
+            still_1R = bits.unpack(rows_B[None], len(self.spec.rows) - 1)
+            bits.clear_rows(step_1D, still_1R, self.spec.rows)
+        return theta_D - step_1D[0]
 
     def memory(self) -> State:
         return {}
@@ -129,36 +242,46 @@ class VoteServer(Server):
         self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
     ) -> tuple[Tensor, State]:
         if mean_S.dtype == torch.uint8:  # of two voters, packed
-            one_1 = torch.ones(1)
-            return bits.unpack_signs(mean_S[None], self.size, one_1, None if out is None else out[None])[
-                0
-            ], memory
-        return majority(mean_S, round).float().mul_(2).sub_(1), memory
+            signs_1B, out_1D = mean_S[None, : bits.nbytes(self.size)], None if out is None else out[None]
+            return bits.unpack_signs(signs_1B, self.size, torch.ones(1), out_1D)[0], memory
+        g_D = majority(mean_S[: self.size], round).float().mul_(2).sub_(1)
+        if self.skips and bool((still_1R := self._still(mean_S)).any()):
+            bits.clear_rows(g_D[None], still_1R, self.spec.rows)
+        return g_D, memory
 
     def view(self, theta_D: Tensor) -> State:
         return {"theta": theta_D, "version": torch.tensor(0)}
 
     def download(self, state: State, seen: int) -> Message:
-        rounds = missed_rounds(state, seen, ("signs", "lr"))
-        return Message({"theta": state["theta"][None]}) if rounds is None else rounds
+        rounds = missed_rounds(state, seen, ("signs", "lr", "rows") if self.skips else ("signs", "lr"))
+        if rounds is not None and self.skips:
+            some_M = _tags(rounds.arrays["signs"][0], self.size)
+            rounds.arrays["rows"] = rounds.arrays["rows"][:, some_M]
+        if rounds is None or rounds.total_nbytes() > state["theta"].nbytes:
+            return Message({"theta": state["theta"][None]})
+        return rounds
 
     def reconcile(self, view: State, message: Message, version: int) -> State:
         arrays = message.arrays
         theta_D = arrays["theta"][0] if "theta" in arrays else view["theta"]
         if "signs" in arrays:
-            for signs_B, lr in zip(arrays["signs"][0], arrays["lr"][0], strict=True):
-                theta_D = _step(theta_D, signs_B, lr)
+            signs_MB, lr_M, rows = arrays["signs"][0], arrays["lr"][0], [None] * len(arrays["lr"][0])
+            if self.skips:
+                some_M, told = _tags(signs_MB, self.size), iter(arrays["rows"][0])
+                if int(some_M.sum()) != len(arrays["rows"][0]):
+                    raise MessageError(
+                        f"message: rows of {len(arrays['rows'][0])} rounds, expected {int(some_M.sum())} by their tags"
+                    )
+                rows = [next(told) if some else None for some in some_M.tolist()]
+            for signs_B, lr, rows_B in zip(signs_MB, lr_M, rows, strict=True):
+                theta_D = self._step(theta_D, signs_B, lr, rows_B)
         return {"theta": theta_D, "version": torch.tensor(version)}
-
-
-def _step(theta_D: Tensor, signs_B: Tensor, lr: Tensor) -> Tensor:
-    step_1D = fast.scratch("signs", 1, len(theta_D), theta_D.device)
-    return theta_D - bits.unpack_signs(signs_B[None], len(theta_D), lr[None], step_1D)[0]
 
 
 def build(options: SignOptions, spec: Spec, setup: Setup) -> Method:
     vote = options.vote or ("mean" if options.feedback else "majority")
-    up = Sign(spec, vote == "mean", options.momentum)
+    skip = options.zeros == "skip"
+    up = Sign(spec, vote == "mean", options.momentum, skip)
     feedback = Feedback(up) if options.feedback else up
     if vote == "mean":
         return Method(feedback, MeanServer(spec, setup.optimizer))
@@ -167,7 +290,7 @@ def build(options: SignOptions, spec: Spec, setup: Setup) -> Method:
             f"server.optimizer: expected sgd with a majority vote, got {setup.optimizer.name}, which needs "
             f"method.vote: mean"
         )
-    return Method(feedback, VoteServer(spec))
+    return Method(feedback, VoteServer(spec, skip))
 
 
 ENTRY = Entry(
@@ -177,5 +300,5 @@ ENTRY = Entry(
     keeps="nothing (D residual with feedback, D momentum with Signum)",
     sums="D votes (int)",
     source="Bernstein et al. 2018; Karimireddy et al. 2019",
-    variants={"mean": {"vote": "mean"}, "signum": {"momentum": 0.9}},
+    variants={"mean": {"vote": "mean"}, "signum": {"momentum": 0.9}, "coin": {"zeros": "coin"}},
 )

@@ -6,6 +6,7 @@ Shape suffixes: C clients, W voters, N bits or integers, B bytes.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fedmpi import random
@@ -30,7 +31,7 @@ def pack(bits_CN: Tensor) -> Tensor:
 def pack_reference(bits_CN: Tensor) -> Tensor:
     """:func:`pack` by torch."""
     n = bits_CN.shape[-1]
-    padded = torch.nn.functional.pad(bits_CN.to(torch.uint8), (0, -n % 8))
+    padded = F.pad(bits_CN.to(torch.uint8), (0, -n % 8))
     weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=bits_CN.device)
     bytes_CB8 = padded.view(*padded.shape[:-1], nbytes(n), 8)
     return (bytes_CB8 * weights).sum(-1, dtype=torch.uint8)  # eight different weights: no overflow
@@ -103,6 +104,42 @@ def unpack_signs_reference(bytes_CB: Tensor, n: int, scale_C: Tensor | None = No
     return v_CN if scale_C is None else v_CN * scale_C[:, None]
 
 
+def empty_rows(g_CN: Tensor, starts_R: Tensor) -> Tensor:
+    """Which rows of each vector hold nothing but zeros, bool ``(C, R)``; ``starts`` are those of R rows, then N
+    (:attr:`fedmpi.spec.Spec.rows`)."""
+    kernels = fast.compiled("bits", g_CN) if g_CN.dtype == torch.float32 else None
+    if kernels is None:
+        return empty_rows_reference(g_CN, starts_R)
+    out_CR = torch.empty(len(g_CN), len(starts_R) - 1, dtype=torch.bool)
+    kernels.empty_rows(g_CN.contiguous(), starts_R, out_CR)
+    return out_CR
+
+
+def empty_rows_reference(g_CN: Tensor, starts_R: Tensor) -> Tensor:
+    """:func:`empty_rows` by torch."""
+    count_CN = F.pad((g_CN != 0).cumsum(1, dtype=torch.int32), (1, 0))
+    return count_CN[:, starts_R].diff(dim=1) == 0
+
+
+def clear_rows(v_CN: Tensor, empty_CR: Tensor, starts_R: Tensor) -> Tensor:
+    """``v``, in whose own memory those rows have become zeros."""
+    kernels = fast.compiled("bits", v_CN)
+    if kernels is None or not v_CN.is_contiguous():
+        return clear_rows_reference(v_CN, empty_CR, starts_R)
+    kernels.clear_rows(v_CN, empty_CR.contiguous(), starts_R)
+    return v_CN
+
+
+def clear_rows_reference(v_CN: Tensor, empty_CR: Tensor, starts_R: Tensor) -> Tensor:
+    """:func:`clear_rows` by torch."""
+    return v_CN.masked_fill_(spread_rows(empty_CR, starts_R), 0)
+
+
+def spread_rows(flag_CR: Tensor, starts_R: Tensor) -> Tensor:
+    """Each row's flag for all its entries ``(C, N)``."""
+    return flag_CR.repeat_interleave(starts_R.diff(), 1)
+
+
 def majority(packed_WB: Tensor, tie_B: Tensor) -> Tensor:
     """The bits ``(B,)`` that more than half of W packed rows have; where just half have it, that of ``tie_B``."""
     kernels = fast.compiled("bits", packed_WB, tie_B)
@@ -136,6 +173,16 @@ def vote(packed_WB: Tensor, key: int, start: int = 0) -> Tensor:
 def vote_reference(packed_WB: Tensor, key: int, start: int = 0) -> Tensor:
     """:func:`vote` by torch."""
     return majority_reference(packed_WB, _coin_bytes(key, packed_WB.shape[1], start))
+
+
+def vote_of_present(packed_WB: Tensor, present_WN: Tensor, key: int, start: int = 0) -> Tensor:
+    """:func:`vote` in which only the voters that are present at a bit count there."""
+    size = packed_WB.shape[1]
+    tally_N = torch.zeros(8 * size, dtype=torch.int32)
+    for packed_B, present_N in zip(packed_WB, present_WN, strict=True):
+        tally_N += unpack(packed_B[None], 8 * size)[0].to(torch.int8).mul_(2).sub_(1) * present_N
+    tie_N = unpack(_coin_bytes(key, size, start)[None], 8 * size)[0]
+    return pack(((tally_N > 0) | ((tally_N == 0) & tie_N))[None])[0]
 
 
 def _coin_bytes(key: int, size: int, start: int) -> Tensor:

@@ -173,6 +173,33 @@ def _unpack(first: int, last: int, packed: Bytes, n: int, yes: Array, no: Array,
 
 
 @kernel
+def _empty_rows(first: int, last: int, x: Array, n: int, starts: Array, out: Bytes) -> None:
+    """Rows ``first`` to ``last`` of all vectors of n numbers in ``x``: 1 where there are only zeros. A row is read up
+    to its first other number."""
+    rows = len(starts) - 1
+    for i in range(first, last):
+        vector = i // rows
+        row = i - vector * rows
+        out[i] = 1
+        for j in range(vector * n + starts[row], vector * n + starts[row + 1]):
+            if x[j] != 0:
+                out[i] = 0
+                break
+
+
+@kernel
+def _clear_rows(first: int, last: int, empty: Bytes, n: int, starts: Array, out: Array) -> None:
+    """The same rows become zeros where ``empty`` is 1."""
+    rows = len(starts) - 1
+    for i in range(first, last):
+        if empty[i]:
+            vector = i // rows
+            row = i - vector * rows
+            for j in range(vector * n + starts[row], vector * n + starts[row + 1]):
+                out[j] = 0
+
+
+@kernel
 def _majority(first: int, last: int, packed: Bytes, tie: Bytes, out: Bytes) -> None:
     """Blocks ``first`` to ``last`` of the votes ``(W, B)``: counts as bit planes, in ripple-carry additions."""
     voters, size = packed.shape
@@ -273,6 +300,17 @@ def unpack(packed_CB: Tensor, yes_C: Tensor, no_C: Tensor, out_CN: Tensor) -> No
     n, out = out_CN.shape[-1], out_CN.view(-1).numpy()
     arguments = packed_CB.view(-1).numpy(), n, yes_C.numpy(), no_C.numpy(), out
     fast.run(_unpack, len(out) // n * -(-n // _WORD), *arguments)
+
+
+def empty_rows(g_CN: Tensor, starts_R: Tensor, out_CR: Tensor) -> None:
+    """``starts``: of R rows, and N."""
+    x, out = g_CN.view(-1).numpy(), out_CR.view(-1).numpy().view(np.uint8)
+    fast.run(_empty_rows, len(out), x, g_CN.shape[1], starts_R.numpy(), out)
+
+
+def clear_rows(v_CN: Tensor, empty_CR: Tensor, starts_R: Tensor) -> None:
+    empty, out = empty_CR.view(-1).numpy().view(np.uint8), v_CN.view(-1).numpy()
+    fast.run(_clear_rows, len(empty), empty, v_CN.shape[1], starts_R.numpy(), out)
 
 
 def majority(packed_WB: Tensor, tie_B: Tensor, out_B: Tensor) -> None:
