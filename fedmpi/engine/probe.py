@@ -97,7 +97,7 @@ class _Probe:
             before = _states(seed)
             outputs.append(self._run(self.x_B))
             moved = moved or next((who for who, state in _states().items() if state != before[who]), "")
-        changes = _differ(*outputs)
+        changes = _differ(outputs[0], outputs[1])
         if moved == "torch" and not changes:  # rarely drawn, or drawn for nothing: what do extremes do?
             changes = any(_differ(self._extreme(value), outputs[0]) for value in (0.0, 1 - 2.0**-24))
         if moved and (changes or moved != "torch"):
@@ -218,7 +218,7 @@ class _Draws(TorchDispatchMode):
     """
 
     def __init__(self, value: float | None, inside: list[str] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.drawer, self._value, self._inside = "", value, inside
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
