@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, FedMPIError
+
+_LIBRARY = (
+    "site-packages",
+    "dist-packages",
+    str(Path(__file__).parent),
+    str(Path(os.__file__).parent),
+    "<frozen",
+)
+
+_LONGEST = 300  # characters of a foreign error
 
 
 def is_path(name: str) -> bool:
@@ -21,8 +33,8 @@ def call(argument: str, path: str, *positional: Any, options: Mapping[str, Any],
     """What the function of ``path`` returns for ``positional`` and the keywords ``options``.
 
     Raises:
-      ConfigError: there is no such module or function (see :func:`find`), or it does not take these options
-        (names ``argument`` and shows ``usage``). What the function itself raises is passed on.
+      ConfigError: there is no such module or function (see :func:`find`), it does not take these options (names
+        ``argument`` and shows ``usage``), or it raised (says what and where).
     """
     function = find(argument, path, f"to a function {usage}")
     if not callable(function):
@@ -35,7 +47,29 @@ def call(argument: str, path: str, *positional: Any, options: Mapping[str, Any],
         ) from error
     except ValueError:
         pass  # a builtin that does not show its signature
-    return function(*positional, **options)
+    try:
+        return function(*positional, **options)
+    except FedMPIError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{argument}: {path} failed: {said(error)}") from error
+
+
+def said(error: Exception) -> str:
+    """What a user's code raised, in one line, and the file and line of theirs that it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not any(part in f.filename for part in _LIBRARY)]
+    where = (theirs or frames)[-1:]
+    words = " ".join(traceback.format_exception_only(error)[-1].split())
+    if len(str(error).splitlines()) > 1:
+        words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    words = words if len(words) <= _LONGEST else f"{words[:_LONGEST]} …"
+    return words + "".join(f" ({_short(f.filename)}:{f.lineno})" for f in where)
+
+
+def _short(path: str) -> str:
+    here = str(Path.cwd()) + os.sep
+    return path.removeprefix(here)
 
 
 def find(argument: str, path: str, usage: str) -> Any:
@@ -56,4 +90,8 @@ def find(argument: str, path: str, usage: str) -> Any:
             f"{argument}: cannot import {path!r} ({error}); expected an import path package.module:name "
             f"that can be imported from {here}, {usage}"
         ) from error
+    except FedMPIError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{argument}: importing {module} failed: {said(error)}") from error
     return found

@@ -8,9 +8,12 @@ rounding could turn.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fedmpi import config, random
 from fedmpi.comm import solo
@@ -81,3 +84,14 @@ def drawn(simulation: Simulation, t: int) -> list[int]:
 def assert_close(got: Array, expected: Array, tolerance: float = 2e-5) -> None:
     """Within ``tolerance`` of the largest entry: float32 against float64 over all rounds."""
     assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def assert_same_sums(got: Tensor, expected: Tensor, terms: int) -> None:
+    """Equal but for the order in which ``terms`` float32 of the largest entry's size were added up.
+
+    Equal bits are promised with ``reproducible: true`` only: elsewhere one fused product may stand beside a sum of
+    vectors, and a library adds up in another order on another processor.
+    """
+    scale = float(expected.abs().max())
+    bound = 4 * torch.finfo(torch.float32).eps * math.sqrt(terms) * scale
+    torch.testing.assert_close(got, expected, rtol=0, atol=bound)

@@ -25,7 +25,7 @@ LAYERS = {
     "methods": BASE
     | {"method", "message", "spec", "ops", "optimizers", "own", "validation"},  # never comm or engine
     "config": {"errors", "methods", "own", "tasks", "optimizers", "validation"},
-    "engine": BASE | {"comm", "config", "method", "methods", "message", "ops", "spec", "tasks"},
+    "engine": BASE | {"comm", "config", "method", "methods", "message", "ops", "own", "spec", "tasks"},
     "analysis": BASE
     | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks", "validation"},
     "integrations": BASE

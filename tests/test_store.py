@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -39,6 +41,57 @@ def test_a_store_keeps_rows_apart(kind: str, tmp_path: Path) -> None:
     assert store.get(torch.tensor([2, 5, 9]))["a"][:, 0].tolist() == [2.0, 1.0, 0.0]
 
 
+def test_what_is_forgotten_gives_its_place_back() -> None:
+    store = ClientStore(lambda: {"a": torch.ones(2)})
+    store._per_slab = 2
+    ids = torch.tensor([7, 0, 5])
+    for turn in range(4):
+        store.put(ids + turn, {"a": torch.full((3, 2), float(turn + 2))})
+        assert store.known.tolist() == sorted((ids + turn).tolist())
+        assert store.get(torch.tensor([5 + turn, 99, 7 + turn]))["a"][:, 0].tolist() == [
+            turn + 2,
+            1,
+            turn + 2,
+        ]
+        store.forget(torch.tensor([*(ids + turn).tolist(), 40, 1000]))
+    assert len(store._slabs) == 2
+    store.put(ids, {"a": torch.zeros(3, 2)})
+    store.clear()
+    assert not len(store.known)
+    assert store.get(ids)["a"].tolist() == [[1, 1]] * 3
+
+
+MEASURED = """
+import torch
+from fedmpi.engine.store import ClientStore
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+def fill(size, clients):
+    store = ClientStore(lambda: {"g": torch.zeros(size), "sent": torch.zeros((), dtype=torch.bool)})
+    for i in range(0, clients, 500):
+        ids = torch.arange(i, i + 500)
+        store.put(ids, {"g": torch.ones(500, size), "sent": torch.ones(500, dtype=torch.bool)})
+    return store
+
+fill(1000, 500)  # what torch takes for itself
+kept = []
+for size, clients in ((10, 100_000), (1000, 10_000)):
+    before = resident()
+    kept.append(fill(size, clients))
+    print(resident() - before, kept[-1].need(clients, clients))
+"""
+
+
+def test_what_a_store_says_that_it_needs_is_what_it_takes() -> None:
+    """Of small rows too: once 20,000 clients of 10 numbers took 29 MB, and 0.8 were said."""
+    done = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        taken, said = map(int, line.split())
+        assert taken / 1.5 <= said <= taken * 1.5
+
+
 def test_the_two_stores_are_the_same_run(tmp_path: Path) -> None:
     values = {
         **SMALL,
@@ -63,6 +116,7 @@ def test_a_store_goes_back_by_two_marks(
         return {"a": torch.zeros(2)}
 
     store = MappedStore(init, 6, Path(tempfile.gettempdir())) if mapped else ClientStore(init)
+    store._per_slab = 2  # so that a few clients take several slabs
     held: list[dict[int, float]] = [{}]
     now: dict[int, float] = {}
     store.mark()

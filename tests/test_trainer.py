@@ -22,6 +22,7 @@ from fedmpi.methods import METHODS
 from fedmpi.spec import Spec
 from fedmpi.tasks import models
 from fedmpi.tasks.data import Split
+from fedmpi.tasks.dataset import IGNORE
 from fedmpi.tasks.objectives import OBJECTIVES
 from fedmpi.tasks.partitions import Partition
 
@@ -340,3 +341,34 @@ def test_training_loss_of_a_diverged_model():
     except NumericalError:
         return
     assert loss == pytest.approx(first, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "squared_hinge"])
+@pytest.mark.parametrize("together", [False, True])
+def test_targets_that_are_ignored_count_nowhere(loss: str, together: bool) -> None:
+    """Neither in a client's loss and accuracy nor in the parts of a step: all is as without these samples."""
+    data, ids = images(24), torch.arange(2)
+    data.y[[3, 4, 5, 13, 22]] = IGNORE
+    counts = data.y != IGNORE
+    index = torch.arange(24)
+    left = Partition(index, torch.tensor([0, 12, 24]))
+    kept = Partition(index[counts], torch.tensor([0, 9, 19]))
+    whole = trainer(loss=loss, together=together)
+    start = theta(whole)
+    got, expected = whole.train(start, data, left, ids, 0), whole.train(start, data, kept, ids, 0)
+    torch.testing.assert_close(got.g_CD, expected.g_CD)
+    torch.testing.assert_close(got.loss_C, expected.loss_C)
+    parts = trainer(loss=loss, accumulate=3).train(start, data, left, ids, 0)
+    torch.testing.assert_close(parts.g_CD, expected.g_CD)
+    torch.testing.assert_close(parts.loss_C, expected.loss_C)
+    test = Split(data.x[counts], data.y[counts])
+    assert whole.evaluate(start, data, 5, solo()) == pytest.approx(
+        whole.evaluate(start, test, 5, solo()), rel=1e-6
+    )
+    # Steps of several samples weigh in a client's loss by what counts in them; one may have nothing.
+    steps = trainer(loss=loss, together=together, batch=3, epochs=1, lr=1e-9)
+    several = steps.train(start, data, left, ids, 0)
+    torch.testing.assert_close(several.loss_C, expected.loss_C, rtol=1e-5, atol=1e-5)
+    assert bool(several.g_CD.isfinite().all())
+    nothing = Split(data.x, torch.full_like(data.y, IGNORE))
+    assert whole.train(start, nothing, left, ids, 0).loss_C.tolist() == [0, 0]

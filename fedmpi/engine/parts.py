@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fedmpi import methods, random
 from fedmpi.config import Config
+from fedmpi.engine import probe
 from fedmpi.errors import ConfigError
 from fedmpi.method import Method
 from fedmpi.methods.base import Setup
@@ -36,7 +37,7 @@ def load(config: Config) -> Parts:
     """
     found = data.load(config.data.name, **config.data.options)
     samples, workers = len(found.train.y), config.mode == "data_parallel"
-    objectives.check(config.loss, found.train.y)
+    objectives.check_data(config.loss, found)
     partition = partitions.divide(
         config.partition.name, found.train, config.clients, config.seed, **config.partition.options
     )
@@ -46,6 +47,7 @@ def load(config: Config) -> Parts:
     model = models.build(config.model.name, found.shape, found.classes, key, **config.model.options)
     models.check_supported(model)
     spec = Spec.of(model)
+    probe.check(config.model.name, model, config.loss, found)
     method = methods.build(config.method, spec, Setup(config.seed, config.clients, config.rule))
     if method.server.samples > samples:
         raise ConfigError(

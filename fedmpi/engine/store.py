@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +22,27 @@ from fedmpi.engine.progress import human
 from fedmpi.errors import ConfigError
 from fedmpi.method import State, stack
 
+_SLAB = 1 << 18  # bytes of a slab, which holds at least one row
+
 
 class ClientStore:
-    """Per-client state in memory, made when a client first comes."""
+    """Per-client state in memory, made when a client first comes.
+
+    The rows of a state entry lie one after the other in slabs, which are added as clients come: next to them, a client
+    takes :data:`INDEX` bytes.
+    """
+
+    INDEX = 8
 
     def __init__(self, init: Callable[[], State]) -> None:
         self._template = init()
-        self._states: dict[int, State] = {}
+        self._per_slab = max(1, _SLAB // max(1, self.row))
+        self._slabs: list[State] = []  # (rows, …) of each entry
+        self._slot_N = torch.empty(
+            0, dtype=torch.int64
+        )  # of the clients 0 … so far: whose row is where, -1: nowhere
+        self._free: list[int] = []  # slots that were given back
+        self._used = 0
         self._undo: list[
             dict[int, State | None]
         ] = []  # since the last two marks: what was there (None: nothing)
@@ -46,11 +60,12 @@ class ClientStore:
     @property
     def known(self) -> Tensor:
         """int64, increasing: the clients that have come."""
-        return torch.tensor(sorted(self._states), dtype=torch.int64)
+        return (self._slot_N >= 0).nonzero()[:, 0]
 
     def clear(self) -> None:
         """Forget all of them."""
-        self._states.clear()
+        self._slabs, self._free, self._used = [], [], 0
+        self._slot_N = self._slot_N[:0].clone()
 
     def mark(self) -> None:
         """What is put from here on can be taken back, as can what was put since the mark before."""
@@ -71,32 +86,84 @@ class ClientStore:
         for client in clients_C.tolist():
             self._set(client, None)
 
-    def _find(self, client: int) -> State | None:
-        return self._states.get(client)
-
-    def _set(self, client: int, state: State | None) -> None:
-        if state is None:
-            self._states.pop(client, None)
-        else:
-            self._states[client] = state
-
     @property
     def row(self) -> int:
         """Bytes that one client keeps."""
         return sum(value.nbytes for value in self._template.values())
 
+    def need(self, come: int, clients: int) -> int:
+        """Bytes for so many that come, of so many clients."""
+        return come * self.row + clients * self.INDEX if self.row else 0
+
     def get(self, clients_C: Tensor) -> State:
         """Their states with the leading axis C, a copy."""
-        return stack([self._states.get(c, self._template) for c in clients_C.tolist()])
+        state = {
+            name: value.expand(len(clients_C), *value.shape).clone(memory_format=torch.contiguous_format)
+            for name, value in self._template.items()
+        }
+        for slab, places, rows in self._where(clients_C):
+            for name, value in state.items():
+                value[places] = slab[name][rows]
+        return state
 
     def put(self, clients_C: Tensor, state: State) -> None:
         """Keep the states of ``clients_C``."""
-        if self._template:
-            for i, client in enumerate(clients_C.tolist()):
-                if self._undo and client not in self._undo[-1]:
+        if not self._template:
+            return
+        if self._undo:
+            for client in clients_C.tolist():
+                if client not in self._undo[-1]:
                     self._undo[-1][client] = self._find(client)
-                # A row is cloned: a view would keep the whole chunk alive.
-                self._set(client, {name: value[i].clone() for name, value in state.items()})
+        self._write(clients_C, state)
+
+    def _find(self, client: int) -> State | None:
+        """A copy of what is kept of a client."""
+        if client >= len(self._slot_N) or self._slot_N[client] < 0:
+            return None
+        return {name: value[0] for name, value in self.get(torch.tensor([client])).items()}
+
+    def _set(self, client: int, state: State | None) -> None:
+        if state is not None:
+            self._write(torch.tensor([client]), {name: value[None] for name, value in state.items()})
+        elif client < len(self._slot_N) and self._slot_N[client] >= 0:
+            self._free.append(int(self._slot_N[client]))
+            self._slot_N[client] = -1
+
+    def _write(self, clients_C: Tensor, state: State) -> None:
+        if len(clients_C):
+            self._make_room(clients_C)
+        for slab, places, rows in self._where(clients_C):
+            for name, value in state.items():
+                slab[name][rows] = value[places]
+
+    def _make_room(self, clients_C: Tensor) -> None:
+        """A slot for each that has none."""
+        if (beyond := int(clients_C.max()) + 1 - len(self._slot_N)) > 0:
+            more = max(beyond, len(self._slot_N) // 4)
+            self._slot_N = torch.cat([self._slot_N, torch.full((more,), -1)])
+        for client in clients_C[self._slot_N[clients_C] < 0].tolist():
+            if self._free:
+                self._slot_N[client] = self._free.pop()
+                continue
+            self._slot_N[client] = self._used
+            self._used += 1
+            if self._used > self._per_slab * len(self._slabs):
+                new = {n: v.new_empty(self._per_slab, *v.shape) for n, v in self._template.items()}
+                self._slabs.append(new)
+
+    def _where(self, clients_C: Tensor) -> Iterator[tuple[State, Tensor, Tensor]]:
+        """The slabs in which those that have come lie, their positions in ``clients_C`` and their rows there."""
+        inside = clients_C.clamp(max=len(self._slot_N) - 1)
+        slot_C = (
+            self._slot_N[inside].where(clients_C < len(self._slot_N), -1)
+            if len(self._slot_N)
+            else clients_C[:0]
+        )
+        places = (slot_C >= 0).nonzero()[:, 0]
+        number, row = slot_C[places] // self._per_slab, slot_C[places] % self._per_slab
+        for n in sorted(set(number.tolist())):
+            here = number == n
+            yield self._slabs[n], places[here], row[here]
 
 
 class MappedStore(ClientStore):
@@ -132,6 +199,13 @@ class MappedStore(ClientStore):
 
     def get(self, clients_C: Tensor) -> State:
         return stack([self._find(c) or self._template for c in clients_C.tolist()])
+
+    def need(self, come: int, clients: int) -> int:
+        return come * self.row
+
+    def _write(self, clients_C: Tensor, state: State) -> None:
+        for i, client in enumerate(clients_C.tolist()):
+            self._set(client, {name: value[i].contiguous() for name, value in state.items()})
 
     def _set(self, client: int, state: State | None) -> None:
         self._known[client] = state is not None
@@ -190,9 +264,9 @@ def fits_here(config: Config, comm: Comm, clients: ClientStore, peers: ClientSto
       ConfigError: it does not fit; names the figures and the ways out.
     """
     come = min(config.clients, config.rounds * config.cohort_size)
-    need = clients.row * come * comm.local_size // comm.size
+    need = clients.need(come, config.clients * comm.size) * comm.local_size // comm.size  # an index a rank
     if config.topology == "aggregator" and comm.rank < comm.local_size:  # rank 0's machine
-        need += peers.row * come
+        need += peers.need(come, config.clients)
     if not need:
         return ""
     if config.store == "memory":

@@ -29,6 +29,7 @@ from fedmpi.tasks.partitions import Partition
 _POOL_VALUES = (
     1 << 19
 )  # inputs of a pass; what a convolutional model keeps of each is some hundred times as much
+_LEAST = 1e-9  # of a sample; less counts only where nothing does
 _ORDERED = 1 << 22  # places of samples that are shuffled at once
 
 
@@ -266,7 +267,7 @@ class Trainer:
         theta_CD = theta_D.expand(padded(len(order)), -1).clone()
         grad_CD, g_CD = torch.empty_like(theta_CD), torch.zeros(len(order), self.spec.size)
         velocity_CD = torch.zeros_like(g_CD) if local.momentum else None
-        loss_C, seen_C = torch.zeros(len(order), dtype=torch.float64), torch.zeros_like(steps_C)
+        loss_C, seen_C = (torch.zeros(len(order), dtype=torch.float64) for _ in range(2))
         for step in range(int(steps_C[0])):
             on = int((steps_C > step).sum())
             with phase("load"):
@@ -281,10 +282,11 @@ class Trainer:
                 torch.add(theta_D, g_CD[:on], alpha=-local.lr, out=theta_CD[:on])
             else:
                 theta_CD[:on].add_(direction_OD, alpha=-local.lr)
-            loss_C[:on] += losses_C * taken.count_C
-            seen_C[:on] += taken.count_C
+            weight_C = self._objective.weights(y_CB[:on])
+            loss_C[:on] += losses_C * weight_C
+            seen_C[:on] += weight_C
         ordered = bool((steps_C[:-1] == steps_C[1:]).all())
-        return (g_CD if ordered else g_CD[back]), (loss_C / seen_C)[back]
+        return (g_CD if ordered else g_CD[back]), (loss_C / seen_C.clamp(min=_LEAST))[back]
 
     def _direction(
         self, grad: Tensor, theta: Tensor, frozen_D: Tensor | None, velocity: Tensor | None
@@ -314,12 +316,13 @@ class Trainer:
         self.grad_D.zero_()
         velocity_D = torch.zeros_like(self.theta_D) if self.local.momentum else None
         sum_D = self.grad_D if self._sums else torch.zeros_like(self.theta_D)
-        total, seen = 0.0, 0
+        total = seen = 0.0
         for step in range(steps):
             with phase("load"):
                 chosen = self._batch(index, batch, client, round, step)
-            total += self._backward(data, chosen) * len(chosen)
-            seen += len(chosen)
+            loss, weight = self._backward(data, chosen)
+            total += loss * weight
+            seen += weight
             if self._sums:  # backward adds to what there is
                 if frozen_D is not None:
                     self.grad_D.masked_fill_(frozen_D, 0)
@@ -331,7 +334,7 @@ class Trainer:
             self.theta_D.add_(direction_D, alpha=-self.local.lr)
             self.grad_D.zero_()
         self._laid.outside(sum_D, g_D)
-        return total / seen
+        return total / max(seen, _LEAST)
 
     def _batch(self, index: Tensor, batch: int, client: int, round: int, step: int) -> Tensor:
         """The samples of a step."""
@@ -364,15 +367,18 @@ class Trainer:
             orders[client] = key, index[order_N[: len(index)]]
         return orders
 
-    def _backward(self, data: Split, chosen: Tensor) -> float:
-        """Add the gradient of the samples' mean loss, in so many parts as asked for; returns the loss."""
-        total = 0.0
-        for part in chosen.chunk(self.local.accumulate):
+    def _backward(self, data: Split, chosen: Tensor) -> tuple[float, float]:
+        """Add the gradient of the mean loss over what counts of the samples, in so many parts as asked for; returns the
+        loss and how many samples' worth that is."""
+        parts = chosen.chunk(self.local.accumulate)
+        weights = [float(self._objective.weights(data.y[part][None])) for part in parts]
+        total, whole = 0.0, sum(weights)
+        for part, weight in zip(parts, weights, strict=True):
             with phase("load"):
                 x, y = data.x[part], data.y[part]
             with self._autocast():
                 loss = self.loss(self.model(x), y)
-            share = len(part) / len(chosen)
+            share = weight / max(whole, _LEAST)
             (loss if share == 1 else loss * share).backward()
             total += loss.item() * share
-        return total
+        return total, whole

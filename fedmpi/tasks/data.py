@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils.data
 
 from fedmpi import own
 from fedmpi.errors import ConfigError, DataError
@@ -81,27 +82,51 @@ def _load(name: str, places: Places, wanted: str) -> Data:
 
 
 def _checked(name: str, data: Any) -> Data:
-    """A user's own data set; ConfigError that says what of it cannot be used."""
+    """A user's own data set; ConfigError or DataError that says what of it cannot be used."""
     if not isinstance(data, Data):
-        raise ConfigError(f"data.name: {name} returned a {type(data).__name__}, expected {USAGE}")
-    for part, split in (("train", data.train), ("test", data.test)):
-        tensors = {"x": split.x, "y": split.y, "groups": split.groups}
-        for field, value in tensors.items():
-            if value is None and field == "groups":
-                continue
-            if not isinstance(value, torch.Tensor) or not len(value) or len(value) != len(split.x):
-                got = f"{len(value)}" if isinstance(value, torch.Tensor) else type(value).__name__
-                raise DataError(f"{name}: {part}.{field}: expected a tensor, a row a sample, got {got}")
-        if split.x.dtype not in (torch.float32, torch.int64) or split.y.dtype not in (
-            torch.float32,
-            torch.int64,
-        ):
-            raise DataError(
-                f"{name}: {part}: expected x and y of float32 or int64, got {split.x.dtype} and {split.y.dtype}"
-            )
-    if data.train.x.shape[1:] != data.test.x.shape[1:]:
-        raise DataError(
-            f"{name}: expected samples of one shape, got {tuple(data.train.x.shape[1:])} and "
-            f"{tuple(data.test.x.shape[1:])}"
-        )
+        how = ""
+        if isinstance(data, torch.utils.data.Dataset | torch.utils.data.DataLoader):
+            how = "; stack its samples: Split(torch.stack([x for x, _ in it]), torch.tensor([y for _, y in it]))"
+        raise ConfigError(f"data.name: {name} returned a {type(data).__name__}, expected {USAGE}{how}")
+    if isinstance(data.classes, bool) or not isinstance(data.classes, int) or data.classes < 1:
+        raise DataError(f"{name}: classes: expected an integer of at least 1, got {data.classes!r}")
+    for part in ("train", "test"):
+        split = getattr(data, part)
+        if not isinstance(split, Split):
+            raise DataError(f"{name}: {part}: expected a Split(x, y), got a {type(split).__name__}")
+        for field, value in split._asdict().items():
+            if value is not None or field != "groups":
+                _check_tensor(f"{name}: {part}.{field}", field, value, split.x)
+    for field in ("x", "y"):
+        train, test = (tuple(getattr(split, field).shape[1:]) for split in (data.train, data.test))
+        if train != test:
+            raise DataError(f"{name}: expected samples of one shape, got {field} of {train} and {test}")
     return data
+
+
+def _check_tensor(title: str, field: str, value: Any, x: Any) -> None:
+    kinds = {"x": (torch.float32, torch.int64), "y": (torch.float32, torch.int64), "groups": (torch.int64,)}[
+        field
+    ]
+    if not isinstance(value, torch.Tensor):
+        how = "; torch.from_numpy makes one" if type(value).__module__ == "numpy" else ""
+        raise DataError(f"{title}: expected a tensor, a row a sample, got a {type(value).__name__}{how}")
+    if value.layout != torch.strided or value.device.type != "cpu" or value.requires_grad:
+        raise DataError(
+            f"{title}: expected a dense tensor on the CPU without requires_grad, got {value.layout} on {value.device}"
+            f"{' with it' if value.requires_grad else ''}"
+        )
+    if not value.dim() or not len(value) or len(value) != len(x):
+        got = len(value) if value.dim() else "a single number"
+        rows = "at least one" if value is x else f"{len(x)} as x has"
+        raise DataError(f"{title}: expected a tensor, a row a sample ({rows}), got {got}")
+    if value.dtype not in kinds:
+        wanted = " or ".join(str(kind) for kind in kinds)
+        how = (
+            ".float()" if value.dtype.is_floating_point else ".long() (classes, tokens) or .float() (values)"
+        )
+        raise DataError(f"{title}: expected {wanted}, got {value.dtype}; convert it with {how}")
+    if field == "groups" and value.dim() != 1:
+        raise DataError(f"{title}: expected one dimension, got the shape {tuple(value.shape)}")
+    if value.is_floating_point() and not bool(value.isfinite().all()):
+        raise DataError(f"{title}: expected finite numbers, got a NaN or an infinity")

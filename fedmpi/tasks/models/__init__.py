@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,9 +17,10 @@ from fedmpi.tasks.models.images import Shape
 from fedmpi.tasks.models.initial import check_supported, initialize
 from fedmpi.validation import checked
 
-__all__ = ["MODELS", "Model", "Shape", "build", "check_supported", "initialize"]
+__all__ = ["MODELS", "SEEDING", "Model", "Shape", "build", "check_supported", "initialize"]
 
 USAGE = "build(shape: tuple[int, ...], classes: int, **options) -> torch.nn.Module"
+SEEDING = threading.RLock()  # who seeds the process's generators for a while: ranks may be threads
 
 
 class Model(NamedTuple):
@@ -59,10 +61,11 @@ def build(name: str, shape: Shape, classes: int, key: int, **options: object) ->
       options: fields of the row's options.
 
     Raises:
-      ConfigError: an unknown name or option, or an option's wrong value; names the valid ones.
+      ConfigError: an unknown name or option, or an option's wrong value (names the valid ones), or your own function
+        failed.
     """
     if own.is_path(name):
-        with torch.random.fork_rng(devices=[]):
+        with SEEDING, torch.random.fork_rng(devices=[]):
             torch.manual_seed(key % 2**63)
             module = own.call("model.name", name, shape, classes, options=options, usage=USAGE)
         if not isinstance(module, nn.Module):
@@ -71,7 +74,7 @@ def build(name: str, shape: Shape, classes: int, key: int, **options: object) ->
     row = choose("model", name, MODELS)
     given = checked(row.options, options, f"model {name}")
     if row.seeded:
-        with torch.random.fork_rng(devices=[]):
+        with SEEDING, torch.random.fork_rng(devices=[]):
             torch.manual_seed(key % 2**63)
             return row.build(shape, classes, given)
     with torch.device("meta"):  # torch's own initial values would draw from its global generator

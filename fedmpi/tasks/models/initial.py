@@ -53,11 +53,19 @@ def _uniform(key: int, like: torch.Tensor, bound: float) -> torch.Tensor:
 
 
 def check_supported(module: nn.Module) -> None:
-    """ConfigError that names a layer with batch or running statistics (BatchNorm) or dropout.
+    """ConfigError that names a layer with batch or running statistics (BatchNorm) or dropout, or a parameter without
+    values in the processor's memory. (What layers do not show, :mod:`fedmpi.engine.probe` sees.)
 
     Running statistics are state that changes outside the parameters, and a batch's statistics make a
     sum of gradients over clients differ from the gradient of the pooled batch.
     """
+    for name, p in module.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter) or p.device.type != "cpu":
+            where = "without a shape yet" if p.device.type == "cpu" else f"on the device {p.device}"
+            raise ConfigError(
+                f"model: parameter {name} is {where}, expected one with values on the CPU; give lazy layers their "
+                "input sizes, and build the model on the CPU"
+            )
     for prefix, layer in module.named_modules():
         if isinstance(layer, _BATCH_NORM) or getattr(layer, "running_mean", None) is not None:
             raise ConfigError(

@@ -1,0 +1,323 @@
+"""One look at a model before it trains: whether its training depends on its parameters and the batch alone, and
+whether its output fits the loss.
+
+A client's update, a resumed run and the pass that trains several clients at once all assume it. What breaks it
+(dropout that is no module, running statistics under any name, statistics of a batch, a draw of Python's or
+NumPy's) shows in what a model does with a few samples, whatever its layers are called.
+
+Shape suffix: B samples.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedmpi import own
+from fedmpi.errors import ConfigError, FedMPIError
+from fedmpi.tasks.data import Data
+from fedmpi.tasks.models import SEEDING
+from fedmpi.tasks.objectives import OBJECTIVES
+
+_SAMPLES, _FEW, _LARGE = 4, 2, 1 << 20  # of a model with so many parameters, few
+_ALIKE = 1e-3  # of the largest entry: a sample alone and among others, by other kernels in another order
+_ALONE = (
+    "expected the same row for a sample in any batch, alone too; instead of batch norm use torch.nn.GroupNorm or "
+    "LayerNorm, and name dimensions rather than squeeze all"
+)
+
+
+def check(name: str, model: nn.Module, loss: str, data: Data) -> None:
+    """The model, its buffers and all generators are as before.
+
+    Args:
+      name: the model's, for errors.
+      model: as built, on the CPU.
+      loss: a row of :data:`fedmpi.tasks.objectives.OBJECTIVES`.
+      data: what it is to train on.
+
+    Raises:
+      ConfigError: the model fails on samples, its output does not fit the loss, or its training depends on more than
+        parameters and batch.
+    """
+    few = sum(p.numel() for p in model.parameters()) > _LARGE
+    # Some that stand far from each other: the first ones may be alike.
+    index = torch.linspace(0, len(data.train.y) - 1, _FEW if few else _SAMPLES).long()
+    x_B, y_B = data.train.x[index], data.train.y[index]
+    with SEEDING, torch.no_grad(), _unchanged(model):
+        _shake(model)
+        _Probe(f"model {name}", model, x_B).look(
+            lambda output: _fits(loss, output, y_B, data), lambda output: OBJECTIVES[loss].loss(output, y_B)
+        )
+
+
+class _Probe:
+    """Of one model on ``x_B``."""
+
+    def __init__(self, title: str, model: nn.Module, x_B: Tensor) -> None:
+        self.title, self.model, self.x_B = title, model, x_B
+
+    def look(self, fits: Callable[[Tensor], str], loss: Callable[[Tensor], Tensor]) -> None:
+        """All of it; ``fits`` says what of an output does not fit, ``loss`` is what is trained for."""
+        buffers, evaluated = _tensors(self.model), self._run(self.x_B, train=False)
+        for output in (evaluated, self._run(self.x_B)):
+            if wrong := fits(output):
+                raise ConfigError(f"{self.title}: {wrong}")
+        self._same(buffers, _tensors(self.model), "buffer", 0)  # unfilled caches are no tensors before
+        self._draws_nothing()
+        before = _numbers(self.model)
+        self._run(self.x_B)
+        self._same(before, _numbers(self.model), "attribute")
+        if _differ(self._run(self.x_B, train=False), evaluated):
+            raise ConfigError(
+                f"{self.title}: its output in evaluation is another after passes in training, without a step between; "
+                "expected no state but its parameters: leave out running statistics"
+            )
+        self._takes_each_sample_alone()
+        self._has_gradients(loss)
+
+    def _same(self, before: dict[str, Any], now: dict[str, Any], kind: str, alike: float = 1e-6) -> None:
+        changed = [name for name, value in before.items() if name in now and _differ(value, now[name], alike)]
+        if changed:
+            raise ConfigError(
+                f"{self.title}: a pass in training changes its {kind} {changed[0]}; expected that training changes "
+                "parameters alone: leave out running statistics, spectral norm and counters, or freeze them"
+            )
+
+    def _draws_nothing(self) -> None:
+        outputs, moved = [], ""
+        for seed in (1, 2):
+            before = _states(seed)
+            outputs.append(self._run(self.x_B))
+            moved = moved or next((who for who, state in _states().items() if state != before[who]), "")
+        changes = _differ(outputs[0], outputs[1])
+        if moved == "torch" and not changes:  # rarely drawn, or drawn for nothing: what do extremes do?
+            changes = any(_differ(self._extreme(value), outputs[0]) for value in (0.0, 1 - 2.0**-24))
+        if moved and (changes or moved != "torch"):
+            who = self._drawer() if moved == "torch" else "its forward"
+            raise ConfigError(
+                f"{self.title}: {who} computes with random numbers of {moved} in training; expected an output that the "
+                "parameters and the samples decide alone: set the rate of its dropout to 0 (functional, in recurrent "
+                "layers and in attention too), leave other draws out"
+            )
+        if changes:
+            raise ConfigError(
+                f"{self.title}: two passes in training over the same samples give different outputs; expected that the "
+                "parameters and the samples decide alone: leave out random numbers, the time, and state that it keeps"
+            )
+
+    def _takes_each_sample_alone(self) -> None:
+        together = self._run(self.x_B)
+        parts = [(self.x_B[:1], together[:1]), (self.x_B[1:], together[1:])]
+        for x, expected in parts:
+            try:
+                got = self._run(x)
+            except ConfigError as error:
+                raise ConfigError(f"{error} (with {len(x)} of {len(self.x_B)} samples); {_ALONE}") from error
+            if got.dim() == expected.dim() > 2 and got.shape[1] < expected.shape[1]:
+                expected = expected[:, : got.shape[1]]  # tokens, cut to the longest of the batch
+            if got.shape != expected.shape:
+                raise ConfigError(
+                    f"{self.title}: expected an output of shape {tuple(expected.shape)} for {len(x)} of its samples, "
+                    f"got {tuple(got.shape)}; squeeze, view and mean must leave the first dimension, the samples"
+                )
+            if _differ(got, expected, _ALIKE):
+                raise ConfigError(
+                    f"{self.title}: its output for a sample depends on the other samples of the batch (statistics of a "
+                    f"batch, as in batch norm); {_ALONE}"
+                )
+
+    def _has_gradients(self, loss: Callable[[Tensor], Tensor]) -> None:
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        with torch.enable_grad():
+            output = self._run(self.x_B)
+            if not output.requires_grad:
+                raise ConfigError(
+                    f"{self.title}: no gradient reaches its parameters; leave out torch.no_grad and detach"
+                )
+            try:
+                grads = torch.autograd.grad(loss(output), list(named.values()), allow_unused=True)
+            except Exception as error:
+                raise ConfigError(f"{self.title}: its backward pass fails: {own.said(error)}") from error
+        for name, grad in zip(named, grads, strict=True):
+            if grad is not None and grad.layout != torch.strided:
+                raise ConfigError(
+                    f"{self.title}: the gradient of parameter {name} is sparse, expected a dense one; set sparse=False"
+                )
+
+    def _run(
+        self, x: Tensor, train: bool = True, within: AbstractContextManager[object] | None = None
+    ) -> Tensor:
+        """The output, once it is a float32 tensor with a row a sample."""
+        self.model.train(train)
+        try:
+            with within or nullcontext():
+                output: Any = self.model(x.clone())  # a layer in place must not reach the data
+        except FedMPIError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"{self.title}: its forward fails on training samples of shape {tuple(x.shape)} and {x.dtype}: "
+                f"{own.said(error)}"
+            ) from error
+        if not isinstance(output, Tensor):
+            keys = f" of {', '.join(map(str, output))}" if isinstance(output, dict) else ""
+            raise ConfigError(
+                f"{self.title}: its forward returned a {type(output).__name__}{keys}, expected a tensor of float32: "
+                "return the one that the loss is of"
+            )
+        if output.dtype != torch.float32 or output.layout != torch.strided or output.device.type != "cpu":
+            raise ConfigError(
+                f"{self.title}: its forward returned a tensor of {output.dtype} ({output.layout}, {output.device}), "
+                "expected torch.float32, dense, on the CPU: end with .float()"
+            )
+        if not output.dim() or len(output) != len(x):
+            raise ConfigError(
+                f"{self.title}: expected an output with a row a sample, ({len(x)}, …), got {tuple(output.shape)}"
+            )
+        return output
+
+    def _extreme(self, value: float) -> Tensor:
+        """The output when each draw of torch's gives ``value``; what fails then is no number."""
+        try:
+            return self._run(self.x_B, within=_Draws(value))
+        except ConfigError:
+            return torch.tensor(torch.nan)
+
+    def _drawer(self) -> str:
+        """The innermost module that draws first, as a user finds it."""
+        inside: list[str] = []
+        draws = _Draws(None, inside)
+        handles = []
+        for prefix, module in self.model.named_modules():
+            title = f"module {prefix or '(the root)'} ({type(module).__name__})"
+            handles += [
+                module.register_forward_pre_hook(lambda *_, title=title: inside.append(title)),
+                module.register_forward_hook(lambda *_: inside.pop() and None),
+            ]
+        try:
+            self._run(self.x_B, within=draws)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return draws.drawer or "its forward"
+
+
+class _Draws(TorchDispatchMode):
+    """While it is entered, each draw of floats gives ``value`` (None: what is drawn).
+
+    Attributes:
+      drawer: the last of ``inside`` at the first draw.
+    """
+
+    def __init__(self, value: float | None, inside: list[str] | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.drawer, self._value, self._inside = "", value, inside
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            if self._inside and not self.drawer:
+                self.drawer = self._inside[-1]
+            if self._value is not None and isinstance(result, Tensor) and result.is_floating_point():
+                result.fill_(round(self._value) if "bernoulli" in str(func) else self._value)
+        return result
+
+
+def _fits(loss: str, output: Tensor, y_B: Tensor, data: Data) -> str:
+    """What of an output does not fit the targets, "" where it does."""
+    got, most = tuple(output.shape), data.classes
+    expected: tuple[Any, ...]
+    if loss == "squared_error":
+        expected, fits = tuple(y_B.shape), got == tuple(y_B.shape)
+    elif loss == "next_token":
+        most = 1 + max(int(split.y.max()) for split in (data.train, data.test))
+        expected = len(y_B), f"up to {y_B.shape[1]} tokens", f"at least {most} words"
+        fits = len(got) == 3 and got[1] <= y_B.shape[1] and got[2] >= most
+    else:
+        expected = len(y_B), f"at least {most} classes", *y_B.shape[1:]
+        fits = len(got) == len(expected) and got[1] >= most and got[2:] == expected[2:]
+    if fits:
+        return ""
+    return (
+        f"expected an output of shape ({', '.join(map(str, expected))}) for {len(y_B)} samples and the loss {loss}, "
+        f"got {got}"
+    )
+
+
+def _differ(a: Any, b: Any, alike: float = 1e-6) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is not type(b) or bool(a != b)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return True
+    if not a.is_floating_point() or not a.numel():
+        return not torch.equal(a, b)
+    scale = float(a.nan_to_num(0, 0, 0).abs().max())
+    return not torch.allclose(a, b, rtol=0, atol=alike * scale, equal_nan=True)
+
+
+def _tensors(model: nn.Module) -> dict[str, Any]:
+    return {name: b.clone() for name, b in model.named_buffers()}
+
+
+def _numbers(model: nn.Module) -> dict[str, Any]:
+    """Numbers and tensors that modules keep as plain attributes."""
+    return {
+        f"{prefix}.{name}".lstrip("."): value.clone() if isinstance(value, Tensor) else value
+        for prefix, module in model.named_modules()
+        for name, value in vars(module).items()
+        if name != "training" and isinstance(value, int | float | Tensor)
+    }
+
+
+def _states(seed: int | None = None) -> dict[str, bytes]:
+    """What the three generators stand at, after ``seed`` if there is one."""
+    if seed is not None:
+        torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+        np.random.seed(seed)  # noqa: NPY002 - the one that a model's forward may draw from
+        random.seed(seed)
+    kind, words, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "NumPy": np.asarray(words).tobytes() + repr((kind, rest)).encode(),
+        "Python": repr(random.getstate()).encode(),
+    }
+
+
+def _shake(model: nn.Module) -> None:
+    """Other parameters, as a step would make them: all that are zero (a last layer, an adapter) hide what comes before
+    them, and an iteration that has converged for these goes on for others."""
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        if p.is_floating_point() and p.numel():
+            noise = torch.empty_like(p).uniform_(0.05, 0.15, generator=generator)
+            p.copy_(p.addcmul(p, noise) if p.count_nonzero() else noise)
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """What a model and the generators hold when it ends is what they held when it began."""
+    tensors = [*model.parameters(), *model.buffers()]
+    values = [t.detach().clone() for t in tensors]
+    held = [(module, vars(module).copy(), module._buffers.copy()) for module in model.modules()]
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in held:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.detach().copy_(value)
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        random.setstate(states[2])

@@ -1,0 +1,76 @@
+"""The numerics hold under each set of vector instructions that the processor has, and whatever order its library adds
+a matrix product up in: what passes on one machine passes on another."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+CAPABILITIES = [
+    "default",
+    *(["avx2"] if torch.cpu._is_avx2_supported() else []),
+    *(["avx512"] if torch.cpu._is_avx512_supported() else []),
+]
+NUMERICS = (
+    *(
+        "atomo",
+        "bad_updates",
+        "conformance",
+        "dense",
+        "exchange",
+        "fetchsgd",
+        "halves",
+        "intrinsic",
+        "kernels",
+    ),
+    *(
+        "layout",
+        "lookback",
+        "models",
+        "objectives",
+        "ops",
+        "optimizers",
+        "ordered",
+        "powersgd",
+        "probe",
+        "prune",
+    ),
+    *("prune_clients", "qsgd", "randomk", "reducer", "rtopk", "signsgd", "sums", "topk", "trainer"),
+)
+# A fused product beside a sum of vectors: the two orders that differed on another processor.
+FEW = (
+    "test_lookback.py::test_lbgm_with_threshold_0_is_fedavg",
+    "test_atomo.py::test_a_budget_beyond_the_rank_is_dense",
+)
+
+
+def run(tests: list[str], capability: str, **order: str) -> None:
+    """The tests in a process that has only these instructions."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": capability, **order}
+    done = subprocess.run(
+        command, cwd=HERE, env=env, capture_output=True, text=True, check=False, timeout=1500
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_sums_in_another_order_pass() -> None:
+    """Without vector instructions, and with the matrix products that any processor can compute."""
+    run([*FEW], "default", MKL_CBWR="COMPATIBLE")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["AUTO", "COMPATIBLE"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_numerics_pass_under_each_capability(capability: str, order: str) -> None:
+    run([f"test_{name}.py" for name in NUMERICS], capability, MKL_CBWR=order)
+
+
+def test_every_file_of_numerics_is_there() -> None:
+    assert [name for name in NUMERICS if not (HERE / f"test_{name}.py").exists()] == []
