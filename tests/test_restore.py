@@ -5,6 +5,7 @@ Damage at random and resumes to the same bits are in tests/test_checkpoint.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -201,3 +202,32 @@ def test_what_could_not_be_recorded_ends_the_save_before_anything_is_written(tmp
     with pytest.raises(ConfigError, match="--out: no space"):
         Checkpoints(tmp_path, simulation.config.checkpoint, simulation.comm).save(simulation, 1)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.update(method={"name": "evil:ENTRY"}),
+        lambda config: config.update(method="evil:ENTRY"),
+        lambda config: config.update({"method.name": "topk", "method": {"name": "evil:ENTRY"}}),
+        lambda config: config["method"].update(inner={"name": "evil:ENTRY"}),
+        lambda config: config["model"].update(name="evil:build"),
+        lambda config: config["data"].update(name="evil:load"),
+        lambda config: config["data"].update(folder={"name": "evil:load"}),
+    ],
+)
+def test_a_checkpoint_names_nothing_that_is_imported(
+    change: Callable[[Body], Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('PWNED').touch()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rewrite(folder, lambda body: change(body["config"]))
+    with contextlib.suppress(ConfigError):  # a folder of data may differ, and is this run's
+        restore(Simulation(config.parse(VALUES), solo()), folder)
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_a_number_is_not_a_share(folder: Path) -> None:
+    rewrite(folder, lambda body: body["config"].update(cohort=float(body["config"]["cohort"])))
+    refused(folder, ConfigError, r"cohort is 4, but .* was written with 4.0")

@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedmpi import config as configuration
-from fedmpi.comm.agree import leaves
 from fedmpi.comm.base import Comm
+from fedmpi.config import Config
 from fedmpi.engine import manifest as files
 from fedmpi.engine.manifest import MANIFEST, File, Manifest
 from fedmpi.engine.store import Kept
@@ -156,19 +156,7 @@ def _file(folder: Path, described: Manifest, name: str) -> bytes:
 def _check_run(folder: Path, described: Manifest, simulation: Simulation) -> None:
     """Raises ConfigError when the checkpoint is of another run; the same on every rank."""
     config = simulation.config
-    try:  # a key that the checkpoint's version did not have stands at its default
-        before = configuration.parse(described.config)
-    except ConfigError as error:
-        raise ConfigError(f"--resume: {folder} has a configuration of another version: {error}") from None
-    saved, now = leaves(before.plain()), leaves(config.plain())
-    # What is chosen by name comes before what follows from the choice.
-    for path in sorted(saved.keys() | now.keys(), key=lambda path: (not path.endswith("name"), path)):
-        old, new = saved.get(path, "nothing"), now.get(path, "nothing")
-        if old != new and not any(f"{path}.".startswith(f"{free}.") for free in FREE):
-            raise ConfigError(
-                f"--resume: {path} is {new!r}, but {folder} was written with {old!r}; expected the same "
-                f"configuration (only these may change: {', '.join(FREE)})"
-            )
+    before = _same_config(folder, described.config, config)
     if described.parameters != simulation.spec.plain():
         raise ConfigError(
             f"--resume: expected the model that {folder} was written with, got one of other parameters (names or "
@@ -184,6 +172,55 @@ def _check_run(folder: Path, described: Manifest, simulation: Simulation) -> Non
             f"--resume: rounds is {config.rounds}, but {folder} was written with {before.rounds}, on which "
             f"server.schedule: {config.server.schedule.name} depends"
         )
+
+
+def _same_config(folder: Path, saved: dict[str, Any], config: Config) -> Config:
+    """The configuration that a checkpoint was written with. Nothing of it is parsed before it is known to name no more
+    than the user's own: parsing imports what an import path names.
+
+    Raises:
+      ConfigError: it is not this run's.
+    """
+    plain = config.plain()
+    wrong = [one for one in _differences(saved, plain) if not _free(one[0])]
+    # What is chosen by name comes before what follows from the choice.
+    for path, old, new in sorted(wrong, key=lambda one: (not one[0].endswith("name"), one[0])):
+        if path not in plain and path in saved:
+            raise ConfigError(
+                f"--resume: {folder} has a configuration of another version: {path} is no key of this one's"
+            )
+        raise ConfigError(_differs(folder, path, old, new))
+    own = {key: value for key, value in saved.items() if not _free(key)} | {"data": plain["data"]}
+    own |= {"rounds": saved.get("rounds")}  # on which server.schedule depends
+    try:  # a key that the checkpoint's version did not have stands at its default
+        before = configuration.parse(own)
+    except ConfigError as error:
+        raise ConfigError(f"--resume: {folder} has a configuration of another version: {error}") from None
+    for path, old, new in _differences(before.plain(), plain):
+        if not _free(path):
+            raise ConfigError(_differs(folder, path, old, new))
+    return before
+
+
+def _differs(folder: Path, path: str, old: object, new: object) -> str:
+    return (
+        f"--resume: {path} is {new!r:.200}, but {folder} was written with {old!r:.200}; expected the same "
+        f"configuration (only these may change: {', '.join(FREE)})"
+    )
+
+
+def _free(path: str) -> bool:
+    return any(f"{path}.".startswith(f"{free}.") for free in FREE)
+
+
+def _differences(saved: Any, now: Any, path: str = "") -> Iterator[tuple[str, object, object]]:
+    """Where two trees differ: the dotted path, and both values. Keys that only ``now`` has are left out: they stand at
+    their default in ``saved``."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key, value in saved.items():
+            yield from _differences(value, now.get(key, "nothing"), f"{path}.{key}" if path else key)
+    elif type(saved) is not type(now) or saved != now:  # 1 client is not 1.0 of them
+        yield path, saved, now
 
 
 def _check_state(path: Path, server: State, ledger: State, simulation: Simulation) -> None:
