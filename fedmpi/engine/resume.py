@@ -15,6 +15,7 @@ from fedmpi import config as configuration
 from fedmpi.comm.base import Comm
 from fedmpi.config import Config
 from fedmpi.engine import manifest as files
+from fedmpi.engine import schema
 from fedmpi.engine.manifest import MANIFEST, File, Manifest
 from fedmpi.engine.store import Kept
 from fedmpi.errors import CheckpointError, ConfigError
@@ -48,9 +49,13 @@ def restore(simulation: Simulation, folder: Path) -> tuple[Manifest, bytes]:
     _check_run(folder, described, simulation)
     state = comm.broadcast(state)
     with _agreed(comm):
-        tensors = files.tensors(folder / "state.safetensors", state)
-        server, ledger = _parts(tensors)
-        _check_state(folder / "state.safetensors", server, ledger, simulation)
+        schema.check_manifest(folder, described, simulation)
+        server, ledger = _parts(folder / "state.safetensors", state)
+        if comm.rank == 0:  # the others have the same
+            theta_D = simulation.topology.parameters()  # θ₀: nothing has changed it yet
+            schema.check_metrics(folder / "metrics.jsonl", metrics, described, simulation)
+            schema.check_state(folder / "state.safetensors", server, ledger, described, simulation, theta_D)
+    with _agreed(comm):
         stores = simulation.kept()
         for kept in stores.values():
             kept.store.clear()
@@ -91,11 +96,14 @@ def restore_clients(simulation: Simulation, folder: Path, clients: Tensor, homes
     with _agreed(comm):
         if comm.rank == 0:
             head, described = _head(folder)
-            state = files.tensors(folder / "state.safetensors", _file(folder, described, "state.safetensors"))
-            _check_state(folder / "state.safetensors", *_parts(state), simulation)
-            seen = state["ledger.seen"].numpy().tobytes()
+            path = folder / "state.safetensors"
+            _, ledger = _parts(path, _file(folder, described, "state.safetensors"))
+            schema.check_ledger(path, ledger, simulation)
+            seen = ledger["seen"].numpy().tobytes()
     described = files.parse_manifest(folder / MANIFEST, comm.broadcast(head))
     _check_run(folder, described, simulation)
+    with _agreed(comm):
+        schema.check_manifest(folder, described, simulation)
     seen_K = torch.frombuffer(bytearray(comm.broadcast(seen)), dtype=torch.int64)
 
     def wanted(kept: Kept, here: bool) -> Kept:
@@ -127,8 +135,12 @@ def _head(folder: Path) -> tuple[bytes, Manifest]:
     return head, described
 
 
-def _parts(tensors: State) -> tuple[State, State]:
+def _parts(path: Path, data: bytes) -> tuple[State, State]:
     """The server's state and the ledger."""
+    tensors = files.tensors(path, data)
+    foreign = [name for name in tensors if not name.startswith(("server.", "ledger."))]
+    if foreign:
+        raise CheckpointError(f"{path}: expected server. and ledger. entries, got {foreign[0]!r:.100}")
     return unnest(tensors, "server."), unnest(tensors, "ledger.")
 
 
@@ -162,6 +174,12 @@ def _check_run(folder: Path, described: Manifest, simulation: Simulation) -> Non
             f"--resume: expected the model that {folder} was written with, got one of other parameters (names or "
             f"shapes); has the code that builds {config.model.name} changed, or its data?"
         )
+    for name, of in simulation.fingerprint.items():
+        if described.fingerprint and described.fingerprint.get(name) != of:
+            raise ConfigError(
+                f"--resume: {name} is not what {folder} was written with; go on with the same data (data.folder says "
+                "where they lie), or begin a new run with another --out"
+            )
     if described.round > config.rounds:
         raise ConfigError(
             f"--resume: expected rounds of at least {described.round}, which {folder} has behind it, "
@@ -223,34 +241,6 @@ def _differences(saved: Any, now: Any, path: str = "") -> Iterator[tuple[str, ob
         yield path, saved, now
 
 
-def _check_state(path: Path, server: State, ledger: State, simulation: Simulation) -> None:
-    """Raises CheckpointError when state is not what this run's method and number of clients have."""
-    fresh = simulation.method.server.init(simulation.topology.parameters())
-    for what, got, expected in (
-        ("server", server, fresh),
-        ("ledger", ledger, vars(simulation.ledger)),
-    ):
-        fits = got.keys() == expected.keys() and all(
-            # A history grows; what has a fixed size is checked where it is used, but for these.
-            got[n].dtype == expected[n].dtype and got[n].ndim == expected[n].ndim
-            for n in got
-        )
-        if not fits:
-            raise CheckpointError(f"{path}: expected {what} state {_layout(expected)}, got {_layout(got)}")
-    for name, value in {"server.theta": fresh["theta"], "ledger.seen": simulation.ledger.seen}.items():
-        got_value = (server | ledger)[name.split(".")[1]]
-        if got_value.shape != value.shape:
-            raise CheckpointError(
-                f"{path}: {name}: expected {tuple(value.shape)}, got {tuple(got_value.shape)}"
-            )
-
-
-def _layout(state: State) -> str:
-    return ", ".join(
-        f"{name} {str(value.dtype).removeprefix('torch.')}" for name, value in sorted(state.items())
-    )
-
-
 def _load_part(path: Path, file: File, stores: dict[str, Kept]) -> None:
     """Take over those rows of a file that this rank needs; a file without any is not read."""
     if file.store not in stores:
@@ -261,10 +251,7 @@ def _load_part(path: Path, file: File, stores: dict[str, Kept]) -> None:
     if not len(rows):
         return
     tensors = files.tensors(path, files.read(path, file))
-    expected = {n: (v.dtype, (len(clients_C), *v.shape)) for n, v in store.template.items()}
-    got = {n: (v.dtype, tuple(v.shape)) for n, v in tensors.items()}
-    if got != expected:
-        raise CheckpointError(f"{path}: expected client states {expected}, got {got}")
+    schema.check_rows(path, len(clients_C), tensors, store.template)
     store.put(clients_C[rows], {name: value[rows] for name, value in tensors.items()})
 
 

@@ -156,6 +156,9 @@ class SubspaceServer(Server):
         }
         return self.view(theta_D) | history | nest(self.optimizer.init(self.width), "optimizer.")
 
+    def shapes(self, theta_D: Tensor, state: State) -> dict[str, tuple[int, ...]]:
+        return super().shapes(theta_D, state) | {"starts": (len(state["finals"]) + 1,)}
+
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         u_S, memory = self.optimizer.direction(unnest(state, "optimizer."), mean_S)
         version = state["version"] + 1

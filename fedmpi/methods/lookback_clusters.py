@@ -99,6 +99,9 @@ class ClusterServer(Server):
     def view(self, theta_D: Tensor) -> State:
         return self.inner.view(theta_D) | {"clusters.centroids": torch.zeros(self.clusters, self.width)}
 
+    def shapes(self, theta_D: Tensor, state: State) -> dict[str, tuple[int, ...]]:
+        return super().shapes(theta_D, state) | self.inner.shapes(theta_D, state)
+
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         v_S, moved, weight_K = mean_S.split([self.width, self.clusters * self.width, self.clusters])
         old_KS, hit_K = state["clusters.centroids"], weight_K > 0

@@ -112,6 +112,9 @@ class VoteServer(Server):
         history = {"signs": torch.zeros(0, row, dtype=torch.uint8), "lr": torch.zeros(0)}
         return self.view(theta_D) | history
 
+    def shapes(self, theta_D: Tensor, state: State) -> dict[str, tuple[int, ...]]:
+        return super().shapes(theta_D, state) | {"lr": (len(state["signs"]),)}
+
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         positive_D = majority(mean_S, round)
         packed_B, lr = bits.pack(positive_D[None])[0], torch.tensor(round.lr, dtype=torch.float32)
