@@ -14,7 +14,7 @@ import torch
 from fedmpi import own
 from fedmpi.errors import ConfigError, DataError
 from fedmpi.tasks import choose
-from fedmpi.tasks.dataset import Data, DataOptions, Places, Split, default_folder
+from fedmpi.tasks.dataset import IGNORE, Data, DataOptions, Places, Split, default_folder
 from fedmpi.tasks.readers import celeba, cifar, hub, idx, images, leaf, personachat, segmentation, text
 from fedmpi.validation import checked
 
@@ -77,7 +77,23 @@ def _load(name: str, places: Places, wanted: str) -> Data:
     if own.is_path(name):
         return _checked(name, own.call("data.name", name, places[0], options=options, usage=USAGE))
     reader = choose("data set", name, DATA)
-    return reader.read(checked(reader.options, options, f"data {name}"), places)
+    parsed = checked(reader.options, options, f"data {name}")
+    try:
+        return reader.read(parsed, places)
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise DataError(  # not foreseen where the file is read, so that no more of it is known
+            f"{name}: the files in {places[0]} are not as its format says: {type(error).__name__}: {error}"[
+                :500
+            ]
+        ) from error
 
 
 def _checked(name: str, data: Any) -> Data:
@@ -92,6 +108,16 @@ def _checked(name: str, data: Any) -> Data:
             if not isinstance(value, torch.Tensor) or not len(value) or len(value) != len(split.x):
                 got = f"{len(value)}" if isinstance(value, torch.Tensor) else type(value).__name__
                 raise DataError(f"{name}: {part}.{field}: expected a tensor, a row a sample, got {got}")
+        if split.y.dtype == torch.int64:
+            if split.y.shape[1:] == (1,) and split.x.shape != split.y.shape:
+                raise DataError(
+                    f"{name}: {part}.y: expected labels ({len(split.y)},), got {tuple(split.y.shape)}; use y.squeeze(1)"
+                )
+            wrong = split.y[(split.y != IGNORE) & ((split.y < 0) | (split.y >= data.classes))]
+            if len(wrong):
+                raise DataError(
+                    f"{name}: {part}.y: expected labels 0 to {data.classes - 1}, got {int(wrong[0])}"
+                )
         if split.x.dtype not in (torch.float32, torch.int64) or split.y.dtype not in (
             torch.float32,
             torch.int64,
