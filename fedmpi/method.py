@@ -206,6 +206,10 @@ class Server(ABC):
     def download(self, state: State, seen: int) -> Message:
         """What brings a client of version ``seen`` up to date, as the message of one client."""
 
+    def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
+        """The arrays that a download may have: dtype and shape of one client's, -1 for any length; None: not said."""
+        return None
+
     @abstractmethod
     def reconcile(self, view: State, message: Message, version: int) -> State:
         """The view after a download that brings it to ``version`` (known from the call to the round).

@@ -208,6 +208,15 @@ class SubspaceServer(Server):
             arrays["finals"] = finals_ES[None]
         return Message(arrays)
 
+    def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
+        size = (torch.float32, (self.subspaces.size,))
+        return {
+            "sigma": (torch.float32, (self.width,)),
+            "finals": (torch.float32, (-1, self.width)),
+            "base": size,
+            "epoch": (torch.int32, ()),
+        }
+
     def reconcile(self, view: State, message: Message, version: int) -> State:
         arrays = message.arrays
         base_D, epoch = view["base"], int(view["epoch"])

@@ -128,6 +128,12 @@ class ClusterServer(Server):
             }
         return Message(arrays)
 
+    def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
+        inner = self.inner.downloads()
+        which = {"clusters.which": (torch.uint8, (-1,))}
+        centroids = {"clusters.centroids": (torch.float32, (-1, self.width))}
+        return None if inner is None else {**inner, **which, **centroids}
+
     def reconcile(self, view: State, message: Message, version: int) -> State:
         centroids_KS = view["clusters.centroids"]
         if "clusters.which" in message.arrays:

@@ -223,6 +223,11 @@ class PowerServer(Server):
             return Message({"theta": state["theta"][None], "q": state["q"][None]})
         return rounds
 
+    def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
+        rows = {"lefts": (-1, self.factors.p_size), "rights": (-1, self.factors.size), "lr": (-1,)}
+        whole = {"theta": (self.factors.layers.spec_size,), "q": (-1,)}
+        return {name: (torch.float32, row) for name, row in {**rows, **whole}.items()}
+
     def reconcile(self, view: State, message: Message, version: int) -> State:
         arrays = message.arrays
         if "theta" in arrays:

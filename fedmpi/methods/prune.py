@@ -226,6 +226,10 @@ class PruneServer(MeanServer):
                 arrays["mask.map"] = bits.pack(mask_D[None])
         return Message(arrays)
 
+    def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
+        masks = dict.fromkeys(("mask.index", "mask.map"), (torch.uint8, (-1,)))
+        return {**(super().downloads() or {}), **masks}
+
     def reconcile(self, view: State, message: Message, version: int) -> State:
         arrays, kept_M = message.arrays, view["kept"]
         if "mask.index" in arrays:

@@ -145,6 +145,10 @@ class VoteServer(Server):
         rounds = missed_rounds(state, seen, ("signs", "lr"))
         return Message({"theta": state["theta"][None]}) if rounds is None else rounds
 
+    def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
+        signs = (torch.uint8, (-1, bits.nbytes(self.size)))
+        return {"theta": (torch.float32, (self.size,)), "signs": signs, "lr": (torch.float32, (-1,))}
+
     def reconcile(self, view: State, message: Message, version: int) -> State:
         arrays = message.arrays
         theta_D = arrays["theta"][0] if "theta" in arrays else view["theta"]

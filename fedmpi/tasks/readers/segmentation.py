@@ -81,8 +81,6 @@ def _coco_part(path: Path, pictures: Path, options: ImageOptions) -> tuple[Sampl
     content = read_json(path)
     try:
         ids = sorted(_whole(category["id"]) for category in content["categories"])
-        if len(set(ids)) < len(ids) or not ids or ids[0] < 0:
-            raise ValueError("a category's id twice, below 0 or none")
         known = [_whole(image["id"]) for image in content["images"]]
         images = content["images"][: options.limit]
         by_image = defaultdict(list)
@@ -93,6 +91,8 @@ def _coco_part(path: Path, pictures: Path, options: ImageOptions) -> tuple[Sampl
         named = [(image["id"], inside(pictures, image["file_name"], path), _size(image)) for image in images]
         if not named:
             raise ValueError("no images")
+        if len(set(ids)) < len(ids) or not ids or ids[0] < 0:
+            raise ValueError("a category's id twice, below 0 or none")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path}: expected images, annotations and categories as COCO has them, got {kind(content)} "
