@@ -199,6 +199,15 @@ class Server(ABC):
     @abstractmethod
     def init(self, theta_D: Tensor) -> State: ...
 
+    def shapes(self, theta_D: Tensor, state: State) -> dict[str, tuple[int, ...]]:
+        """What shape each entry of a state that somebody else wrote must have: :meth:`init`'s, but that an entry that
+        starts without rows (a history) may have any number of them."""
+        fresh = {name: tuple(value.shape) for name, value in self.init(theta_D).items()}
+        return {
+            name: (len(state[name]), *shape[1:]) if shape and not shape[0] else shape
+            for name, shape in fresh.items()
+        }
+
     @abstractmethod
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         """The state after a round; ``mean_S`` is its clients' mean (of an integer method: their sum)."""
@@ -215,6 +224,10 @@ class Server(ABC):
     @abstractmethod
     def download(self, state: State, seen: int) -> Message:
         """What brings a client of version ``seen`` up to date, as the message of one client."""
+
+    def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
+        """The arrays that a download may have: dtype and shape of one client's, -1 for any length; None: not said."""
+        return None
 
     @abstractmethod
     def reconcile(self, view: State, message: Message, version: int) -> State:

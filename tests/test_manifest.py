@@ -224,7 +224,7 @@ def test_a_foreign_checkpoint_executes_nothing_and_reads_nothing_else(
     refused("String should match pattern", outside)
     refused(f"expected {1 << 50} bytes", huge)
     refused(f"{peers}: expected safetensors", pickled)
-    refused(f"{peers}: expected client states", other_rows)
+    refused(f"files.{peers}: expected clients below 20, got 20", other_rows)
     refused("expected a store of clients, peers, got 'friends'", other_store)
     refused("greater than or equal to 0", other_ids)
     refused("state.safetensors: expected safetensors", other_state)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -382,3 +384,55 @@ def test_a_wrong_folder_says_what_was_expected(name: str, tmp_path: Path) -> Non
         load(name, tmp_path, **options)
     assert WANTED[name] in str(error.value)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "link.jpg", "a\0b.jpg"])
+def test_a_list_names_nothing_outside_its_folder(name: str, tmp_path: Path) -> None:
+    picture(tmp_path / "secret.jpg", 178, 218)
+    annotations = coco(tmp_path / "coco")
+    content = json.loads(annotations.read_text())
+    (annotations.parent.parent / "train2017" / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    content["images"][0]["file_name"] = name
+    annotations.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"instances_train2017.json: expected the name of a file inside"):
+        load("coco", tmp_path / "coco", size=8)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"counts": [2**62] * 4 + [320]},
+        {"counts": [1.7, 318.3]},
+        [[math.nan, 1, 2, 3, 4, 5]],
+        [[1, 1, 1e300, 3, 4, 5]],
+        [[1, 1, 2, 3, 4, 5, 6]],
+        [["1", 1, 2, 3, 4, 5]],
+        7,
+    ],
+)
+def test_no_shape_of_coco_crashes(shape: Any, tmp_path: Path) -> None:
+    annotations = coco(tmp_path)
+    content = json.loads(annotations.read_text())
+    content["annotations"][0]["segmentation"] = shape
+    annotations.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"instances_train2017.json: annotation"):
+        load("coco", tmp_path, size=8)
+
+
+def test_a_pipe_among_pictures_is_named(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            picture(tmp_path / part / name / "1.png")
+    os.mkfifo(tmp_path / "train" / "cat" / "0.png")
+    with pytest.raises(DataError, match=r"0.png: expected a plain file"):
+        load("image-folder", tmp_path, size=8)
+
+
+def test_a_label_is_a_whole_number(tmp_path: Path) -> None:
+    path = leaf(tmp_path)
+    content = json.loads(path.read_text())
+    next(iter(content["user_data"].values()))["y"][0] = 1.7
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"the label 1\.7"):
+        load("femnist", tmp_path)

@@ -5,6 +5,7 @@ Damage at random and resumes to the same bits are in tests/test_checkpoint.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -19,12 +20,14 @@ from safetensors.torch import load, save
 from fedmpi import config
 from fedmpi.comm import run_ranks, solo
 from fedmpi.comm.base import Comm
-from fedmpi.engine import manifest
+from fedmpi.engine import fingerprint as fingerprints
+from fedmpi.engine import manifest, parts
 from fedmpi.engine.checkpoint import Checkpoints
 from fedmpi.engine.resume import restore
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.run import run
 from fedmpi.errors import CheckpointError, ConfigError, FedMPIError
+from fedmpi.tasks import data
 
 from .conftest import SMALL
 
@@ -201,3 +204,210 @@ def test_what_could_not_be_recorded_ends_the_save_before_anything_is_written(tmp
     with pytest.raises(ConfigError, match="--out: no space"):
         Checkpoints(tmp_path, simulation.config.checkpoint, simulation.comm).save(simulation, 1)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.update(method={"name": "evil:ENTRY"}),
+        lambda config: config.update(method="evil:ENTRY"),
+        lambda config: config.update({"method.name": "topk", "method": {"name": "evil:ENTRY"}}),
+        lambda config: config["method"].update(inner={"name": "evil:ENTRY"}),
+        lambda config: config["model"].update(name="evil:build"),
+        lambda config: config["data"].update(name="evil:load"),
+        lambda config: config["data"].update(folder={"name": "evil:load"}),
+    ],
+)
+def test_a_checkpoint_names_nothing_that_is_imported(
+    change: Callable[[Body], Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('PWNED').touch()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rewrite(folder, lambda body: change(body["config"]))
+    with contextlib.suppress(ConfigError):  # a folder of data may differ, and is this run's
+        restore(Simulation(config.parse(VALUES), solo()), folder)
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_a_number_is_not_a_share(folder: Path) -> None:
+    rewrite(folder, lambda body: body["config"].update(cohort=float(body["config"]["cohort"])))
+    refused(folder, ConfigError, r"cohort is 4, but .* was written with 4.0")
+
+
+def rewrite_metrics(folder: Path, change: Callable[[list[str]], Any]) -> None:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    change(lines)
+    path.unlink()
+    file = manifest.write(path, "".join(f"{line}\n" for line in lines).encode())
+    rewrite(folder, lambda body: body["files"].update({"metrics.jsonl": file.model_dump()}))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda lines: lines.pop(), "expected 2 lines, one a round, got 1"),
+        (lambda lines: lines.append(lines[1]), "expected 2 lines, one a round, got 3"),
+        (lambda lines: lines.__setitem__(1, lines[0]), "line 2: expected round 1, got 0"),
+        (lambda lines: lines.__setitem__(0, "no JSON"), "line 1: expected JSON, got b'no JSON'"),
+        (lambda lines: lines.__setitem__(0, "[" * 50_000), "line 1: expected JSON"),
+        (lambda lines: lines.__setitem__(0, "{}"), "line 1: expected accuracy, .*, got $"),
+        (
+            lambda lines: lines.__setitem__(0, json.dumps({**json.loads(lines[0]), "clients": -1})),
+            "line 1: clients: expected a whole number of at least 0, got -1",
+        ),
+        (
+            lambda lines: lines.__setitem__(0, json.dumps({**json.loads(lines[0]), "upload_bytes": 5})),
+            r"upload_bytes: expected \d+ in all, by the manifest, got \d+",
+        ),
+    ],
+)
+def test_metrics_are_those_of_the_rounds_behind(change: Any, match: str, folder: Path) -> None:
+    rewrite_metrics(folder, change)
+    refused(folder, CheckpointError, match)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            lambda body: [
+                file.update(clients=[c + 2**40 for c in file["clients"]]) for file in of_stores(body)
+            ],
+            "expected clients below 6, got 1099511627776",
+        ),
+        (
+            lambda body: [file["clients"].__setitem__(0, file["clients"][1]) for file in of_stores(body)],
+            "expected each client once, got one twice",
+        ),
+        (
+            lambda body: body["totals"]["bytes"].update(upload=-1),
+            "totals.bytes.upload: expected 0 or more, got -1",
+        ),
+        (lambda body: body["totals"]["bytes"].pop("upload"), "totals.bytes: expected upload, .*, got "),
+        (lambda body: body["totals"]["bytes"].update(upload=10**9), "upload_bytes: expected 1000000000 "),
+        (lambda body: body["totals"].update(called=9), "totals.called: expected at most 8, got 9"),
+        (lambda body: body["ranks"][0].update(trained=10**6), "ranks.trained: expected at most 8"),
+        (lambda body: body["ranks"].clear(), "ranks: expected at least one"),
+        (lambda body: body.update(seconds=float("inf")), "seconds: expected a finite number"),
+        (lambda body: body["totals"]["counts"].update(more=1), "totals.counts: expected "),
+    ],
+)
+def test_totals_and_clients_are_this_runs(change: Any, match: str, folder: Path) -> None:
+    rewrite(folder, change)
+    refused(folder, CheckpointError, match)
+
+
+def put(name: str, index: int, value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors[name].__setitem__(index, value)
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "match"),
+    [
+        (None, put("server.theta", 3, float("nan")), "server.theta: expected finite numbers"),
+        (None, put("ledger.upload", 0, -5), "ledger.upload: expected whole numbers from 0"),
+        (None, put("ledger.seen", 0, 3), "ledger.seen: expected at most the version 2, got 3"),
+        (None, put("ledger.download", 0, 10**9), r"ledger.download: expected \d+ bytes in all"),
+        (None, lambda state: state["server.version"].fill_(99), "server.version: expected at most 3"),
+        (
+            None,
+            lambda state: state.update({"ledger.upload": torch.zeros(7).long()}),
+            re.escape("ledger.upload: expected (6,), got (7,)"),
+        ),
+        (
+            None,
+            lambda state: state.update({"server.optimizer.variance": torch.zeros(1)}),
+            re.escape("server.optimizer.variance: expected (650,), got (1,)"),
+        ),
+        (None, put("server.optimizer.variance", 0, float("inf")), "variance: expected finite numbers"),
+        (None, put("server.optimizer.variance", 0, -1.0), "variance: expected squares"),
+        (
+            None,
+            lambda state: state.update(more=torch.zeros(1)),
+            "expected server. and ledger. entries, got 'more'",
+        ),
+        (
+            {"name": "signsgd"},
+            lambda state: state.update({"server.signs": ~state["server.signs"]}),
+            "server.theta: expected the parameters that the other entries of the state lead to",
+        ),
+        (
+            {"name": "powersgd", "rank": 1},
+            lambda state: state.update({"server.rights": state["server.rights"][:1]}),
+            re.escape("server.rights: expected (2, 74), got (1, 74)"),
+        ),
+    ],
+)
+def test_a_state_is_one_that_the_run_can_have_come_to(
+    method: Any, change: Any, match: str, optimized: dict[str, Path], tmp_path: Path
+) -> None:
+    name = method["name"] if method else "topk"
+    copy = Path(shutil.copytree(optimized[name], tmp_path / optimized[name].name))
+    rewrite_state(copy, change)
+    simulation = Simulation(config.parse(OPTIMIZED[name]), solo())
+    before = simulation.topology.parameters().clone()
+    with pytest.raises(CheckpointError, match=match):
+        restore(simulation, copy)
+    assert torch.equal(simulation.topology.parameters(), before)
+
+
+OPTIMIZED: dict[str, dict[str, Any]] = {
+    "topk": {**VALUES, "server": {"optimizer": "adam", "lr": 0.01}},
+    "signsgd": {**VALUES, "method": {"name": "signsgd"}},
+    "powersgd": {**VALUES, "method": {"name": "powersgd", "rank": 1}},
+}
+
+
+@pytest.fixture(scope="module")
+def optimized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for name, values in OPTIMIZED.items():
+        out = tmp_path_factory.mktemp("run")
+        run(config.parse(values), solo(), out, quiet=True)
+        found[name] = out / "checkpoints" / "round-00000002"
+    return found
+
+
+def test_residuals_are_numbers(folder: Path) -> None:
+    (name,) = [path.name for path in folder.glob("clients-*")]
+    tensors = load((folder / name).read_bytes())
+    tensors["residual"][0, 0] = float("nan")
+    (folder / name).unlink()
+    file = manifest.write(folder / name, save(tensors)).model_dump(include={"bytes", "sha256"})
+    rewrite(folder, lambda body: body["files"][name].update(file))
+    refused(folder, CheckpointError, "residual: expected finite numbers")
+
+
+def test_other_data_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels flipped, one of many; and a checkpoint of before there were fingerprints goes on, with a sentence."""
+    found = data.load("digits")
+    y = found.train.y.clone()
+    y[7] = (y[7] + 1) % 10
+    with monkeypatch.context() as patched:
+        other = found._replace(train=found.train._replace(y=y))
+        patched.setattr(parts.data, "load", lambda name, **options: other)
+        values = {**VALUES, "partition": {"name": "iid"}}
+        with pytest.raises(ConfigError, match=r"--resume: partition.name"):
+            restore(Simulation(config.parse(values), solo()), folder)
+        refused(folder, ConfigError, r"--resume: data.train.y is not what .* was written with; go on with")
+    rewrite(folder, lambda body: body.pop("fingerprint"))
+    said: list[str] = []
+    (folder.parent / "checkpoints").mkdir()
+    folder.rename(folder.parent / "checkpoints" / folder.name)
+    simulation = Simulation(config.parse(VALUES), solo())
+    Checkpoints(folder.parent, simulation.config.checkpoint, solo()).load(simulation, said.append)
+    assert "no fingerprint of the data" in said[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8, torch.bfloat16])
+def test_one_entry_of_large_data_changes_the_fingerprint(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprints, "_WHOLE", 64)
+    x = torch.arange(600).remainder(100).reshape(100, 6).to(dtype)
+    other = x.clone()
+    other[33, 2] += 1
+    assert fingerprints._of(x) == fingerprints._of(x.clone())
+    assert len({fingerprints._of(value) for value in (x, other, x.reshape(50, 12), x[:99])}) == 4

@@ -187,6 +187,7 @@ class Checkpoints:
             round=done,
             config=simulation.config.plain(),
             parameters=simulation.spec.plain(),
+            fingerprint=simulation.fingerprint,
             totals=Totals.model_validate(numbers),
             seconds=time.monotonic() - simulation.started,
             ranks=ranks,
@@ -291,6 +292,10 @@ class Checkpoints:
             if described.torch != torch.__version__:
                 say(
                     f"written with torch {described.torch}, this is {torch.__version__}: the last bits may differ"
+                )
+            if not described.fingerprint:
+                say(
+                    "written by a version that took no fingerprint of the data: they are taken to be the same"
                 )
             self._last = time.monotonic()
             return n, lines

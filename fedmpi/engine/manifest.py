@@ -107,6 +107,7 @@ class Manifest(_Strict):
     round: int = Field(ge=1)  # rounds that are finished
     config: dict[str, Any]
     parameters: dict[str, list[int]]
+    fingerprint: dict[str, str] = {}  # of the data, by tensor; {} where the writer took none
     totals: Totals
     seconds: float
     ranks: list[Rank]

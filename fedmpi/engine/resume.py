@@ -6,15 +6,16 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedmpi import config as configuration
-from fedmpi.comm.agree import leaves
 from fedmpi.comm.base import Comm
+from fedmpi.config import Config
 from fedmpi.engine import manifest as files
+from fedmpi.engine import schema
 from fedmpi.engine.manifest import MANIFEST, File, Manifest
 from fedmpi.engine.store import Kept
 from fedmpi.errors import CheckpointError, ConfigError
@@ -48,9 +49,13 @@ def restore(simulation: Simulation, folder: Path) -> tuple[Manifest, bytes]:
     _check_run(folder, described, simulation)
     state = comm.broadcast(state)
     with _agreed(comm):
-        tensors = files.tensors(folder / "state.safetensors", state)
-        server, ledger = _parts(tensors)
-        _check_state(folder / "state.safetensors", server, ledger, simulation)
+        schema.check_manifest(folder, described, simulation)
+        server, ledger = _parts(folder / "state.safetensors", state)
+        if comm.rank == 0:  # the others have the same
+            theta_D = simulation.topology.parameters()  # θ₀: nothing has changed it yet
+            schema.check_metrics(folder / "metrics.jsonl", metrics, described, simulation)
+            schema.check_state(folder / "state.safetensors", server, ledger, described, simulation, theta_D)
+    with _agreed(comm):
         stores = simulation.kept()
         for kept in stores.values():
             kept.store.clear()
@@ -91,11 +96,14 @@ def restore_clients(simulation: Simulation, folder: Path, clients: Tensor, homes
     with _agreed(comm):
         if comm.rank == 0:
             head, described = _head(folder)
-            state = files.tensors(folder / "state.safetensors", _file(folder, described, "state.safetensors"))
-            _check_state(folder / "state.safetensors", *_parts(state), simulation)
-            seen = state["ledger.seen"].numpy().tobytes()
+            path = folder / "state.safetensors"
+            _, ledger = _parts(path, _file(folder, described, "state.safetensors"))
+            schema.check_ledger(path, ledger, simulation)
+            seen = ledger["seen"].numpy().tobytes()
     described = files.parse_manifest(folder / MANIFEST, comm.broadcast(head))
     _check_run(folder, described, simulation)
+    with _agreed(comm):
+        schema.check_manifest(folder, described, simulation)
     seen_K = torch.frombuffer(bytearray(comm.broadcast(seen)), dtype=torch.int64)
 
     def wanted(kept: Kept, here: bool) -> Kept:
@@ -127,8 +135,12 @@ def _head(folder: Path) -> tuple[bytes, Manifest]:
     return head, described
 
 
-def _parts(tensors: State) -> tuple[State, State]:
+def _parts(path: Path, data: bytes) -> tuple[State, State]:
     """The server's state and the ledger."""
+    tensors = files.tensors(path, data)
+    foreign = [name for name in tensors if not name.startswith(("server.", "ledger."))]
+    if foreign:
+        raise CheckpointError(f"{path}: expected server. and ledger. entries, got {foreign[0]!r:.100}")
     return unnest(tensors, "server."), unnest(tensors, "ledger.")
 
 
@@ -156,24 +168,18 @@ def _file(folder: Path, described: Manifest, name: str) -> bytes:
 def _check_run(folder: Path, described: Manifest, simulation: Simulation) -> None:
     """Raises ConfigError when the checkpoint is of another run; the same on every rank."""
     config = simulation.config
-    try:  # a key that the checkpoint's version did not have stands at its default
-        before = configuration.parse(described.config)
-    except ConfigError as error:
-        raise ConfigError(f"--resume: {folder} has a configuration of another version: {error}") from None
-    saved, now = leaves(before.plain()), leaves(config.plain())
-    # What is chosen by name comes before what follows from the choice.
-    for path in sorted(saved.keys() | now.keys(), key=lambda path: (not path.endswith("name"), path)):
-        old, new = saved.get(path, "nothing"), now.get(path, "nothing")
-        if old != new and not any(f"{path}.".startswith(f"{free}.") for free in FREE):
-            raise ConfigError(
-                f"--resume: {path} is {new!r}, but {folder} was written with {old!r}; expected the same "
-                f"configuration (only these may change: {', '.join(FREE)})"
-            )
+    before = _same_config(folder, described.config, config)
     if described.parameters != simulation.spec.plain():
         raise ConfigError(
             f"--resume: expected the model that {folder} was written with, got one of other parameters (names or "
             f"shapes); has the code that builds {config.model.name} changed, or its data?"
         )
+    for name, of in simulation.fingerprint.items():
+        if described.fingerprint and described.fingerprint.get(name) != of:
+            raise ConfigError(
+                f"--resume: {name} is not what {folder} was written with; go on with the same data (data.folder says "
+                "where they lie), or begin a new run with another --out"
+            )
     if described.round > config.rounds:
         raise ConfigError(
             f"--resume: expected rounds of at least {described.round}, which {folder} has behind it, "
@@ -186,32 +192,53 @@ def _check_run(folder: Path, described: Manifest, simulation: Simulation) -> Non
         )
 
 
-def _check_state(path: Path, server: State, ledger: State, simulation: Simulation) -> None:
-    """Raises CheckpointError when state is not what this run's method and number of clients have."""
-    fresh = simulation.method.server.init(simulation.topology.parameters())
-    for what, got, expected in (
-        ("server", server, fresh),
-        ("ledger", ledger, vars(simulation.ledger)),
-    ):
-        fits = got.keys() == expected.keys() and all(
-            # A history grows; what has a fixed size is checked where it is used, but for these.
-            got[n].dtype == expected[n].dtype and got[n].ndim == expected[n].ndim
-            for n in got
-        )
-        if not fits:
-            raise CheckpointError(f"{path}: expected {what} state {_layout(expected)}, got {_layout(got)}")
-    for name, value in {"server.theta": fresh["theta"], "ledger.seen": simulation.ledger.seen}.items():
-        got_value = (server | ledger)[name.split(".")[1]]
-        if got_value.shape != value.shape:
-            raise CheckpointError(
-                f"{path}: {name}: expected {tuple(value.shape)}, got {tuple(got_value.shape)}"
+def _same_config(folder: Path, saved: dict[str, Any], config: Config) -> Config:
+    """The configuration that a checkpoint was written with. Nothing of it is parsed before it is known to name no more
+    than the user's own: parsing imports what an import path names.
+
+    Raises:
+      ConfigError: it is not this run's.
+    """
+    plain = config.plain()
+    wrong = [one for one in _differences(saved, plain) if not _free(one[0])]
+    # What is chosen by name comes before what follows from the choice.
+    for path, old, new in sorted(wrong, key=lambda one: (not one[0].endswith("name"), one[0])):
+        if path not in plain and path in saved:
+            raise ConfigError(
+                f"--resume: {folder} has a configuration of another version: {path} is no key of this one's"
             )
+        raise ConfigError(_differs(folder, path, old, new))
+    own = {key: value for key, value in saved.items() if not _free(key)} | {"data": plain["data"]}
+    own |= {"rounds": saved.get("rounds")}  # on which server.schedule depends
+    try:  # a key that the checkpoint's version did not have stands at its default
+        before = configuration.parse(own)
+    except ConfigError as error:
+        raise ConfigError(f"--resume: {folder} has a configuration of another version: {error}") from None
+    for path, old, new in _differences(before.plain(), plain):
+        if not _free(path):
+            raise ConfigError(_differs(folder, path, old, new))
+    return before
 
 
-def _layout(state: State) -> str:
-    return ", ".join(
-        f"{name} {str(value.dtype).removeprefix('torch.')}" for name, value in sorted(state.items())
+def _differs(folder: Path, path: str, old: object, new: object) -> str:
+    return (
+        f"--resume: {path} is {new!r:.200}, but {folder} was written with {old!r:.200}; expected the same "
+        f"configuration (only these may change: {', '.join(FREE)})"
     )
+
+
+def _free(path: str) -> bool:
+    return any(f"{path}.".startswith(f"{free}.") for free in FREE)
+
+
+def _differences(saved: Any, now: Any, path: str = "") -> Iterator[tuple[str, object, object]]:
+    """Where two trees differ: the dotted path, and both values. Keys that only ``now`` has are left out: they stand at
+    their default in ``saved``."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key, value in saved.items():
+            yield from _differences(value, now.get(key, "nothing"), f"{path}.{key}" if path else key)
+    elif type(saved) is not type(now) or saved != now:  # 1 client is not 1.0 of them
+        yield path, saved, now
 
 
 def _load_part(path: Path, file: File, stores: dict[str, Kept]) -> None:
@@ -224,10 +251,7 @@ def _load_part(path: Path, file: File, stores: dict[str, Kept]) -> None:
     if not len(rows):
         return
     tensors = files.tensors(path, files.read(path, file))
-    expected = {n: (v.dtype, (len(clients_C), *v.shape)) for n, v in store.template.items()}
-    got = {n: (v.dtype, tuple(v.shape)) for n, v in tensors.items()}
-    if got != expected:
-        raise CheckpointError(f"{path}: expected client states {expected}, got {got}")
+    schema.check_rows(path, len(clients_C), tensors, store.template)
     store.put(clients_C[rows], {name: value[rows] for name, value in tensors.items()})
 
 

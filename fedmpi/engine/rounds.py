@@ -15,6 +15,7 @@ from fedmpi.comm.placement import own_cpus
 from fedmpi.config import Config
 from fedmpi.engine import ordered, updates
 from fedmpi.engine.clients import cohort, place, survivors
+from fedmpi.engine.fingerprint import fingerprint
 from fedmpi.engine.ledger import Ledger
 from fedmpi.engine.manifest import Lost
 from fedmpi.engine.parts import load
@@ -69,6 +70,7 @@ class Simulation:
         parts = load(config)
         self.data, self.objective, self.partition = parts.data, parts.objective, parts.partition
         self.spec, self.method = parts.spec, parts.method
+        self.fingerprint = fingerprint(self.data, self.partition)
         up = self.method.up
         self.clients, peers = (make_store(init, config) for init in (up.init, up.init_peer))
         self.stores = self.clients, peers

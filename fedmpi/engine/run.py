@@ -75,7 +75,7 @@ def _prepare(
     with together(comm, "preparing the run"):
         config = config.for_ranks(comm.size)
         simulation = Simulation(config, comm)
-    handshake(comm, config, simulation.spec)
+    handshake(comm, config, simulation.spec, simulation.fingerprint)
     display.say(simulation.memory)
     folder = comm.broadcast(str(out or "").encode()).decode()
     checkpoints, start, lines = None, 0, None
@@ -130,10 +130,12 @@ def _rounds(faults: Faults, simulation: Simulation, display: Display, record: Re
             faults.checkpoints.after(simulation, t + 1)
 
 
-def handshake(comm: Comm, config: Config, spec: Spec) -> None:
+def handshake(comm: Comm, config: Config, spec: Spec, fingerprint: dict[str, str] | None = None) -> None:
     """Ranks that disagree find out here.
 
     Raises:
       CommError: on every rank, naming the first difference and both values.
     """
-    agree(comm, {**versions(), **config.plain(), "parameters": spec.plain()})
+    agree(
+        comm, {**versions(), **config.plain(), "parameters": spec.plain(), "fingerprint": fingerprint or {}}
+    )

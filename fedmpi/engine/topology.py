@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedmpi.comm.base import Comm, together
+from fedmpi.engine.downloads import receive
 from fedmpi.engine.exchange import build as build_exchange
 from fedmpi.engine.store import ClientStore, Kept, everybody, nobody
 from fedmpi.engine.sums import Sum, largest_term
@@ -291,7 +292,7 @@ class Aggregator(Topology):
             sent = to_bytes(server.download(self.state, version))
         sent = self.comm.broadcast(sent)
         if not first and sent:
-            self.state = server.reconcile(self.state, from_bytes(sent), version + 1)
+            self.state = receive(server, self.state, sent, version + 1)
 
     def served(self, clients: int) -> Tensor:
         return torch.arange(clients if self.comm.rank == 0 else 0)

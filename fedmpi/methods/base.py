@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Message
 from fedmpi.method import Method, Round, Server, State, nest, unnest
 from fedmpi.ops import bits
@@ -140,6 +140,10 @@ class MeanServer(Server):
             return Message(pack_changes(state["theta"], state["changed"] > seen))
         return Message({"theta": state["theta"][None]})
 
+    def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
+        positions = dict.fromkeys(("map", "index"), (torch.uint8, (-1,))) if self.sparse else {}
+        return {"theta": (torch.float32, (-1,)), **positions}
+
     def reconcile(self, view: State, message: Message, version: int) -> State:
         theta_D = apply_changes(view["theta"], message.arrays)
         return {"theta": theta_D, "version": torch.tensor(version)}
@@ -178,10 +182,20 @@ def apply_changes(theta_D: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
     """The parameters after a download that :func:`pack_changes` made."""
     values_K = arrays["theta"][0]
     if "map" in arrays:
-        return theta_D.masked_scatter(bits.unpack(arrays["map"], len(theta_D))[0], values_K)
+        fits = arrays["map"].shape[1] == bits.nbytes(len(theta_D)) and "index" not in arrays
+        changed_D = bits.unpack(arrays["map"], len(theta_D))[0] if fits else None
+        if changed_D is None or int(changed_D.sum()) != len(values_K):
+            raise MessageError(
+                f"download: {len(values_K)} values do not fit its map of {len(theta_D)} parameters"
+            )
+        return theta_D.masked_scatter(changed_D, values_K)
     if "index" in arrays:
         width = bits.index_width(len(theta_D))
+        if arrays["index"].shape[1] != bits.nbytes(len(values_K), width):
+            raise MessageError(f"download: {len(values_K)} values do not fit its indices")
         index_K = bits.unpack_integers(arrays["index"], len(values_K), width)[0]
+        if bool((index_K.diff() <= 0).any()) or int(index_K.max()) >= len(theta_D):
+            raise MessageError(f"download: expected increasing indices below {len(theta_D)}")
         return theta_D.scatter(0, index_K, values_K)
     return values_K
 

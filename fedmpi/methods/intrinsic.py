@@ -158,6 +158,9 @@ class SubspaceServer(Server):
         }
         return self.view(theta_D) | history | nest(self.optimizer.init(self.width), "optimizer.")
 
+    def shapes(self, theta_D: Tensor, state: State) -> dict[str, tuple[int, ...]]:
+        return super().shapes(theta_D, state) | {"starts": (len(state["finals"]) + 1,)}
+
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         u_S, memory = self.optimizer.direction(unnest(state, "optimizer."), mean_S)
         version = state["version"] + 1
@@ -206,6 +209,15 @@ class SubspaceServer(Server):
         elif len(finals_ES):
             arrays["finals"] = finals_ES[None]
         return Message(arrays)
+
+    def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
+        size = (torch.float32, (self.subspaces.size,))
+        return {
+            "sigma": (torch.float32, (self.width,)),
+            "finals": (torch.float32, (-1, self.width)),
+            "base": size,
+            "epoch": (torch.int32, ()),
+        }
 
     def reconcile(self, view: State, message: Message, version: int) -> State:
         arrays = message.arrays

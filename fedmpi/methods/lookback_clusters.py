@@ -102,6 +102,9 @@ class ClusterServer(Server):
     def view(self, theta_D: Tensor) -> State:
         return self.inner.view(theta_D) | {"clusters.centroids": torch.zeros(self.clusters, self.width)}
 
+    def shapes(self, theta_D: Tensor, state: State) -> dict[str, tuple[int, ...]]:
+        return super().shapes(theta_D, state) | self.inner.shapes(theta_D, state)
+
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         v_S, moved, weight_K = mean_S.split([self.width, self.clusters * self.width, self.clusters])
         old_KS, hit_K = state["clusters.centroids"], weight_K > 0
@@ -127,6 +130,12 @@ class ClusterServer(Server):
                 "clusters.centroids": state["clusters.centroids"][which_M][None],
             }
         return Message(arrays)
+
+    def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
+        inner = self.inner.downloads()
+        which = {"clusters.which": (torch.uint8, (-1,))}
+        centroids = {"clusters.centroids": (torch.float32, (-1, self.width))}
+        return None if inner is None else {**inner, **which, **centroids}
 
     def reconcile(self, view: State, message: Message, version: int) -> State:
         centroids_KS = view["clusters.centroids"]

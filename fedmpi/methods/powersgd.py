@@ -181,6 +181,10 @@ class PowerServer(Server):
         memory = self.optimizer.init(self.factors.layers.spec_size)
         return self.view(theta_D) | history | nest(memory, "optimizer.")
 
+    def shapes(self, theta_D: Tensor, state: State) -> dict[str, tuple[int, ...]]:
+        shapes, rounds = super().shapes(theta_D, state), len(state["lr"])
+        return shapes | {name: (rounds, *shapes[name][1:]) for name in ("lefts", "rights", "lr")}
+
     def view(self, theta_D: Tensor) -> State:
         p, q = self.factors.p0_P, self.factors.q0_Q
         return {"theta": theta_D, "q": q, "p": p, "version": torch.tensor(0)}
@@ -218,6 +222,11 @@ class PowerServer(Server):
         if rounds is None:
             return Message({"theta": state["theta"][None], "q": state["q"][None]})
         return rounds
+
+    def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
+        rows = {"lefts": (-1, self.factors.p_size), "rights": (-1, self.factors.size), "lr": (-1,)}
+        whole = {"theta": (self.factors.layers.spec_size,), "q": (-1,)}
+        return {name: (torch.float32, row) for name, row in {**rows, **whole}.items()}
 
     def reconcile(self, view: State, message: Message, version: int) -> State:
         arrays = message.arrays

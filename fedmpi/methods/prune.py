@@ -162,6 +162,13 @@ class PruneServer(MeanServer):
     def init(self, theta_D: Tensor) -> State:
         return super().init(theta_D) | {"sum": torch.zeros(self.size), "pruned": torch.tensor(0)}
 
+    def shapes(self, theta_D: Tensor, state: State) -> dict[str, tuple[int, ...]]:
+        shapes, kept = super().shapes(theta_D, state), len(state["kept"])
+        if kept:  # the mask is chosen, and the optimizer's memory is the survivors'
+            shapes["sum"] = (0,)
+            shapes |= {name: (kept,) for name in shapes if name.startswith("optimizer.")}
+        return shapes
+
     memory = Server.memory  # it sets parameters to zero: a mean alone is no gradient
 
     def shared(self, state: State) -> State:
@@ -218,6 +225,10 @@ class PruneServer(MeanServer):
                 mask_D = torch.zeros(self.size, dtype=torch.bool).index_fill_(0, kept_M, True)
                 arrays["mask.map"] = bits.pack(mask_D[None])
         return Message(arrays)
+
+    def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
+        masks = dict.fromkeys(("mask.index", "mask.map"), (torch.uint8, (-1,)))
+        return {**(super().downloads() or {}), **masks}
 
     def reconcile(self, view: State, message: Message, version: int) -> State:
         arrays, kept_M = message.arrays, view["kept"]

@@ -207,6 +207,9 @@ class VoteServer(Server):
             history["rows"] = torch.zeros(0, self.rows, dtype=torch.uint8)
         return self.view(theta_D) | history
 
+    def shapes(self, theta_D: Tensor, state: State) -> dict[str, tuple[int, ...]]:
+        return super().shapes(theta_D, state) | {"lr": (len(state["signs"]),)}
+
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         positive_D = majority(mean_S[: self.size], round)
         packed_1B, lr = bits.pack(positive_D[None]), torch.tensor(round.lr, dtype=torch.float32)
@@ -260,6 +263,10 @@ class VoteServer(Server):
         if rounds is None or rounds.total_nbytes() > state["theta"].nbytes:
             return Message({"theta": state["theta"][None]})
         return rounds
+
+    def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
+        signs = (torch.uint8, (-1, bits.nbytes(self.size)))
+        return {"theta": (torch.float32, (self.size,)), "signs": signs, "lr": (torch.float32, (-1,))}
 
     def reconcile(self, view: State, message: Message, version: int) -> State:
         arrays = message.arrays

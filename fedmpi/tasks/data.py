@@ -15,7 +15,7 @@ import torch.utils.data
 from fedmpi import own
 from fedmpi.errors import ConfigError, DataError
 from fedmpi.tasks import choose
-from fedmpi.tasks.dataset import Data, DataOptions, Places, Split, default_folder
+from fedmpi.tasks.dataset import IGNORE, Data, DataOptions, Places, Split, default_folder
 from fedmpi.tasks.readers import celeba, cifar, hub, idx, images, leaf, personachat, segmentation, text
 from fedmpi.validation import checked
 
@@ -78,7 +78,23 @@ def _load(name: str, places: Places, wanted: str) -> Data:
     if own.is_path(name):
         return _checked(name, own.call("data.name", name, places[0], options=options, usage=USAGE))
     reader = choose("data set", name, DATA)
-    return reader.read(checked(reader.options, options, f"data {name}"), places)
+    parsed = checked(reader.options, options, f"data {name}")
+    try:
+        return reader.read(parsed, places)
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise DataError(  # not foreseen where the file is read, so that no more of it is known
+            f"{name}: the files in {places[0]} are not as its format says: {type(error).__name__}: {error}"[
+                :500
+            ]
+        ) from error
 
 
 def _checked(name: str, data: Any) -> Data:
@@ -97,6 +113,10 @@ def _checked(name: str, data: Any) -> Data:
         for field, value in split._asdict().items():
             if value is not None or field != "groups":
                 _check_tensor(f"{name}: {part}.{field}", field, value, split.x)
+        if split.y.dtype == torch.int64 and split.y.shape[1:] == (1,) and split.x.shape != split.y.shape:
+            raise DataError(
+                f"{name}: {part}.y: expected labels ({len(split.y)},), got {tuple(split.y.shape)}; use y.squeeze(1)"
+            )
     for field in ("x", "y"):
         train, test = (tuple(getattr(split, field).shape[1:]) for split in (data.train, data.test))
         if train != test:

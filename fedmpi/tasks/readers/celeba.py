@@ -12,7 +12,7 @@ import torch
 from fedmpi.errors import DataError
 from fedmpi.tasks.dataset import Data, Places, Split, locate, normalised, numbered
 from fedmpi.tasks.readers.images import ImageOptions, read_image
-from fedmpi.tasks.readers.lines import text_lines
+from fedmpi.tasks.readers.lines import inside, text_lines
 
 _WIDTH, _HEIGHT = 178, 218
 _LANDMARKS = "list_landmarks_align_celeba.txt"
@@ -34,7 +34,12 @@ def celeba(options: ImageOptions, places: Places) -> Data:
         names = [name for name in points if part.get(name) == wanted_part][: options.limit]
         if not names:
             raise DataError(f"{folder / _PARTS}: expected pictures of part {wanted_part}, got none")
-        x = torch.stack([read_image(folder / "img_align_celeba" / name, options.size) for name in names])
+        x = torch.stack(
+            [
+                read_image(inside(folder / "img_align_celeba", name, folder / _LANDMARKS), options.size)
+                for name in names
+            ]
+        )
         y = torch.tensor([points[name] for name in names])
         splits.append(Split(x, y / torch.tensor([_WIDTH, _HEIGHT] * 5), _groups(folder, names, persons)))
     x, x_test = normalised(splits[0].x, splits[1].x)
@@ -53,16 +58,20 @@ def _groups(folder: Path, names: list[str], persons: dict[str, str] | None) -> t
 def _landmarks(path: Path) -> dict[str, list[float]]:
     """Ten numbers for each picture, after a line with their count and a line of names."""
     lines = text_lines(path)
-    if len(lines) < 3 or not lines[0].strip().isdigit():
+    if len(lines) < 3 or not lines[0].strip().isdecimal() or len(lines[0]) > 20:
         raise DataError(
             f"{path}: expected a count, a line of names and a line a picture, got {len(lines)} lines"
         )
     points = {}
     for number, line in enumerate(lines[2:], 3):
-        name, *values = line.split()
+        name, *values = line.split() or [""]
+        if name in points:
+            raise DataError(f"{path}, line {number}: expected each picture once, got {name!r} again")
         try:
             points[name] = [float(int(value)) for value in values]
-        except ValueError:
+        except (ValueError, OverflowError):
+            values = []
+        if any(abs(value) > 1 << 20 for value in points.get(name, ())):
             values = []
         if len(values) != 10:
             raise DataError(f"{path}, line {number}: expected a name and 10 whole numbers, got {line[:80]!r}")
@@ -79,5 +88,7 @@ def _table(path: Path, valid: tuple[str, ...] = ()) -> dict[str, str]:
         if len(words) != 2 or (valid and words[1] not in valid):
             what = f"one of {', '.join(valid)}" if valid else "a value"
             raise DataError(f"{path}, line {number}: expected a name and {what}, got {line[:80]!r}")
+        if words[0] in table:
+            raise DataError(f"{path}, line {number}: expected each picture once, got {words[0]!r} again")
         table[words[0]] = words[1]
     return table

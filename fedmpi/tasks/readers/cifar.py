@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedmpi.errors import DataError
 from fedmpi.tasks.dataset import Data, DataOptions, Places, Split, locate, normalised
+from fedmpi.tasks.readers.lines import regular
 
 _PIXELS = 3 * 32 * 32
 _LARGEST = 1 << 30
@@ -51,7 +52,7 @@ def read_records(path: Path, classes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """
     record = len(classes) + _PIXELS
     try:
-        length = path.stat().st_size
+        length = regular(path).stat().st_size
         if not 0 < length <= _LARGEST or length % record:
             raise DataError(
                 f"{path}: expected a whole number of records of {record} bytes (at most {_LARGEST} bytes), "

@@ -48,6 +48,13 @@ def hub(options: HubOptions, places: Places) -> Data:
                 f"{options.dataset}: {options.target}: expected the classes of {options.train}, got {strange!r} "
                 f"in {options.test}"
             )
+        part_name = options.train if part is parts[0] else options.test
+        fraction = next((v for v in part.y if not isinstance(v, (str, bool, int))), None)
+        if fraction is not None:
+            raise DataError(
+                f"{options.dataset}: {options.target}: expected classes, whole numbers or names, got {fraction!r:.60} "
+                f"in {part_name}"
+            )
         y_N = torch.tensor([number[str(value)] for value in part.y])
         splits.append(Split(x_N, y_N, None if part.group is None else numbered(part.group)))
     return Data("hub", splits[0], splits[1], len(values))
@@ -78,7 +85,10 @@ def _columns(options: HubOptions, split: str) -> _Columns:
         raise DataError(f"{options.dataset}: expected samples in {split}, got none")
     return _Columns(
         _values(options, table, split, options.input),
-        _values(options, table, split, options.target),
+        [
+            int(value) if isinstance(value, float) and value.is_integer() else value
+            for value in _values(options, table, split, options.target)
+        ],
         None
         if options.group is None
         else [str(value) for value in _values(options, table, split, options.group)],
@@ -113,8 +123,12 @@ def _inputs(options: HubOptions, places: Places, columns: list[list[Any]]) -> li
         ]
         return list(normalised(*(torch.from_numpy(p).permute(0, 3, 1, 2) for p in pixels)))
     try:
-        return [torch.tensor(np.asarray(column, dtype=np.float32)) for column in columns]
-    except (TypeError, ValueError) as error:
+        found = [torch.tensor(np.asarray(column, dtype=np.float32)) for column in columns]
+        for x in found:
+            if x.shape[1:] != found[0].shape[1:] or not bool(x.isfinite().all()):
+                raise ValueError("lists of other lengths, or NaN or infinity among them")
+        return found
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{options.dataset}: {options.input}: expected pictures, sentences or lists of numbers of one length, "
             f"got {type(first).__name__}: {error}"

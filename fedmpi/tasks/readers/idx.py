@@ -25,6 +25,7 @@ from torch import Tensor
 from fedmpi import random
 from fedmpi.errors import DataError
 from fedmpi.tasks.dataset import Data, DataOptions, Places, Split, normalised
+from fedmpi.tasks.readers.lines import regular
 
 STEMS = (
     "train-images-idx3-ubyte",
@@ -64,7 +65,7 @@ def read_idx(path: str | Path) -> Tensor:
         header says or is damaged inside; names the file, what was expected and what was got.
     """
     try:
-        with Path(path).open("rb") as file:
+        with regular(Path(path)).open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             if packed:

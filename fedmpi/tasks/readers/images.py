@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from fedmpi.errors import DataError
 from fedmpi.tasks.dataset import Data, DataOptions, Places, Split, locate, normalised
+from fedmpi.tasks.readers.lines import regular
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -33,7 +36,12 @@ def read_image(path: Path, size: int, mode: str = "RGB") -> Tensor:
       DataError: it cannot be read, is truncated or is larger than Pillow's limit against bombs.
     """
     with opened(path) as picture:
-        scaled = picture.convert(mode).resize((size, size), Image.Resampling.BILINEAR)
+        try:
+            scaled = picture.convert(mode).resize((size, size), Image.Resampling.BILINEAR)
+        except (OSError, ValueError) as error:  # a palette that is none
+            raise DataError(
+                f"{path}: expected a whole picture, got {type(error).__name__}: {error}"
+            ) from error
     pixels = torch.from_numpy(np.array(scaled, dtype=np.uint8))
     return pixels.permute(2, 0, 1) if mode == "RGB" else pixels[None]
 
@@ -43,10 +51,19 @@ def opened(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(path)
+            picture = Image.open(regular(path))
             picture.load()
     except (
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        MemoryError,
         OSError,
+        RuntimeError,
+        struct.error,
+        TypeError,
+        zlib.error,
         SyntaxError,  # Pillow's word for a broken PNG
         ValueError,
         UnidentifiedImageError,

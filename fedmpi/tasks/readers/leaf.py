@@ -52,6 +52,8 @@ def _samples(path: Path, user: str, samples: Any) -> tuple[Tensor, Tensor]:
     expected = f"{path}: user {user}: expected x of 784 numbers in 0 to 1 and y of labels 0 to 61"
     try:
         x = np.asarray(samples["x"], dtype=np.float64).reshape(-1, 1, 28, 28)
+        if wrong := [label for label in samples["y"] if type(label) not in (int, float) or label % 1]:
+            raise ValueError(f"the label {wrong[0]!r:.40}")
         y = np.asarray(samples["y"], dtype=np.int64)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{expected}, got {type(error).__name__}: {error}") from error

@@ -9,11 +9,34 @@ from typing import Any
 from fedmpi.errors import DataError
 
 
+def regular(path: Path) -> Path:
+    """``path``; DataError when it is a pipe or a device, which would never end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError(f"{path}: expected a plain file, got a pipe or a device")
+    return path
+
+
+def inside(folder: Path, name: object, listed: Path) -> Path:
+    """The path of the file ``name`` in ``folder``, as the file ``listed`` calls it.
+
+    Raises:
+      DataError: it is no name, or leads out of the folder (``..``, an absolute path, a link).
+    """
+    try:
+        if isinstance(name, str) and name and not Path(name).is_absolute() and ".." not in Path(name).parts:
+            path = folder / name
+            if path.resolve().is_relative_to(folder.resolve()):
+                return path
+    except (OSError, ValueError, RuntimeError):  # a zero byte, a name that is too long, links in a circle
+        pass
+    raise DataError(f"{listed}: expected the name of a file inside {folder}, got {str(name)[:200]!r}")
+
+
 def text_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 file without blank ones at its end; DataError if it cannot be read."""
     try:
         # Not splitlines(): it also breaks at characters that stand inside sentences (U+0085, U+2028).
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = regular(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected UTF-8 text, got {type(error).__name__}: {error}") from error
     while lines and not lines[-1].strip():
@@ -24,7 +47,7 @@ def text_lines(path: Path) -> list[str]:
 def read_json(path: Path) -> Any:
     """The content of a JSON file; DataError that names the file and where it breaks off."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(regular(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected JSON, got {type(error).__name__}: {error}") from error
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedmpi.errors import DataError
 from fedmpi.tasks.dataset import IGNORE, Data, Places, Split, locate, normalised
 from fedmpi.tasks.readers.images import ImageOptions, opened, read_image
-from fedmpi.tasks.readers.lines import kind, read_json, text_lines
+from fedmpi.tasks.readers.lines import inside, kind, read_json, text_lines
 
 _VOC_CLASSES, _VOID = 21, 255
 _LISTS = "ImageSets/Segmentation"
@@ -45,8 +45,8 @@ def _voc_part(folder: Path, part: str, options: ImageOptions) -> Samples:
         raise DataError(f"{listed}: expected the names of pictures, one a line, got none")
     samples = []
     for name in names:
-        picture = read_image(folder / "JPEGImages" / f"{name}.jpg", options.size)
-        path = folder / "SegmentationClass" / f"{name}.png"
+        picture = read_image(inside(folder / "JPEGImages", f"{name}.jpg", listed), options.size)
+        path = inside(folder / "SegmentationClass", f"{name}.png", listed)
         with opened(path) as mask:
             if mask.mode not in ("P", "L"):
                 raise DataError(f"{path}: expected a palette picture of classes, got mode {mask.mode}")
@@ -80,15 +80,20 @@ def coco(options: ImageOptions, places: Places) -> Data:
 def _coco_part(path: Path, pictures: Path, options: ImageOptions) -> tuple[Samples, list[int]]:
     content = read_json(path)
     try:
-        ids = sorted(int(category["id"]) for category in content["categories"])
+        ids = sorted(_whole(category["id"]) for category in content["categories"])
+        known = [_whole(image["id"]) for image in content["images"]]
         images = content["images"][: options.limit]
         by_image = defaultdict(list)
         for annotation in content["annotations"]:
-            by_image[annotation["image_id"]].append(annotation)
-        named = [(image["id"], pictures / image["file_name"], _size(image)) for image in images]
+            by_image[_whole(annotation["image_id"])].append(annotation)
+        if len(set(known)) < len(known) or by_image.keys() - set(known):
+            raise ValueError("an image's id twice, or an annotation of no image")
+        named = [(image["id"], inside(pictures, image["file_name"], path), _size(image)) for image in images]
         if not named:
             raise ValueError("no images")
-    except (KeyError, TypeError, ValueError) as error:
+        if len(set(ids)) < len(ids) or not ids or ids[0] < 0:
+            raise ValueError("a category's id twice, below 0 or none")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path}: expected images, annotations and categories as COCO has them, got {kind(content)} "
             f"({type(error).__name__}: {error})"
@@ -104,7 +109,7 @@ def _coco_part(path: Path, pictures: Path, options: ImageOptions) -> tuple[Sampl
 
 
 def _size(image: dict[str, Any]) -> tuple[int, int]:
-    width, height = int(image["width"]), int(image["height"])
+    width, height = _whole(image["width"]), _whole(image["height"])
     if not (0 < width <= 1 << 14 and 0 < height <= 1 << 14):
         raise ValueError(f"a picture of {width} × {height}")
     return width, height
@@ -112,13 +117,13 @@ def _size(image: dict[str, Any]) -> tuple[int, int]:
 
 def _draw(mask: Image.Image, annotation: dict[str, Any], number: dict[int, int], path: Path) -> None:
     try:
-        value = IGNORE if annotation.get("iscrowd") else number[annotation["category_id"]]
+        value = IGNORE if annotation.get("iscrowd") else number[_whole(annotation["category_id"])]
         shape = annotation["segmentation"]
         if isinstance(shape, dict):
             mask.paste(value, (0, 0), _runs(shape["counts"], mask.size))
         else:
             for polygon in shape:
-                ImageDraw.Draw(mask).polygon([float(v) for v in polygon], fill=value)
+                ImageDraw.Draw(mask).polygon(_corners(polygon), fill=value)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path}: annotation {annotation.get('id')}: expected polygons or uncompressed runs of a known "
@@ -126,13 +131,30 @@ def _draw(mask: Image.Image, annotation: dict[str, Any], number: dict[int, int],
         ) from error
 
 
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r:.40} instead of a whole number")
+    return value
+
+
+def _corners(polygon: Any) -> list[float]:
+    """x and y of a polygon's corners in turn."""
+    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+        raise ValueError(f"a polygon of {polygon!r:.40}, expected pairs of numbers of 3 corners or more")
+    for value in polygon:
+        if type(value) not in (int, float) or not abs(value) <= 1 << 20:  # NaN is in no range
+            raise ValueError(f"a corner at {value!r:.40}, expected numbers within the picture")
+    return [float(value) for value in polygon]
+
+
 def _runs(counts: Any, size: tuple[int, int]) -> Image.Image:
     """COCO's runs: down the columns, off and on in turn."""
     if not isinstance(counts, list):
         raise ValueError(f"runs of {type(counts).__name__}, expected a list")
+    total = sum(map(_whole, counts))  # without a bound, as int64's would wrap
+    if min(counts, default=0) < 0 or total != size[0] * size[1]:
+        raise ValueError(f"runs over {total} pixels, expected {size[0] * size[1]}")
     lengths = np.asarray(counts, dtype=np.int64)
-    if (lengths < 0).any() or lengths.sum() != size[0] * size[1]:
-        raise ValueError(f"runs over {lengths.sum()} pixels, expected {size[0] * size[1]}")
     on = np.repeat(np.arange(len(lengths)) % 2, lengths).astype(np.uint8) * 255
     return Image.fromarray(np.ascontiguousarray(on.reshape(size).T))
 

@@ -1,0 +1,52 @@
+"""What a rank takes of a download: a frame from whoever sent it, against the layout that the server's rule declares."""
+
+from __future__ import annotations
+
+import torch
+
+from fedmpi.errors import MessageError
+from fedmpi.message import Message, from_bytes
+from fedmpi.method import Server, State
+
+
+def receive(server: Server, view: State, frame: bytes, version: int) -> State:
+    """The view after the download ``frame``, which brings it to ``version``.
+
+    Raises:
+      MessageError: it is not what this server sends; nothing much larger than it is allocated.
+    """
+    message = from_bytes(frame, clients=1)
+    _check_layout(server, message, len(frame))
+    try:
+        new = server.reconcile(view, message, version)
+    except (LookupError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise MessageError(
+            f"download: its arrays do not fit the model or one another ({said:.200})"
+        ) from None
+    if new.keys() != view.keys():
+        raise MessageError(f"download: it leads to {', '.join(new)}, expected {', '.join(view)}")
+    for name, value in new.items():
+        was = view[name]
+        if value.dtype != was.dtype or value.shape[1:] != was.shape[1:] or value.ndim != was.ndim:
+            raise MessageError(f"download: {name} comes to {tuple(value.shape)}, expected {tuple(was.shape)}")
+        if value.is_floating_point() and value.shape != was.shape:
+            raise MessageError(f"download: {name} comes to {tuple(value.shape)}, expected {tuple(was.shape)}")
+    return new
+
+
+def _check_layout(server: Server, message: Message, size: int) -> None:
+    layout = server.downloads()
+    if message.lengths:
+        raise MessageError(f"download: {next(iter(message.lengths))!r} is ragged, which no download is")
+    for name, array in message.arrays.items():
+        shape = tuple(array.shape[1:])
+        if any(n > size for n in shape):  # rows without bytes are there in any number
+            raise MessageError(f"download: array {name!r} has the shape {shape} in {size} bytes")
+        if layout is None:
+            continue
+        dtype, row = layout.get(name, (torch.bool, (0,)))
+        fits = array.dtype == dtype and len(shape) == len(row)
+        if not (fits and all(want in (-1, got) for got, want in zip(shape, row, strict=True))):
+            expected = f"{dtype} {row}" if name in layout else f"one of {', '.join(layout)}"
+            raise MessageError(f"download: array {name!r} is {array.dtype} {shape}, expected {expected}")
