@@ -28,7 +28,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fedmpi import methods
 from fedmpi.comm.base import Comm
 from fedmpi.errors import CommError, ConfigError
 from fedmpi.integrations import auto
@@ -91,12 +90,12 @@ class Job:
         return self.reducer.stats() | (self._auto.facts() if self._auto else {})
 
     def state_dict(self) -> dict[str, Any]:
-        return self.reducer.state_dict() | {"measuring": self._auto is not None and self._auto.chosen is None}
+        return self.reducer.state_dict() | {"measuring": not self.settled}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        if self._auto and not saved.get("measuring"):
-            self._auto.resume(methods.parse(saved["method"]))
-        if not (self._auto and saved.get("measuring")):
+        if self._auto:
+            self._auto.load(saved)
+        else:
             self.reducer.load_state_dict(saved)
 
 
@@ -134,10 +133,14 @@ class State:
         return self._worker.submit(self._job.state_dict).result()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` stood. Called by all ranks, each with its own.
+        """Go on where :meth:`state_dict` stood. Called by all ranks between two steps, each with its own.
+
+        Saved by another number of ranks, steps and the server's memory are taken over, and what each rank kept
+        (residuals, look-back gradients) starts afresh, with a warning.
 
         Raises:
-          ConfigError: it belongs to another method or other parameters.
+          ConfigError: on all ranks, and nothing has changed: it is no such state, or that of another method, model or
+            setting, or the ranks' do not belong together.
         """
         self._worker.submit(self._job.load_state_dict, saved).result()
 
