@@ -95,7 +95,7 @@ def chosen(comm: Comm, state: object, among: Sequence[Options]) -> tuple[Options
 
     def check() -> dict[str, Any]:
         values = _head(state)
-        method = _plain(values["method"])
+        method = _plain(values["method"], "method")
         if method not in tried:
             raise ConfigError(
                 f"method: expected one that auto tries here, {', '.join(tried)}, got {shown(values['method'])}"
@@ -113,7 +113,7 @@ def together(comm: Comm, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
       ConfigError: on all ranks, in the same words: one found something wrong, or they did not find the same.
     """
     try:
-        mine = {"found": check()}
+        mine: dict[str, Any] = {"found": check()}
     except ConfigError as error:
         mine = {"wrong": str(error)}
     offers = [json.loads(offer) for offer in comm.allgather(json.dumps(mine).encode())]
@@ -139,13 +139,13 @@ def _check(reducer: Reducer, state: object) -> dict[str, Any]:
     """
     values, size, rank = _head(state), reducer.comm.size, reducer.comm.rank
     mine = reducer.options.model_dump(mode="json")
-    if _plain(values["method"]) != _plain(mine):
+    if _plain(values["method"], "method") != _plain(mine):
         raise ConfigError(f"method: expected {shown(mine)}, got {shown(values['method'])}")
     settings = _settings(reducer)
     if not isinstance(values["settings"], Mapping) or values["settings"].keys() != settings.keys():
         raise ConfigError(f"settings: expected {', '.join(settings)}, got {shown(values['settings'])}")
     for name, expected in settings.items():
-        if _plain(values["settings"][name]) != _plain(expected):
+        if _plain(values["settings"][name], f"settings.{name}") != _plain(expected):
             raise ConfigError(f"settings.{name}: expected {expected}, got {shown(values['settings'][name])}")
     if values["ranks"] == size and values["rank"] != rank:
         raise ConfigError(
@@ -218,7 +218,7 @@ def _same_groups(groups: Sequence[Group], values: Mapping[str, Any]) -> None:
                 raise ConfigError(f"parameters: expected each once, got {shown(name)} twice")
             theirs[name] = list(shape)
     for name in [*mine, *theirs]:
-        if _plain(mine.get(name)) != _plain(theirs.get(name)):
+        if _plain(mine.get(name)) != _plain(theirs.get(name), f"the shape of {shown(name)}"):
             expected, got = (
                 f"{shown(name)} of shape {shown(of[name])}" if name in of else f"no {shown(name)}"
                 for of in (mine, theirs)
@@ -246,12 +246,12 @@ def _settings(reducer: Reducer) -> dict[str, Any]:
     return {name: every[name] for name in _SETTINGS}
 
 
-def _plain(value: object) -> str:
+def _plain(value: object, what: str = "") -> str:
     """A tree of plain values as text, equal for equal trees."""
     try:
         return json.dumps(value, sort_keys=True)
     except (TypeError, ValueError, RecursionError):
-        raise ConfigError(f"expected plain values, got {shown(value)}") from None
+        raise ConfigError(f"{what}: expected plain values, got {shown(value)}") from None
 
 
 def _feed(digest: Any, state: State) -> None:
