@@ -13,7 +13,7 @@ import torch
 from fedmpi.comm import run_ranks
 from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError
-from fedmpi.integrations.ddp import Job
+from fedmpi.integrations.job import Job
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.schema import Entry, differs, schema_of
 

@@ -123,13 +123,16 @@ class Auto:
         options, measuring = state.chosen(self.comm, saved, self.tried)
         reducer = self._make(options)
         reducer.load_state_dict(saved)  # type: ignore[arg-type]  # it is what chosen() has looked at
-        self._times, self._last = [], None
-        if not measuring:
+        if measuring:
+            self.restart(reducer.step, reducer.skipped)
+        else:
             self.chosen, self.reducer = options, reducer
-            return
-        self.chosen, self.seconds = None, []
+
+    def restart(self, step: int = 0, skipped: int = 0) -> None:
+        """Measure anew, after so many steps. Called by all ranks."""
+        self.chosen, self.seconds, self._times, self._last = None, [], [], None
         self.reducer = self._make(self.tried[0])
-        self.reducer.step, self.reducer.skipped = reducer.step, reducer.skipped
+        self.reducer.step, self.reducer.skipped = step, skipped
 
     def facts(self) -> dict[str, Any]:
         """What was measured."""

@@ -140,6 +140,12 @@ class Reducer:
         self._reduced += last
         self.step += last
 
+    def reset(self) -> None:
+        """Forget all steps and what was kept from them."""
+        for group in self.groups:
+            group.reset()
+        self.step = self.skipped = 0
+
     def stats(self) -> dict[str, Any]:
         """What all steps so far came to on this rank: bytes and seconds."""
         payload = self._past + sum(group.payload for group in self.groups)

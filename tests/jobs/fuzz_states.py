@@ -21,7 +21,7 @@ from torch import Tensor
 from fedmpi.comm import run_ranks
 from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError
-from fedmpi.integrations.ddp import Job
+from fedmpi.integrations.job import Job
 
 RANKS = 2
 SHAPES = {"conv": (4, 3, 2, 2), "bias": (7,), "fc": (9, 8)}
