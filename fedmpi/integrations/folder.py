@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -70,7 +71,8 @@ def _save(job: Job, folder: Path) -> None:
                 os.fsync(file.fileno())
             aside.replace(path)
         except (OSError, RuntimeError) as error:  # torch's own writer says RuntimeError
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink()
             raise CheckpointError(f"{path}: cannot be written: {error}") from None
     if comm.rank == 0:  # what more ranks left here before
         for other in folder.iterdir():
