@@ -66,7 +66,7 @@ def load(reducer: Reducer, state: object) -> None:
         setting, or the ranks' do not belong together.
     """
     comm = reducer.comm
-    together(comm, lambda: _check(reducer, state))
+    agreed(comm, lambda: _check(reducer, state))
     assert isinstance(state, Mapping)
     same = state["ranks"] == comm.size
     if not same:
@@ -102,11 +102,11 @@ def chosen(comm: Comm, state: object, among: Sequence[Options]) -> tuple[Options
             )
         return {"method": method, "measuring": values["measuring"]}
 
-    found = together(comm, check)
+    found = agreed(comm, check)
     return tried[found["method"]], found["measuring"]
 
 
-def together(comm: Comm, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def agreed(comm: Comm, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """``check`` a state on every rank: what it finds, the same on all.
 
     Raises:
