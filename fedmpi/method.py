@@ -132,6 +132,13 @@ class Compressor(ABC):
         of an entry is what it believes the receiver to hold, and must stay equal to it."""
         return {}
 
+    def verify(self, state: State) -> None:  # noqa: B027 (most states may hold any finite values)
+        """Look at values of clients' states from outside, whose types and shapes are right.
+
+        Raises:
+          MessageError: some that no message could have left there.
+        """
+
     @abstractmethod
     def layout(self) -> Layout:
         """The arrays of a message, for the receiver to check."""

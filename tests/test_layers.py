@@ -14,6 +14,7 @@ LAYERS = {
     "random": set(),
     "spec": {"errors"},
     "message": {"errors"},
+    "schema": set(),
     "optimizers": set(),
     "own": {"errors"},
     "project": {"errors"},
@@ -36,6 +37,7 @@ LAYERS = {
         "method",
         "methods",
         "ops",
+        "schema",
         "spec",
         "validation",
     },  # never what runs a job

@@ -35,6 +35,16 @@ def test_bert_under_torchrun_resumes_exactly(tmp_path: Path) -> None:
     again = torch.load(tmp_path / "final.pt", weights_only=True)
     assert report(tmp_path)["stats"]["steps"] == 8
     assert all(torch.equal(weights[name], again[name]) for name in weights)
+    found = report(tmp_path)
+    assert found["moved"] == [8, True], "with the state of the checkpoint that it resumes from"
+    moved = torch.load(tmp_path / "moved.pt", weights_only=True)
+    assert all(torch.equal(weights[name], moved[name]) for name in weights)
+    assert found["retried"] == [5, True], "2 of the first attempt, 3 of the second, for the same parameters"
+    assert found["anew"] == [2, True], "a model of its own"
+    alone = found["accelerate"]
+    assert alone["files"] == ["fedmpi-rank0.pt", "fedmpi-rank1.pt"]
+    assert alone["apart"] == 0
+    assert "expected rank 1's own state, got rank 0's" in alone["refused"]
 
 
 def test_gpt2_under_mpirun(openmpi: Mpi, tmp_path: Path) -> None:

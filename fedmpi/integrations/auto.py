@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from fedmpi import methods
 from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError
+from fedmpi.integrations import state
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.integrations.settings import Shapes
 from fedmpi.methods.base import Options
@@ -112,10 +113,26 @@ class Auto:
         self.reducer = self._make(options)
         self.reducer.step, self.reducer.skipped = step, skipped
 
-    def resume(self, options: Options) -> None:
-        """Take over what was chosen before."""
-        self.chosen = options
-        self._use(options)
+    def load(self, saved: object) -> None:
+        """Take over what was chosen before, and its state; or measure anew, if that was not over, from the step where
+        it stood.
+
+        Raises:
+          ConfigError: as :func:`fedmpi.integrations.state.load`.
+        """
+        options, measuring = state.chosen(self.comm, saved, self.tried)
+        reducer = self._make(options)
+        reducer.load_state_dict(saved)  # type: ignore[arg-type]  # it is what chosen() has looked at
+        if measuring:
+            self.restart(reducer.step, reducer.skipped)
+        else:
+            self.chosen, self.reducer = options, reducer
+
+    def restart(self, step: int = 0, skipped: int = 0) -> None:
+        """Measure anew, after so many steps. Called by all ranks."""
+        self.chosen, self.seconds, self._times, self._last = None, [], [], None
+        self.reducer = self._make(self.tried[0])
+        self.reducer.step, self.reducer.skipped = step, skipped
 
     def facts(self) -> dict[str, Any]:
         """What was measured."""

@@ -18,25 +18,22 @@ all-reduce of the job's own group, as torch's ``bf16_compress_hook`` does it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fedmpi import methods
 from fedmpi.comm.base import Comm
 from fedmpi.errors import CommError, ConfigError
-from fedmpi.integrations import auto
-from fedmpi.integrations.reducer import Reducer
+from fedmpi.integrations.job import AnyMethod, Job
 from fedmpi.integrations.settings import Shapes
-from fedmpi.methods.base import Options
 
-AnyMethod = Options | auto.AutoOptions | dict[str, Any] | str
+T = TypeVar("T")
 
 
 class Scaler(Protocol):
@@ -57,47 +54,6 @@ class _Bucket:
         self.ready = torch.cuda.Event() if cuda else None
         if self.ready is not None:
             self.ready.record()
-
-
-class Job:
-    """One method's reducer, or the ones that ``auto`` tries."""
-
-    def __init__(self, shapes: Shapes, method: AnyMethod, comm: Comm, settings: dict[str, Any]) -> None:
-        options = auto.parse(method)
-        self._auto: auto.Auto | None = None
-        if isinstance(options, auto.AutoOptions):
-            self._auto = auto.Auto(shapes, options, comm, settings)
-        else:
-            self._reducer = Reducer(shapes, options, comm, **settings)
-
-    @property
-    def reducer(self) -> Reducer:
-        return self._auto.reducer if self._auto else self._reducer
-
-    def between_steps(self) -> Reducer:
-        return self._auto.between_steps() if self._auto else self._reducer
-
-    @property
-    def settled(self) -> bool:
-        """:attr:`reducer` stays."""
-        return self._auto is None or self._auto.chosen is not None
-
-    @property
-    def plain(self) -> bool:
-        """Buckets may go as they are, in bf16."""
-        return self._auto is not None and self._auto.plain
-
-    def stats(self) -> dict[str, Any]:
-        return self.reducer.stats() | (self._auto.facts() if self._auto else {})
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.reducer.state_dict() | {"measuring": self._auto is not None and self._auto.chosen is None}
-
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        if self._auto and not saved.get("measuring"):
-            self._auto.resume(methods.parse(saved["method"]))
-        if not (self._auto and saved.get("measuring")):
-            self.reducer.load_state_dict(saved)
 
 
 class State:
@@ -134,12 +90,24 @@ class State:
         return self._worker.submit(self._job.state_dict).result()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` stood. Called by all ranks, each with its own.
+        """Go on where :meth:`state_dict` stood. Called by all ranks between two steps, each with its own.
+
+        Saved by another number of ranks, steps and the server's memory are taken over, and what each rank kept
+        (residuals, look-back gradients) starts afresh, with a warning.
 
         Raises:
-          ConfigError: it belongs to another method or other parameters.
+          ConfigError: on all ranks, and nothing has changed: it is no such state, or that of another method, model or
+            setting, or the ranks' do not belong together.
         """
         self._worker.submit(self._job.load_state_dict, saved).result()
+
+    def run(self, task: Callable[[Job], T]) -> T:
+        """``task`` of the job, between two steps, in the thread that communicates."""
+        return self._worker.submit(task, self._job).result()
+
+    def averages(self, other: State) -> bool:
+        """Both are for the same parameters, by the same names."""
+        return dict(self._names) == dict(other._names)
 
     def hook(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Called by DDP in each backward pass, in the same order on all ranks."""
@@ -368,3 +336,7 @@ class Sync:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """As :meth:`State.load_state_dict`."""
         self._job.load_state_dict(saved)
+
+    def run(self, task: Callable[[Job], T]) -> T:
+        """``task`` of the job, between two steps."""
+        return task(self._job)

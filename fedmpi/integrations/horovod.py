@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedmpi import methods
 from fedmpi.errors import CommError, ConfigError
-from fedmpi.integrations.ddp import AnyMethod, Job
+from fedmpi.integrations.job import AnyMethod, Job
 from fedmpi.integrations.settings import Settings
 from fedmpi.message import Message
 from fedmpi.method import Context, Method, Round

@@ -7,7 +7,6 @@ parameter name), when a step counts. Who fills the gradients in, and when, is th
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ from fedmpi.engine import exchange as exchanges
 from fedmpi.errors import ConfigError
 from fedmpi.integrations.groups import Compressed, Exact, Group
 from fedmpi.integrations.settings import Settings, Shapes
-from fedmpi.method import State
+from fedmpi.integrations.state import load, saved
 from fedmpi.methods.base import Options
 
 
@@ -141,6 +140,12 @@ class Reducer:
         self._reduced += last
         self.step += last
 
+    def reset(self) -> None:
+        """Forget all steps and what was kept from them."""
+        for group in self.groups:
+            group.reset()
+        self.step = self.skipped = 0
+
     def stats(self) -> dict[str, Any]:
         """What all steps so far came to on this rank: bytes and seconds."""
         payload = self._past + sum(group.payload for group in self.groups)
@@ -163,52 +168,13 @@ class Reducer:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state between steps; every rank saves its own."""
-        return {
-            "ranks": self.comm.size,
-            "rank": self.comm.rank,
-            "method": self.options.model_dump(mode="json"),
-            "step": self.step,
-            "skipped": self.skipped,
-            "groups": [
-                {"names": list(g.names), "state": _copy(g.state), "memory": _copy(g.memory)}
-                for g in self.groups
-            ],
-        }
+        return saved(self)
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` stood. Called by all ranks, each with its own.
-
-        Saved by another number of ranks, the steps and the server's memory are taken over, and what each rank
-        kept (residuals, look-back gradients) starts afresh, with a warning.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` stood (:func:`fedmpi.integrations.state.load`). Called by all ranks, each
+        with its own.
 
         Raises:
-          ConfigError: it belongs to another method or other parameters.
+          ConfigError: on all ranks, and nothing has changed.
         """
-        mine = {
-            "method": self.options.model_dump(mode="json"),
-            "groups": [list(g.names) for g in self.groups],
-        }
-        theirs = {"method": saved.get("method"), "groups": [g["names"] for g in saved.get("groups", ())]}
-        for what, expected in mine.items():
-            if theirs[what] != expected:
-                raise ConfigError(f"state_dict: {what}: expected {expected}, got {theirs[what]}")
-        same = (saved["ranks"], saved["rank"]) == (self.comm.size, self.comm.rank)
-        everywhere = all(part == b"1" for part in self.comm.allgather(b"1" if same else b"0"))
-        if not everywhere:
-            warnings.warn(
-                f"fedmpi: the state of rank {saved['rank']} of {saved['ranks']} is loaded by rank {self.comm.rank} of "
-                f"{self.comm.size}: residuals and look-back gradients start afresh on all ranks",
-                stacklevel=2,
-            )
-        for group, values in zip(self.groups, saved["groups"], strict=True):
-            group.reset()
-            group.memory = _copy(values["memory"])
-            if everywhere:
-                group.state = _copy(values["state"])
-            group.rollback()
-            group.believe()
-        self.step, self.skipped = int(saved["step"]), int(saved["skipped"])
-
-
-def _copy(state: State) -> State:
-    return {name: value.clone() for name, value in state.items()}
+        load(self, state)

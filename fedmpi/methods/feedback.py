@@ -33,6 +33,9 @@ class Feedback(Compressor):
     def init_peer(self) -> State:
         return nest(self.inner.init_peer())
 
+    def verify(self, state: State) -> None:
+        self.inner.verify(unnest(state))
+
     def layout(self) -> Layout:
         return self.inner.layout()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Field, Layout, Message
-from fedmpi.method import Compressor, Context, Method, State, believed, nest, unnest
+from fedmpi.method import Compressor, Context, Method, Round, State, believed, nest, unnest
 from fedmpi.methods.base import Entry, FeedbackOptions, Options, Setup, inner_of
 from fedmpi.methods.dense import DenseOptions
 from fedmpi.methods.feedback import Feedback
@@ -95,6 +95,16 @@ class LookBack(Compressor):
 
     def init_peer(self) -> State:
         return {**self._own(), **nest(self.inner.init_peer())}
+
+    def verify(self, state: State) -> None:
+        self.inner.verify(unnest(state))
+        if self.keep != "message":
+            return
+        if bool((state["held"] > 1).any()):
+            raise MessageError(f"held: expected 0 or 1, got {int(state['held'].max())}")
+        ids_C = torch.arange(len(state["held"]))
+        # Replayable: it decodes, or not, in any round.
+        self._load(state, Context(Round(0, 0, 1.0), ids_C, torch.ones_like(ids_C)))
 
     def _own(self) -> State:
         """What stands for the look-back gradient; all zeros, whose norm says that there is none."""
@@ -244,6 +254,10 @@ class PerTensor(Compressor):
 
     def init_peer(self) -> State:
         return self._merge([part.init_peer() for part in self.parts])
+
+    def verify(self, state: State) -> None:
+        for i, part in enumerate(self.parts):
+            part.verify(unnest(state, f"{i}."))
 
     @staticmethod
     def _merge(states: list[State]) -> State:

@@ -1,0 +1,67 @@
+"""A drop-in's compression as its job sees it: one method's reducer, or ``auto``'s."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from fedmpi.comm.base import Comm
+from fedmpi.integrations import auto
+from fedmpi.integrations.reducer import Reducer
+from fedmpi.integrations.settings import Shapes
+from fedmpi.methods.base import Options
+
+T = TypeVar("T")
+AnyMethod = Options | auto.AutoOptions | dict[str, Any] | str
+
+
+class Job:
+    """One method's reducer, or the ones that ``auto`` tries."""
+
+    def __init__(self, shapes: Shapes, method: AnyMethod, comm: Comm, settings: dict[str, Any]) -> None:
+        options = auto.parse(method)
+        self._auto: auto.Auto | None = None
+        if isinstance(options, auto.AutoOptions):
+            self._auto = auto.Auto(shapes, options, comm, settings)
+        else:
+            self._reducer = Reducer(shapes, options, comm, **settings)
+
+    @property
+    def reducer(self) -> Reducer:
+        return self._auto.reducer if self._auto else self._reducer
+
+    def between_steps(self) -> Reducer:
+        return self._auto.between_steps() if self._auto else self._reducer
+
+    @property
+    def settled(self) -> bool:
+        """:attr:`reducer` stays."""
+        return self._auto is None or self._auto.chosen is not None
+
+    @property
+    def plain(self) -> bool:
+        """Buckets may go as they are, in bf16."""
+        return self._auto is not None and self._auto.plain
+
+    def stats(self) -> dict[str, Any]:
+        return self.reducer.stats() | (self._auto.facts() if self._auto else {})
+
+    def run(self, task: Callable[[Job], T]) -> T:
+        """``task`` of this job, between two steps."""
+        return task(self)
+
+    def reset(self) -> None:
+        """Begin anew. Called by all ranks."""
+        if self._auto:
+            self._auto.restart()
+        else:
+            self._reducer.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.reducer.state_dict() | {"measuring": not self.settled}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        if self._auto:
+            self._auto.load(saved)
+        else:
+            self.reducer.load_state_dict(saved)

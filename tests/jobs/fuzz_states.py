@@ -1,0 +1,220 @@
+"""Loads damaged hook states: ``fuzz(INPUTS, SEED)``.
+
+States that jobs of two ranks really saved are changed, on one rank or on all, where they have structure (keys, names,
+shapes, types, numbers) and in their tensors, and loaded on both. Either all ranks refuse with one sentence, and what
+they keep has not changed; or all have taken what they were given, which is such a state, and the next step gives all
+of them the same gradients. Anything else that comes out, a rank that waits for another included, is a bug.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmpi.comm import run_ranks
+from fedmpi.comm.base import Comm
+from fedmpi.errors import ConfigError
+from fedmpi.integrations.job import Job
+
+RANKS = 2
+SHAPES = {"conv": (4, 3, 2, 2), "bias": (7,), "fc": (9, 8)}
+SETTINGS: dict[str, Any] = {"exact_below": 10}
+AUTO = {
+    "name": "auto",
+    "candidates": ["signsgd", {"name": "topk", "ratio": 0.3, "feedback": True}],
+    "steps": 3,
+}
+METHODS: tuple[dict[str, Any], ...] = (
+    {"name": "bf16"},
+    {"name": "topk", "ratio": 0.3, "feedback": True},
+    {"name": "signsgd", "momentum": 0.9},
+    {"name": "powersgd", "rank": 2, "feedback": True},
+    {"name": "fetchsgd", "k": 10, "rows": 3, "columns": 20},
+    {"name": "lookback", "threshold": 0.9},
+    {"name": "lookback", "keep": "message", "inner": {"name": "topk", "ratio": 0.3}},
+    {"name": "lookback", "scope": "tensor", "keep": "half", "feedback": True},
+    AUTO,
+)
+
+
+def pool(rng: random.Random) -> Any:
+    deep: list[Any] = []
+    for _ in range(2000):
+        deep = [deep]
+    numbers = (-5, -1, 0, 1, 2, 3, 2**31, 2**62, 2**63, 2**100, 1.5, 1.0, float("nan"), True, False)
+    return rng.choice(
+        (
+            *numbers,
+            *(None, "", "x" * 10**5, b"fc", [], {}, (), ["fc"], {"residual": 1}, [[9, 8]], Ellipsis, deep),
+            *(torch.zeros(()), torch.zeros(1, 1), torch.zeros(3), torch.tensor(4), torch.ones(2, 2)),
+        )
+    )
+
+
+def damaged(value: Tensor, rng: random.Random) -> Tensor:
+    """Another tensor, or other values in it."""
+    if not value.ndim or value.is_meta or value.is_sparse:  # put there before
+        return torch.zeros(2, 3)
+    flat = value.reshape(-1)
+    first = flat[:1].reshape(1, 1)
+    bad = value.clone()
+    if bad.numel():
+        at = rng.randrange(bad.numel())
+        number = rng.choice((float("nan"), float("inf"), 3e38, -1.0, 0.0, 255.0, 1e-45))
+        if bad.dtype.is_floating_point or 0 <= number < 256:
+            bad.view(-1)[at] = number
+    noise = torch.randint(0, 256, (value.nbytes,), dtype=torch.uint8).view(value.dtype).reshape(value.shape)
+    return rng.choice(
+        (
+            *(bad, bad, bad, noise, noise, first, flat, flat[: len(flat) // 2], value[None], value[:0]),
+            *(value.double(), value.half(), value.long(), value.bool(), value.to(torch.complex64)),
+            *(value.to("meta"), value.to_sparse(), first.expand(value.shape) if value.ndim == 2 else first),
+            *(torch.stack([value, value], -1)[..., 0], torch.zeros_like(value), value.flip(0)),
+        )
+    )
+
+
+def nodes(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths to all that a tree holds."""
+    found = [path]
+    if len(path) > 5:  # put there before
+        return found
+    if isinstance(tree, dict):
+        inside = list(tree.items())
+    else:
+        inside = list(enumerate(tree)) if isinstance(tree, list) else []
+    for key, value in inside:
+        found += nodes(value, (*path, key))
+    return found
+
+
+def mutate(state: Any, others: list[Any], rng: random.Random) -> Any:
+    """``state`` with one thing changed."""
+    path = rng.choice(nodes(state))
+    if not path:
+        return rng.choice((copy.deepcopy(rng.choice(others)), state, pool(rng)))
+    parent = state
+    for key in path[:-1]:
+        parent = parent[key]
+    key, value = path[-1], parent[path[-1]]
+    what = rng.randrange(8)
+    if isinstance(value, Tensor) and what < 6:
+        parent[key] = damaged(value, rng)
+    elif what == 0:
+        del parent[key]
+    elif what == 1 and isinstance(parent, dict):
+        parent[rng.choice((str(key) + "x", 3, None, "inner.x"))] = parent.pop(key)
+    elif what == 2 and isinstance(parent, list):
+        parent.insert(rng.randrange(len(parent) + 1), value)
+    elif what == 3 and isinstance(parent, dict):
+        parent[rng.choice(("more", "residual", "inner.residual", 7))] = pool(rng)
+    elif what == 4 and type(value) is int:
+        parent[key] = value + rng.choice((-1, 1, 2**40))
+    elif what == 5 and isinstance(parent, list):
+        rng.shuffle(parent)
+    elif what == 6 and isinstance(value, list):
+        parent[key] = tuple(value)
+    else:
+        parent[key] = pool(rng)
+    return state
+
+
+def same(a: Any, b: Any) -> bool:
+    """Two states hold the same, bit by bit."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and bool(a == b)
+
+
+def step(job: Job, rank: int, t: int) -> str:
+    """One step of a job on random gradients; what came of it, in short."""
+    generator = torch.Generator().manual_seed(1000 * t + rank)
+    parameters = {name: torch.zeros(shape, requires_grad=True) for name, shape in SHAPES.items()}
+    for p in parameters.values():
+        p.grad = torch.randn(p.shape, generator=generator)
+    job.between_steps().average(parameters)
+    digest = hashlib.sha256()
+    for p in parameters.values():
+        assert p.grad is not None
+        digest.update(p.grad.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def states(method: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+    """What each rank saved after so many steps."""
+
+    def run(comm: Comm) -> dict[str, Any]:
+        job = Job(SHAPES, method, comm, SETTINGS)
+        for t in range(steps):
+            step(job, comm.rank, t)
+        return job.state_dict()
+
+    return run_ranks(RANKS, run)
+
+
+def attack(
+    comm: Comm, method: dict[str, Any], valid: list[list[dict[str, Any]]], n: int, seed: int
+) -> Counter[str]:
+    """``n`` damaged states of one method, loaded on this rank; ``valid`` are those of all ranks, some of others."""
+    rng, seen, job = random.Random(seed), Counter[str](), Job(SHAPES, method, comm, SETTINGS)
+    torch.manual_seed(seed)
+    for _ in range(n):
+        # All ranks draw alike. What each is given is its own.
+        start = rng.choice(valid[:2])
+        hurt = rng.choice(([0], [1], [0, 1]))
+        given: list[Any] = copy.deepcopy(start)
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            where = rng.getstate()
+            for rank in hurt:
+                rng.setstate(where)  # the same on each
+                if isinstance(given[rank], dict):
+                    given[rank] = mutate(given[rank], [s for others in valid for s in others], rng)
+        job.load_state_dict(copy.deepcopy(valid[0][comm.rank]))
+        before = copy.deepcopy(job.state_dict())
+        mine = given[comm.rank]
+        try:
+            job.load_state_dict(mine)
+            told = "taken"
+        except ConfigError as error:
+            told = str(error)
+            assert len(told) < 2000, told
+            assert same(before, job.state_dict()), f"{told}, and yet something changed"
+        after = job.state_dict()
+        if told == "taken":
+            if mine["measuring"] and method["name"] == "auto":
+                assert (after["step"], after["measuring"]) == (mine["step"], True)
+            else:
+                assert same(after, {**mine, "measuring": after["measuring"]}), "something else was loaded"
+        result = step(job, comm.rank, 7)
+        heard = comm.allgather(f"{told} {result}".encode())
+        assert len(set(heard)) == 1, f"ranks part: {heard}"
+        seen["taken" if told == "taken" else "refused"] += 1
+    return seen
+
+
+def fuzz(n: int, seed: int) -> None:
+    """Raises AssertionError, or whatever else came out."""
+    torch.set_num_threads(1)
+    seen = Counter[str]()
+    foreign = states({"name": "dense"}, 2)
+    for i, method in enumerate(METHODS):
+        saved = [states(method, 2), states(method, 4), foreign]
+        inputs = n // len(METHODS) + (i < n % len(METHODS))
+        seen += run_ranks(
+            RANKS,
+            lambda comm, m=method, v=saved, k=inputs, s=seed + i: attack(comm, m, v, k, s),  # type: ignore[misc]
+            timeout=60,
+        )[0]
+    assert sum(seen.values()) == n
+    assert n < 100 or (seen["refused"] > n / 2 and seen["taken"] > n / 100), seen
