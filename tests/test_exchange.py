@@ -36,12 +36,11 @@ def _context(method: Method, t: int, clients: Tensor) -> Context:
 def _reference(up: Compressor, method: Method, ranks: int) -> list[Tensor]:
     """The mean (of an integer method: the sum) of each step, all messages decoded in one place."""
     ids, means = torch.arange(ranks), []
-    sender, receiver = ClientStore(method.up.init), ClientStore(up.init_peer)
+    state, receiver = ClientStore(method.up.init).get(ids), ClientStore(up.init_peer)
     for t in range(STEPS):
         ctx = _context(method, t, ids)
-        message, state = up.compress(gradients(t)[:ranks], sender.get(ids), ctx)
+        message, state = up.compress(gradients(t)[:ranks], state, ctx)
         v, peer = up.decompress(message, receiver.get(ids), ctx)
-        sender.put(ids, state)
         receiver.put(ids, peer)
         means.append(v.sum(0, dtype=torch.int32) if up.integer else v.double().mean(0))
     return means
