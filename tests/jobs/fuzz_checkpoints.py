@@ -106,6 +106,14 @@ def other_tensor(value: torch.Tensor, rng: random.Random) -> torch.Tensor:
     return changed
 
 
+def before_value(before: Any, body: Any) -> bool:
+    """Whether a manifest means something else than before: keys that stand at their default may be left out."""
+    try:
+        return bool(manifest.Manifest.model_validate(before) != manifest.Manifest.model_validate(body))
+    except ValueError:
+        return True
+
+
 def damage(folder: Path, rng: random.Random) -> str:
     """Change one thing and make the checksums anew; returns what."""
     path = folder / manifest.MANIFEST
@@ -119,14 +127,13 @@ def damage(folder: Path, rng: random.Random) -> str:
             del tree[key]
         else:
             tree[key] = rng.choice(ODD)
-        changed = [name for name in before if before[name] != body.get(name)]
-        where = f"manifest {' '.join(changed)}"
-        if changed == ["totals"]:
-            where += (
-                f" {' '.join(k for k, v in before['totals'].items() if v != (body['totals'] or {}).get(k))}"
-                if isinstance(body["totals"], dict)
-                else ""
-            )
+        if key in ("store", "clients", "counts") and not before_value(before, body):
+            where = "manifest format"
+        else:
+            changed = [name for name in before if before[name] != body.get(name)]
+            totals = body.get("totals") if isinstance(body.get("totals"), dict) else {}
+            inner = [name for name, value in before["totals"].items() if value != (totals or {}).get(name)]
+            where = f"manifest {' '.join(changed + inner)}"
     else:
         ending = ".safetensors" if how == "tensors" else ".jsonl"
         name = rng.choice(sorted(name for name in body["files"] if name.endswith(ending)))
