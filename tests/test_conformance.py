@@ -21,7 +21,7 @@ from fedmpi.comm import run_ranks, solo
 from fedmpi.engine.store import ClientStore
 from fedmpi.errors import MessageError
 from fedmpi.message import concat, equal, from_bytes, to_bytes
-from fedmpi.method import Compressor, Context, Method, Round, State, believed
+from fedmpi.method import Compressor, Context, Method, Round, Server, State, believed
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import FeedbackOptions, Setup
 from fedmpi.spec import Spec
@@ -157,7 +157,7 @@ def test_tensors_without_dimensions_or_numbers(options: dict[str, Any]) -> None:
                 memory = method.server.first(memory, v.float().mean(0), ctx.round)
         senders.put(ids, state)
         receivers.put(ids, peer)
-        if options["name"] != "prune":
+        if type(method.server).memory is not Server.memory:  # which only averages
             mean_D, memory = method.server.gradient(memory, v.float().mean(0), ctx.round)
             assert {n: tuple(x.shape) for n, x in spec.views(mean_D).items()} == dict(
                 zip(spec.names, spec.shapes, strict=True)

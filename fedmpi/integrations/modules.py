@@ -122,8 +122,8 @@ def warn_of_nothing(shapes: Shapes, options: Options, settings: Settings) -> Non
     name = max(sizes, key=lambda n: sizes[n])
     matrix, size = sizes[name]
     warnings.warn(
-        f"fedmpi: {options.name} compresses nothing: every tensor has fewer than {settings.exact_below} numbers or less "
-        f"than two dimensions, and goes as it is; the largest is {name}, {tuple(exact[name])}; exact_below="
+        f"fedmpi: {options.name} compresses nothing: every tensor has fewer than {settings.exact_below} numbers or "
+        f"less than two dimensions, and goes as it is; the largest is {name}, {tuple(exact[name])}; exact_below="
         f"{size if matrix else 0} compresses it",
         stacklevel=4,
     )
