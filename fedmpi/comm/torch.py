@@ -277,7 +277,7 @@ def _private(group: dist.ProcessGroup | None, timeout: float) -> Any:
     assert group is not None
     name = [uuid.uuid4().hex]
     dist.broadcast_object_list(name, group_src=0, group=group)
-    store = dist.PrefixStore(f"fedmpi/{name[0]}", dist.distributed_c10d._get_default_store())
+    store = dist.distributed_c10d.PrefixStore(f"fedmpi/{name[0]}", dist.distributed_c10d._get_default_store())
     return dist.ProcessGroupGloo(store, group.rank(), group.size(), timedelta(seconds=timeout))
 
 

@@ -75,7 +75,9 @@ def trained(module: nn.Module, ignored: Collection[str] = ()) -> dict[str, Tenso
     Raises:
       ConfigError: there is none, or one cannot be averaged in float32 as a whole: the sentence names it.
     """
-    found = {n: p for n, p in module.named_parameters() if p.requires_grad and n not in ignored}
+    found: dict[str, Tensor] = {
+        n: p for n, p in module.named_parameters() if p.requires_grad and n not in ignored
+    }
     if not found:
         raise ConfigError("model: expected a parameter with requires_grad, got none")
     sparse = {
