@@ -285,7 +285,8 @@ def attach(
 
     Args:
       ddp: the job's module, compiled or not, over all ranks or a part of them. Its optimizer, ``no_sync``, gradient
-        accumulation and mixed precision stay as they are; a step whose gradient is not finite on any rank leaves what is kept between steps alone.
+        accumulation and mixed precision stay as they are; a step whose gradient is not finite on any rank leaves what
+        is kept between steps alone.
       method: as in a configuration: ``"signsgd"`` or ``{"name": "topk", "ratio": 0.01, "feedback": True}``; or
         ``"auto"``, which tries some in the first steps and keeps the fastest (:mod:`fedmpi.integrations.auto`).
       comm: ``"group"``: messages go through a Gloo group of the same ranks (of one
