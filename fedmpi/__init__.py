@@ -20,5 +20,5 @@ def __getattr__(name: str) -> Any:
     if name in _ON_DEMAND:
         return import_module(f"fedmpi.integrations.{name}")
     if name == "sync":
-        return import_module("fedmpi.integrations.ddp").Sync
+        return import_module("fedmpi.integrations.sync").Sync
     raise AttributeError(f"module 'fedmpi' has no attribute {name!r}")

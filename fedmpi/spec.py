@@ -73,7 +73,7 @@ class Spec:
         """Each parameter as a view of ``flat`` ``(..., D)``, shaped ``(..., *shape)``."""
         parts = flat.split(self.sizes, dim=-1)
         lead = flat.shape[:-1]
-        return {n: v.view(*lead, *s) for n, s, v in zip(self.names, self.shapes, parts, strict=True)}
+        return {n: v.view((*lead, *s)) for n, s, v in zip(self.names, self.shapes, parts, strict=True)}
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The vector ``(D,)`` of named tensors (a copy)."""

@@ -21,7 +21,7 @@ from fedmpi.comm import run_ranks, solo
 from fedmpi.engine.store import ClientStore
 from fedmpi.errors import MessageError
 from fedmpi.message import concat, equal, from_bytes, to_bytes
-from fedmpi.method import Compressor, Context, Method, Round, State, believed
+from fedmpi.method import Compressor, Context, Method, Round, Server, State, believed
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import FeedbackOptions, Setup
 from fedmpi.spec import Spec
@@ -135,6 +135,33 @@ def test_additive_is_true_of_what_is_sent(method: Method) -> None:
             scale = float(decoded[2].abs().max())
             holds[up] &= bool(torch.allclose(decoded[0] + decoded[1], decoded[2], rtol=0, atol=1e-5 * scale))
     assert all(holds[up] == up.additive for up in holds)
+
+
+def test_tensors_without_dimensions_or_numbers(options: dict[str, Any]) -> None:
+    """A learned temperature, one number, none: three rounds, whose mean has each tensor's own shape."""
+    spec = Spec(("scale", "none", "one", "flat", "weight"), ((), (0,), (1,), (3, 0, 2), (30, 20)))
+    method = methods.build(options, spec, Setup(seed=1))
+    ids = torch.arange(CLIENTS)
+    senders, receivers = start(method)
+    memory = method.server.init(torch.zeros(spec.size))
+    for t in range(3):
+        g_CD = torch.randn(CLIENTS, spec.size, generator=torch.Generator().manual_seed(t))
+        for up in passes(method):
+            ctx = at(method, t, state=memory)
+            message, state = up.compress(g_CD, senders.get(ids), ctx)
+            frame = from_bytes(to_bytes(message), up.layout(), CLIENTS)
+            v, peer = up.decompress(frame, receivers.get(ids) if up is method.up else {}, ctx)
+            assert v.shape == (CLIENTS, up.size)
+            assert bool(v.float().isfinite().all())
+            if up is method.first:
+                memory = method.server.first(memory, v.float().mean(0), ctx.round)
+        senders.put(ids, state)
+        receivers.put(ids, peer)
+        if type(method.server).memory is not Server.memory:  # which only averages
+            mean_D, memory = method.server.gradient(memory, v.float().mean(0), ctx.round)
+            assert {n: tuple(x.shape) for n, x in spec.views(mean_D).items()} == dict(
+                zip(spec.names, spec.shapes, strict=True)
+            )
 
 
 def test_adding_is_decoding_and_adding(method: Method) -> None:

@@ -71,6 +71,12 @@ def test_the_hook(launch: str, folders: dict[str, Path]) -> None:
     assert list(found) == list(ddp_checks.CHECKS), "every check ran"
 
 
+def test_over_a_part_of_the_ranks() -> None:
+    done = torchrun(4, str(JOBS / "part_checks.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == ["ok"] * 4
+
+
 def plain(*arguments: str, ranks: int = 2, alone: bool = False) -> dict[str, Any]:
     """``alone``: in a network namespace of its own, whose counters count nobody else's bytes."""
     inside = 'ip link set lo up && exec "$@"'

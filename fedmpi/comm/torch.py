@@ -7,6 +7,8 @@ import os
 import socket
 import sys
 import traceback
+import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,8 +31,7 @@ _SUMS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8
 _SUMS |= {torch.int32, torch.int64}
 _WIDER = {torch.int16: torch.int32}
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its newer name first
-
+_open: weakref.WeakSet[TorchComm] = weakref.WeakSet()
 _here: Place | None = None  # this process's place in the group of all ranks, where it was started here
 
 
@@ -38,9 +39,9 @@ class TorchComm(Comm):
     """One rank of a torch.distributed group.
 
     Its collectives run on a group of their own, so that a thread may use it while the job goes on with its
-    group; over a part of the ranks they run on the given group itself, because torch names a group that only
-    its members start by how many each has started before. The job's group is never destroyed. All ranks of
-    the group construct their ends together.
+    group (NCCL's over a part of the ranks run on the given group itself, because torch names a group that only
+    its members start by how many each has started before). All ranks of the group, and only they, construct their
+    ends together.
 
     Args:
       group: the job's group (default: all ranks).
@@ -79,10 +80,17 @@ class TorchComm(Comm):
         whole = group is None or self.size == dist.get_world_size()
         self._place = _here if whole else None
         with self._doing("starting a group of its own"):
-            self._group: Any = dist.new_group(None, timedelta(seconds=timeout), backend) if whole else group
+            self._group: Any = self._own(group, whole)
             hosts = self._allgather(socket.gethostname().encode())
         self.local_size = hosts.count(hosts[self.rank])
         self.local_rank = hosts[: self.rank].count(hosts[self.rank])
+
+    def _own(self, group: dist.ProcessGroup | None, whole: bool) -> Any:
+        """Its methods are called, not torch.distributed's functions: torch does not know a private group."""
+        if self.name != "gloo":
+            return dist.new_group(None, timedelta(seconds=self._timeout), self.name) if whole else group
+        _open.add(self)
+        return _private(group, self._timeout)
 
     @classmethod
     def start(
@@ -128,9 +136,7 @@ class TorchComm(Comm):
             if self._place is not None and self.name == "gloo":
                 # Connections close with the last reference to the group: then the others notice, too, and tell.
                 traceback.clear_frames(error.__traceback__)
-                self._works.clear()
-                dist.destroy_process_group(self._group)
-                del self._group
+                self.close()
                 if missing := absent(self._place):
                     who = f"rank {', '.join(map(str, missing))}"
             self._lost = (
@@ -152,7 +158,7 @@ class TorchComm(Comm):
     def _start_sum(self, tensor: Tensor) -> Callable[[], None]:
         return self._started(
             f"summing {tensor.numel()} {tensor.dtype}",
-            lambda: dist.all_reduce(tensor, group=self._group, async_op=True),
+            lambda: self._group.allreduce([tensor]),
         )
 
     def _started(self, what: str, launch: Callable[[], Any]) -> Callable[[], None]:
@@ -172,35 +178,41 @@ class TorchComm(Comm):
     def _start_allgather_rows(self, row: Tensor, rows: Tensor) -> Callable[[], None]:
         return self._started(
             f"gathering {len(row)} bytes a rank",
-            lambda: _all_gather(rows.view(-1), row, group=self._group, async_op=True),
+            lambda: self._group._allgather_base(rows.view(-1), row),
         )
 
     def _alltoall_rows(self, sent: Tensor, received: Tensor) -> None:
         with self._doing(f"exchanging {sent.shape[1]} bytes a rank"):
-            dist.all_to_all_single(received, sent, group=self._group)
+            self._exchange(received, sent)
 
     def _alltoall(self, parts: Sequence[bytes]) -> list[bytes]:
         with self._doing(f"exchanging {sum(map(len, parts))} bytes"):
             sent = [len(part) for part in parts]
             sizes = torch.tensor(sent, device=self.device)
             arriving = torch.empty_like(sizes)
-            dist.all_to_all_single(arriving, sizes, group=self._group)
+            self._exchange(arriving, sizes)
             received: list[int] = arriving.tolist()
             buffer = torch.empty(sum(received), dtype=torch.uint8, device=self.device)
             data = self._tensor(b"".join(parts))
-            dist.all_to_all_single(buffer, data, received, sent, group=self._group)
+            self._exchange(buffer, data, received, sent)
             return [part.numpy().tobytes() for part in buffer.cpu().split(received)]
+
+    def _exchange(
+        self, received: Tensor, sent: Tensor, theirs: Sequence[int] = (), mine: Sequence[int] = ()
+    ) -> None:
+        self._group.alltoall_base(received, sent, list(theirs), list(mine)).wait()
 
     def _broadcast(self, data: bytes, root: int) -> bytes:
         with self._doing(f"broadcasting from rank {root}"):
-            source = dist.get_global_rank(self._group, root)
+            options = dist.BroadcastOptions()
+            options.rootRank, options.rootTensor = root, 0
             size = torch.tensor([len(data)], device=self.device)
-            dist.broadcast(size, source, group=self._group)
+            self._group.broadcast([size], options).wait()
             if not size.item():
                 return b""
             mine = self.rank == root
             buffer = self._tensor(data) if mine else size.new_empty(int(size.item()), dtype=torch.uint8)
-            dist.broadcast(buffer, source, group=self._group)
+            self._group.broadcast([buffer], options).wait()
             return data if mine else buffer.cpu().numpy().tobytes()
 
     # Lengths differ, which neither library's own gathers allow: an exchange moves no more bytes than they would.
@@ -216,6 +228,11 @@ class TorchComm(Comm):
         if not data:
             return torch.empty(0, dtype=torch.uint8, device=self.device)
         return torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
+
+    def close(self) -> None:
+        """Let go of what is under way and of the group, whose connections and threads end with it."""
+        self._works.clear()
+        self._group = None
 
     def abort(self) -> None:
         """End this process; the others find its connections closed."""
@@ -251,12 +268,35 @@ def _initialize(here: Place, backend: str, device: torch.device | None, timeout:
             f"{backend.upper()}_SOCKET_IFNAME names the network interface to take"
         ) from None
     _here = here
-    atexit.register(_destroy)
 
 
-def _destroy() -> None:
-    if dist.is_initialized():
+def _private(group: dist.ProcessGroup | None, timeout: float) -> Any:
+    """A Gloo group of the members of ``group``, started by them alone and unknown to torch, which counts the groups
+    that each rank has started. Their first rank names it."""
+    group = group or dist.group.WORLD
+    assert group is not None
+    name = [uuid.uuid4().hex]
+    dist.broadcast_object_list(name, group_src=0, group=group)
+    store = dist.distributed_c10d.PrefixStore(f"fedmpi/{name[0]}", dist.distributed_c10d._get_default_store())
+    return dist.ProcessGroupGloo(store, group.rank(), group.size(), timedelta(seconds=timeout))
+
+
+@atexit.register
+def _end() -> None:
+    """End Gloo's threads while Python is still there: one that lets go of a tensor after that aborts the process.
+
+    The job's default group is its own to destroy, unless it was started here; extra ones that it left would abort.
+    """
+    for comm in list(_open):
+        comm.close()
+    if not dist.is_initialized():
+        return
+    if _here is not None:
         dist.destroy_process_group()
+        return
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD and dist.get_backend(group) == "gloo":
+            dist.destroy_process_group(group)
 
 
 def _backend(group: dist.ProcessGroup | None) -> str:

@@ -1,4 +1,4 @@
-"""Compressed gradients in a job that we did not write: a hook for DistributedDataParallel, and ``sync``.
+"""Compressed gradients in a job that we did not write: a hook for DistributedDataParallel.
 
     ddp = DistributedDataParallel(model)
     state = fedmpi.ddp.attach(ddp, {"name": "signsgd", "feedback": True})
@@ -10,7 +10,8 @@ is answered when its groups are done.
 
 All collectives of a rank go out from one thread, in the order in which groups become complete, which is that of
 DDP's buckets and so the same on all ranks; none is launched from a future's callback, whose order differs.
-They use a process group of their own, so that the job's own collectives may go on beside them.
+They use a process group of their own, of exactly the module's ranks, so that the job's own collectives may go on
+beside them.
 
 Where ``auto`` stays with bf16, nothing of this is worth its time: each bucket goes whole, rounded to bf16, into one
 all-reduce of the job's own group, as torch's ``bf16_compress_hook`` does it.
@@ -25,13 +26,14 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fedmpi.comm.base import Comm
-from fedmpi.errors import CommError, ConfigError
+from fedmpi.errors import ConfigError
 from fedmpi.integrations.job import AnyMethod, Job
-from fedmpi.integrations.settings import Shapes
+from fedmpi.integrations.modules import hookable, shapes_of, trained
+from fedmpi.integrations.ranks import among
 
 T = TypeVar("T")
 
@@ -73,6 +75,10 @@ class State:
         self._error: Exception | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """None: DDP's copies, in memory (an average's) or in a file, have no hook, whatever they were made from."""
+        return type(None), ()
+
     def _begin(self) -> None:
         if not self._job.settled:  # its collectives go out from the one thread, too
             self._worker.submit(self._job.between_steps).result()
@@ -111,6 +117,8 @@ class State:
 
     def hook(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Called by DDP in each backward pass, in the same order on all ranks."""
+        if self._job.alone:
+            return self._keep(bucket)
         if bucket.index() == 0:
             self._begin()
         if self._passing:
@@ -134,6 +142,16 @@ class State:
             )
         self._worker.submit(self._work, waiting, sorted(set(complete)), bucket.is_last())
         return waiting.future
+
+    def _keep(self, bucket: Any) -> torch.futures.Future[Tensor]:
+        """The bucket as it is: the mean of one rank."""
+        self._job.reducer.passed(0, last=bucket.is_last())
+        buffer = bucket.buffer()
+        future: torch.futures.Future[Tensor] = torch.futures.Future(
+            devices=[buffer.device] if buffer.is_cuda else []
+        )
+        future.set_result(buffer)
+        return future
 
     def _pass(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """The bucket's mean in bf16: launched here, in DDP's order, and only copied by the callback."""
@@ -226,15 +244,19 @@ def attach(
     scaler: Scaler | None = None,
     **settings: Any,
 ) -> State:
-    """Compress the gradients that ``ddp`` averages. Called by all ranks, once for a module.
+    """Compress the gradients that ``ddp`` averages. Called by all ranks of its process group, once for a module.
+
+    A deep copy of the module, or one from a file, has no hook, as DDP's copies have none: attach anew to train it.
 
     Args:
-      ddp: the job's module. Its optimizer, ``no_sync``, gradient accumulation and mixed precision stay as they
-        are; a step whose gradient is not finite on any rank leaves what is kept between steps alone.
+      ddp: the job's module, compiled or not, over all ranks or a part of them. Its optimizer, ``no_sync``, gradient
+        accumulation and mixed precision stay as they are; a step whose gradient is not finite on any rank leaves what
+        is kept between steps alone.
       method: as in a configuration: ``"signsgd"`` or ``{"name": "topk", "ratio": 0.01, "feedback": True}``; or
         ``"auto"``, which tries some in the first steps and keeps the fastest (:mod:`fedmpi.integrations.auto`).
-      comm: ``"group"``: messages go through a Gloo group of the same ranks; ``"mpi"``: through MPI, if the job was
-        started by an MPI launcher; or a :class:`fedmpi.comm.Comm`.
+      comm: ``"group"``: messages go through a Gloo group of the same ranks (of one
+        rank: gradients stay as they are); ``"mpi"``: through MPI, if the job was started by an MPI launcher; or a
+        :class:`fedmpi.comm.Comm`.
       scaler: the job's GradScaler, if it has one: what is kept from step to step must not change with its scale.
       settings: fields of :class:`fedmpi.integrations.settings.Settings`: ``seed``, ``exact_below``, ``start_after``,
         ``steps_per_epoch``, ``group_mb``, ``exchange``.
@@ -243,17 +265,11 @@ def attach(
       ConfigError: options or settings are wrong, or the method cannot work as a hook, or there is one already.
       CommError: the ranks disagree on any of this, or are not those of MPI.
     """
-    if not isinstance(ddp, DistributedDataParallel):
-        raise ConfigError(
-            f"ddp: expected a DistributedDataParallel, got {type(ddp).__name__}; wrap the model first"
-        )
+    ddp = hookable(ddp)
     if getattr(ddp, "_fedmpi", None) is not None:
         raise ConfigError("ddp: it has a fedmpi hook already; attach one once, after wrapping the model")
-    ignored = set(ddp.parameters_to_ignore)
-    parameters = {
-        name: p for name, p in ddp.module.named_parameters() if p.requires_grad and name not in ignored
-    }
-    job = Job(_shapes(parameters), method, _comm(ddp.process_group, comm), settings)
+    parameters = trained(ddp.module, set(ddp.parameters_to_ignore))
+    job = Job(shapes_of(parameters), method, among(ddp.process_group, comm), settings)
     group = (ddp.process_group or dist.group.WORLD) if comm == "group" else None
     state = State(job, {p: name for name, p in parameters.items()}, scaler, group)
     try:
@@ -262,81 +278,3 @@ def attach(
         raise ConfigError(f"ddp: it has another communication hook already ({error})") from None
     ddp._fedmpi = state  # type: ignore[assignment]
     return state
-
-
-def _shapes(parameters: Mapping[str, Tensor]) -> Shapes:
-    for name, p in parameters.items():
-        if not p.is_floating_point():
-            raise ConfigError(f"model: parameter {name} is {p.dtype}, expected a real floating-point type")
-    return {name: tuple(p.shape) for name, p in parameters.items()}
-
-
-def _comm(group: dist.ProcessGroup | None, comm: Comm | str) -> Comm:
-    """Collectives among the ranks of ``group`` that nobody else uses."""
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    if isinstance(comm, str):
-        if comm == "group":
-            from fedmpi.comm.torch import TorchComm
-
-            return TorchComm(group, backend="gloo")
-        if comm != "mpi":
-            raise ConfigError(f"comm: expected group, mpi or a Comm, got {comm!r}")
-        from fedmpi.comm.mpi import MPIComm
-
-        comm = MPIComm()
-    if (comm.size, comm.rank) != (size, rank):
-        raise CommError(
-            f"comm: expected rank {rank} of {size}, as in the module's process group, got {comm.rank} of {comm.size}"
-        )
-    return comm
-
-
-class Sync:
-    """Averages a model's gradients when called: between ``backward()`` and ``optimizer.step()``.
-
-    For methods that need all gradients at once (which :func:`attach` takes in one group too, without overlap with the
-    backward pass), and for models without DDP, or inside its ``no_sync()``.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        method: AnyMethod,
-        *,
-        comm: Comm | str = "group",
-        scaler: Scaler | None = None,
-        **settings: Any,
-    ) -> None:
-        """Args: as those of :func:`attach`; ``model`` is any module, with ``comm="group"`` of the default group.
-
-        Raises:
-          ConfigError, CommError: as :func:`attach`.
-        """
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._scaler = scaler
-        if isinstance(comm, str):
-            comm = _comm(None, comm)
-        self._job = Job(_shapes(self._parameters), method, comm, settings)
-
-    def __call__(self) -> None:
-        """Replace each parameter's gradient by the mean over all ranks (a missing one counts as zero)."""
-        scale = self._scaler.get_scale() if self._scaler else 1.0
-        self._job.between_steps().average(self._parameters, scale)
-
-    def stats(self) -> dict[str, Any]:
-        """Steps, bytes and seconds so far on this rank."""
-        return self._job.stats()
-
-    def state_dict(self) -> dict[str, Any]:
-        """As :meth:`State.state_dict`."""
-        return self._job.state_dict()
-
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """As :meth:`State.load_state_dict`."""
-        self._job.load_state_dict(saved)
-
-    def run(self, task: Callable[[Job], T]) -> T:
-        """``task`` of the job, between two steps."""
-        return task(self._job)

@@ -25,6 +25,7 @@ from torch import Tensor
 from fedmpi import methods
 from fedmpi.errors import CommError, ConfigError
 from fedmpi.integrations.job import AnyMethod, Job
+from fedmpi.integrations.modules import DTYPES
 from fedmpi.integrations.settings import Settings
 from fedmpi.message import Message
 from fedmpi.method import Context, Method, Round
@@ -240,8 +241,11 @@ def _parameters(
         )
     parameters = {name: p for name, p in pairs if p in own and p.requires_grad}
     for name, p in parameters.items():
-        if not p.is_floating_point():
-            raise ConfigError(f"named_parameters: {name} is {p.dtype}, expected a real floating-point type")
+        if p.dtype not in DTYPES:
+            raise ConfigError(
+                f"named_parameters: {name} is {p.dtype}, expected float32, bfloat16 or float16, for gradients are "
+                "averaged in float32; take model.float(), or freeze it (requires_grad_(False))"
+            )
     if not parameters:
         raise ConfigError("named_parameters: expected some that require a gradient, got none")
     return parameters

@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 from fedmpi.comm.base import Comm
 from fedmpi.integrations import auto
+from fedmpi.integrations.modules import warn_of_nothing
 from fedmpi.integrations.reducer import Reducer
-from fedmpi.integrations.settings import Shapes
+from fedmpi.integrations.settings import Settings, Shapes
 from fedmpi.methods.base import Options
 
 T = TypeVar("T")
@@ -20,10 +21,12 @@ class Job:
 
     def __init__(self, shapes: Shapes, method: AnyMethod, comm: Comm, settings: dict[str, Any]) -> None:
         options = auto.parse(method)
+        self.alone = comm.size == 1  # nothing is to be averaged, and so nothing compressed
         self._auto: auto.Auto | None = None
         if isinstance(options, auto.AutoOptions):
             self._auto = auto.Auto(shapes, options, comm, settings)
         else:
+            warn_of_nothing(shapes, options, Settings.of(**settings))
             self._reducer = Reducer(shapes, options, comm, **settings)
 
     @property

@@ -19,9 +19,11 @@ from fedmpi.comm.base import Comm
 from fedmpi.engine import exchange as exchanges
 from fedmpi.errors import ConfigError
 from fedmpi.integrations.groups import Compressed, Exact, Group
+from fedmpi.integrations.modules import sparse_gradient
 from fedmpi.integrations.settings import Settings, Shapes
 from fedmpi.integrations.state import load, saved
 from fedmpi.methods.base import Options
+from fedmpi.ops import bits
 
 
 class Reducer:
@@ -113,14 +115,21 @@ class Reducer:
 
     @torch.no_grad()
     def average(self, parameters: Mapping[str, Tensor], scale: float = 1.0) -> None:
-        """One step: replace each parameter's gradient by the mean over all ranks; a missing one counts as zero. After
-        an error gradients may be scaled or not.
+        """One step: replace each parameter's gradient by the mean over all ranks. One that some ranks lack counts as
+        zero there, one that all lack stays missing: an optimizer skips it. After an error gradients may be scaled or
+        not.
 
         Args:
           parameters: by name, those of ``shapes``.
           scale: what the gradients are multiplied by (a GradScaler's): what is kept must not change with it.
         """
         gradients: dict[str, Tensor] = {}
+        for name in self.group_of:
+            gradient = parameters[name].grad
+            if gradient is not None and gradient.layout != torch.strided:
+                raise ConfigError(sparse_gradient(name))
+        here = torch.tensor([parameters[name].grad is not None for name in self.group_of])
+        told = self.comm.start_allgather_tensor(bits.pack(here[None]))
         for name in self.group_of:
             p = parameters[name]
             if p.grad is None:
@@ -129,8 +138,12 @@ class Reducer:
         for name, gradient in gradients.items():
             self.group(name).fill(name, gradient, scale)
         self.reduce(*range(len(self.groups)))
-        for name, gradient in gradients.items():
-            self.group(name).answer(name, gradient, scale)
+        anywhere = bits.unpack(told()[:, 0], len(here)).bool().any(0).tolist()
+        for (name, gradient), found in zip(gradients.items(), anywhere, strict=True):
+            if found:
+                self.group(name).answer(name, gradient, scale)
+            else:
+                parameters[name].grad = None
 
     def passed(self, payload: int, last: bool) -> None:
         """A part of a step's gradients that the drop-in averaged by itself, sending so many bytes, or the ``last``."""

@@ -52,8 +52,9 @@ class Settings(BaseModel):
         return exact, {n: s for n, s in shapes.items() if n not in exact}
 
     def exact(self, shape: tuple[int, ...]) -> bool:
-        """A tensor of this shape is averaged exactly."""
-        return self.exact_below > 0 and (len(shape) < 2 or math.prod(shape) < self.exact_below)
+        """A tensor of this shape is averaged exactly: also one of no numbers, in which there is nothing to compress."""
+        size = math.prod(shape)
+        return size == 0 or (self.exact_below > 0 and (len(shape) < 2 or size < self.exact_below))
 
     def parts(self, shapes: Shapes, ranks: int) -> list[Shapes]:
         """The groups that parameters go in, from the last parameter to the first, as gradients become ready.

@@ -322,8 +322,12 @@ def build(options: LookBackOptions, spec: Spec, setup: Setup) -> Method:
         )
     up: Compressor = LookBack(inner.up, options)
     if options.scope == "tensor":
-        alone = [Spec((name,), (shape,)) for name, shape in zip(spec.names, spec.shapes, strict=True)]
-        up = PerTensor(spec, [LookBack(methods.build(options.inner, s, setup).up, options) for s in alone])
+        named = zip(spec.names, spec.shapes, spec.sizes, strict=True)
+        alone = [
+            Spec((name,), (shape,)) for name, shape, size in named if size
+        ]  # some tensors have no numbers
+        whole = Spec(tuple(s.names[0] for s in alone), tuple(s.shapes[0] for s in alone))
+        up = PerTensor(whole, [LookBack(methods.build(options.inner, s, setup).up, options) for s in alone])
     return Method(Feedback(up) if options.feedback else up, inner.server)
 
 

@@ -6,6 +6,7 @@ Each check builds its own models; rank 0 writes {check: "" or what went wrong on
 from __future__ import annotations
 
 import copy
+import io
 import json
 import re
 import sys
@@ -97,7 +98,11 @@ def close(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]], atol: float) -
     for t, (x, y) in enumerate(zip(a, b, strict=True)):
         assert x.keys() == y.keys()
         for name in x:
-            error = float((x[name].float() - y[name].float()).abs().max())
+            error = (
+                float(torch.dist(x[name].float(), y[name].float(), p=float("inf")))
+                if x[name].numel()
+                else 0.0
+            )
             assert error <= atol, f"step {t}, {name}: differs by {error}"
 
 
@@ -307,6 +312,109 @@ def misuse_is_named() -> None:
     )
     mine = "signsgd" if dist.get_rank() else "bf16"
     refuses(CommError, "ranks disagree on method.name: rank 0 has 'bf16'", lambda: hooked(mine))
+
+
+@check
+def modules_that_no_hook_fits_are_named() -> None:
+    def attach(module: Any, method: Any = "bf16", **settings: Any) -> Any:
+        return fedmpi.ddp.attach(module, method, comm=COMM, **settings)
+
+    late = Net()
+    late = DDP(
+        late,
+        delay_all_reduce_named_params=[("out.bias", late.out.bias)],
+        param_to_hook_all_reduce=late.norm.bias,
+    )
+    refuses(ConfigError, "without delay_all_reduce_named_params", lambda: attach(late))
+    bag = nn.Sequential(nn.Linear(3, 3), nn.EmbeddingBag(20, 8, sparse=True))
+    refuses(ConfigError, "parameter 1.weight has sparse gradients", lambda: attach(DDP(bag)))
+    refuses(
+        ConfigError, "parameter 1.weight has sparse gradients", lambda: fedmpi.sync(bag, "bf16", comm=COMM)
+    )
+    rows = nn.Linear(4, 4)
+    average = fedmpi.sync(rows, "dense", comm=COMM)
+    rows.weight.grad = torch.ones(4, 4).to_sparse()
+    refuses(ConfigError, "parameter weight has sparse gradients", average)
+    wide = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40).double())
+    refuses(ConfigError, "parameter 1.weight is torch.float64", lambda: attach(DDP(wide)))
+    refuses(ConfigError, "parameter 1.weight is torch.float64", lambda: fedmpi.sync(wide, "bf16", comm=COMM))
+    fake = type("DeepSpeedEngine", (nn.Linear,), {})(2, 2)
+    refuses(ConfigError, "DeepSpeed shards and averages", lambda: attach(fake))
+    refuses(ConfigError, "start one process a device", lambda: attach(nn.DataParallel(nn.Linear(2, 2))))
+    refuses(ConfigError, "one process has nothing to average", lambda: attach(nn.Linear(2, 2)))
+    frozen = nn.Linear(4, 4).requires_grad_(False)
+    refuses(ConfigError, "with requires_grad, got none", lambda: fedmpi.sync(frozen, "bf16", comm=COMM))
+    with pytest.warns(UserWarning, match=r"signsgd compresses nothing.*the largest is weight, .6, 5..*=30"):
+        attach(DDP(nn.Linear(5, 6)), "signsgd")
+
+
+class Odd(nn.Module):
+    """A learned temperature, and parameters of one number and of none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.body, self.scale = nn.Linear(64, 10), nn.Parameter(torch.ones(()))
+        self.one, self.none = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(0))
+        self.flat = nn.Parameter(torch.zeros(3, 0, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.flatten(1)) * self.scale + self.one + self.none.sum() + self.flat.sum()
+
+
+@check
+def parameters_of_any_shape() -> None:
+    expected = steps(DDP(Odd().to(DEVICE)), 2)
+    for below in (0, 100):
+        close(steps(hooked("dense", Odd(), exact_below=below)[0], 2), expected, 1e-5)
+    for name, entry in METHODS.items():
+        if name != "prune":
+            module, _ = hooked({"name": name, **entry.example}, Odd(), exact_below=0, group_mb=1e-5)
+            steps(module, 2)
+            replicas_are_equal(module)
+
+
+@check
+def copies_have_no_hook() -> None:
+    """In memory, in a file, as an average: as those of a module that never had one."""
+    module, _ = hooked(TOPK)
+    steps(module, 1)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    ema = torch.optim.swa_utils.AveragedModel(module)
+    ema.update_parameters(module)
+    for other in (copy.deepcopy(module), torch.load(file, weights_only=False), ema.module):
+        plain = copy.deepcopy(other.module)
+        close(steps(other, 2), steps(DDP(plain), 2), 1e-6)
+        fedmpi.ddp.attach(other, "bf16", comm=COMM)
+    steps(module, 1)
+
+
+@check
+def compiled_modules_are_their_originals() -> None:
+    def trained(compiled: bool) -> list[dict[str, Tensor]]:
+        module = DDP(Net().to(DEVICE))
+        outer = torch.compile(module, backend="eager") if compiled else module
+        fedmpi.ddp.attach(outer, TOPK, comm=COMM, exact_below=100)
+        for t in range(2):
+            backward(outer, t)
+        return [gradients(module)]
+
+    close(trained(True), trained(False), 1e-6)
+
+
+@check
+def a_gradient_that_no_rank_has_stays_missing() -> None:
+    """One that some have counts as zero on the others."""
+    net = nn.ModuleList(nn.Linear(40, 40, bias=False) for _ in range(3))
+    average = fedmpi.sync(net, TOPK | {"ratio": 1.0}, comm=COMM)
+    used = net[:1] if dist.get_rank() else net[:2]
+    sum(layer.weight.sum() for layer in used).backward()
+    average()
+    assert net[2].weight.grad is None
+    assert torch.equal(net[0].weight.grad, torch.ones(40, 40))
+    assert torch.allclose(net[1].weight.grad, torch.full((40, 40), 1 / dist.get_world_size()))
 
 
 @check

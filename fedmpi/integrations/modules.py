@@ -1,0 +1,131 @@
+"""What a job's module must be before its gradients can be averaged: which parameters, of which types and layouts."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fedmpi import methods
+from fedmpi.errors import ConfigError
+from fedmpi.integrations.settings import Settings, Shapes
+from fedmpi.methods.base import Options
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def uncompiled(module: object) -> object:
+    """The module that ``torch.compile`` was given: both train the same parameters, under its names."""
+    while any(base.__name__ == "OptimizedModule" for base in type(module).__mro__):
+        module = module._orig_mod  # type: ignore[attr-defined]
+    return module
+
+
+def hookable(module: object) -> DistributedDataParallel:
+    """The DDP module that a hook can be attached to.
+
+    Raises:
+      ConfigError: it is another kind of module, or one whose gradients DDP averages beside its hooks.
+    """
+    module = uncompiled(module)
+    kind = type(module)
+    if not isinstance(module, DistributedDataParallel):
+        expected = f"ddp: expected a DistributedDataParallel, got {kind.__module__}.{kind.__qualname__}"
+        if owner := _averages_itself(module):
+            raise ConfigError(
+                f"{expected}; {owner} shards and averages gradients by itself, in no hook of DDP's: "
+                "wrap the model in DistributedDataParallel instead, or train without fedmpi"
+            )
+        if isinstance(module, nn.DataParallel):
+            raise ConfigError(
+                f"{expected}; it is of one process and sends nothing: start one process a device with torchrun "
+                "and wrap the model in DistributedDataParallel"
+            )
+        raise ConfigError(
+            f"{expected}; wrap the model first (DistributedDataParallel(model)), or average it after backward() "
+            "with fedmpi.sync(model, method); a job of one process has nothing to average"
+        )
+    if getattr(module, "_delay_all_reduce_params", None):
+        raise ConfigError(
+            "ddp: expected one made without delay_all_reduce_named_params, whose all-reduce torch does not wait for "
+            "(ranks drift apart, with any hook or none); leave that argument out"
+        )
+    return module
+
+
+def _averages_itself(module: object) -> str:
+    """The library whose wrapper this is, by name: none of them is imported for it."""
+    for base in type(module).__mro__:
+        if base.__module__.startswith("torch.distributed.fsdp") or base.__module__.startswith(
+            "torch.distributed._composable"
+        ):
+            return "FSDP"
+        if base.__module__.split(".")[0] == "deepspeed" or base.__name__ == "DeepSpeedEngine":
+            return "DeepSpeed"
+    return ""
+
+
+def trained(module: nn.Module, ignored: Collection[str] = ()) -> dict[str, Tensor]:
+    """The parameters whose gradients are averaged.
+
+    Raises:
+      ConfigError: there is none, or one cannot be averaged in float32 as a whole: the sentence names it.
+    """
+    found: dict[str, Tensor] = {
+        n: p for n, p in module.named_parameters() if p.requires_grad and n not in ignored
+    }
+    if not found:
+        raise ConfigError("model: expected a parameter with requires_grad, got none")
+    sparse = {
+        id(part.weight)
+        for part in module.modules()
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse
+    }
+    sharded = {
+        id(p) for part in module.modules() if _averages_itself(part) for p in part.parameters(recurse=True)
+    }
+    for name, p in found.items():
+        if p.dtype not in DTYPES:
+            raise ConfigError(
+                f"model: parameter {name} is {p.dtype}, expected float32, bfloat16 or float16, for gradients are "
+                "averaged in float32; take model.float(), or freeze it (requires_grad_(False))"
+            )
+        if hasattr(p, "to_local") or id(p) in sharded:
+            raise ConfigError(
+                f"model: parameter {name} is sharded over ranks (a DTensor, or FSDP's), expected one that every rank "
+                "holds whole; whoever shards it averages its gradient, too: train it without fedmpi"
+            )
+        if id(p) in sparse:
+            raise ConfigError(sparse_gradient(name))
+    return found
+
+
+def sparse_gradient(name: str) -> str:
+    return (
+        f"model: parameter {name} has sparse gradients, expected dense ones: make it with sparse=False "
+        "(nn.Embedding(…, sparse=False)), or freeze it (requires_grad_(False))"
+    )
+
+
+def shapes_of(parameters: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(p.shape) for name, p in parameters.items()}
+
+
+def warn_of_nothing(shapes: Shapes, options: Options, settings: Settings) -> None:
+    """Say so where a method was asked for, and every tensor is one of those that are averaged exactly."""
+    exact, compressed = settings.split(shapes)
+    if compressed or options == methods.parse("dense"):
+        return
+    sizes = {name: (len(shape) > 1, math.prod(shape)) for name, shape in exact.items()}
+    name = max(sizes, key=lambda n: sizes[n])
+    matrix, size = sizes[name]
+    warnings.warn(
+        f"fedmpi: {options.name} compresses nothing: every tensor has fewer than {settings.exact_below} numbers or "
+        f"less than two dimensions, and goes as it is; the largest is {name}, {tuple(exact[name])}; exact_below="
+        f"{size if matrix else 0} compresses it",
+        stacklevel=4,
+    )
