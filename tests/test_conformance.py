@@ -222,7 +222,8 @@ def test_one_call_for_all_equals_a_call_each(method: Method) -> None:
                 v_one, _ = up.decompress(single, believed(up, before), at(method, t, one))
                 assert torch.allclose(v_one[0].float(), v[c].float(), rtol=1e-5, atol=1e-6)
                 assert int(single.nbytes()[0]) == int(message.nbytes()[c])
-                alone.put(one, after)
+                if up is method.up:  # what a first pass leaves is not kept
+                    alone.put(one, after)
         together.put(ids, state)
 
 
