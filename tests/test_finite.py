@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fedmpi import methods
+from fedmpi.engine.updates import check_fits_float32
+from fedmpi.errors import NumericalError
 from fedmpi.method import Context, Round
 from fedmpi.methods.base import Setup
 from fedmpi.ops import bits
@@ -62,3 +64,20 @@ def test_packing_signs_finds_what_is_not_finite(size: int) -> None:
                 g_CN[1, place] = bad
                 way(bits.pack_signs, g_CN, keys_C, odd_1)
                 assert bool(odd_1) == (not math.isfinite(bad)), (bad, place)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "over" not in name])
+def test_a_message_of_huge_gradients_is_finite_or_refused(name: str) -> None:
+    method = methods.build(CASES[name], SPEC, Setup())
+    codec = method.first or method.up
+    state = {n: v[None].expand(2, *v.shape).clone() for n, v in method.up.init().items()}
+    shared = method.server.shared(method.server.init(torch.zeros(SPEC.size)))
+    ctx = Context(Round(1, 0, 0.1), torch.arange(2), torch.ones(2, dtype=torch.int64), shared)
+    for g_CD in (torch.full((2, SPEC.size), 3e38), torch.full((2, SPEC.size), 1e-42)):
+        message, _ = codec.compress(g_CD, state, ctx)
+        if all(a.isfinite().all() for a in message.arrays.values() if a.is_floating_point()):
+            check_fits_float32(message, 0)
+            continue
+        assert float(g_CD[0, 0]) > 1, "denormals"
+        with pytest.raises(NumericalError, match="beyond the largest float"):
+            check_fits_float32(message, 0)

@@ -366,7 +366,9 @@ class Simulation:
             return positions
         before = self.clients.get(ctx.clients_C)
         message, after = codec.compress(update.g_CD, before, ctx)
-        if self.rejects:
+        if not self.rejects:
+            updates.check_fits_float32(message, ctx.round.t)
+        else:
             weights_C = self.topology.weights[positions]
             fits_C = updates.fits(codec, message, before, after, ctx, self.topology.largest() / weights_C)
             rows = fits_C.nonzero()[:, 0]

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedmpi.config import Config
 from fedmpi.engine.sums import LARGEST
 from fedmpi.engine.trainer import Update
+from fedmpi.errors import NumericalError
 from fedmpi.message import Message
 from fedmpi.method import Compressor, Context, State, believed
 from fedmpi.tasks.partitions import Partition
@@ -59,6 +60,16 @@ def fits(
         else:
             good_C &= rows
     return good_C
+
+
+def check_fits_float32(message: Message, t: int) -> None:
+    """Raises NumericalError when a message of finite gradients has numbers that float32, or a half, cannot hold."""
+    for name, array in message.arrays.items():
+        if array.is_floating_point() and not bool(array.isfinite().all()):
+            raise NumericalError(
+                f"round {t}: the message's {name} is beyond the largest {str(array.dtype).removeprefix('torch.')}, "
+                "though the gradients are finite; expected smaller gradients: lower local.lr, or set clip.norm"
+            )
 
 
 def _finite_rows(value: Tensor) -> Tensor:

@@ -244,6 +244,10 @@ class Compressed(Group):
         message, after = codec.compress(g_1D if usable else torch.zeros_like(g_1D), state, ctx)
         if codec.tells and not checked:
             usable = bool(message.finite)
+        if codec is not self.plain.up:  # finite gradients may make a message that is not: their sums overflow
+            usable = usable and all(
+                a.isfinite().all() for a in message.arrays.values() if a.is_floating_point()
+            )
         end = way.begin(message, state, peers, ctx, usable)
         self._spent("encode", way, started, wired)
         self.payload += int(message.nbytes()[0])
