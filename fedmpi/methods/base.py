@@ -194,7 +194,7 @@ def apply_changes(theta_D: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
         if arrays["index"].shape[1] != bits.nbytes(len(values_K), width):
             raise MessageError(f"download: {len(values_K)} values do not fit its indices")
         index_K = bits.unpack_integers(arrays["index"], len(values_K), width)[0]
-        if bool((index_K.diff() <= 0).any()) or int(index_K.max()) >= len(theta_D):
+        if bool((index_K.diff() <= 0).any()) or bool((index_K[-1:] >= len(theta_D)).any()):
             raise MessageError(f"download: expected increasing indices below {len(theta_D)}")
         return theta_D.scatter(0, index_K, values_K)
     return values_K

@@ -266,7 +266,8 @@ class VoteServer(Server):
 
     def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
         signs = (torch.uint8, (-1, bits.nbytes(self.size)))
-        return {"theta": (torch.float32, (self.size,)), "signs": signs, "lr": (torch.float32, (-1,))}
+        layout = {"theta": (torch.float32, (self.size,)), "signs": signs, "lr": (torch.float32, (-1,))}
+        return layout | ({"rows": (torch.uint8, (-1, self.rows))} if self.skips else {})
 
     def reconcile(self, view: State, message: Message, version: int) -> State:
         arrays = message.arrays
