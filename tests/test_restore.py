@@ -88,7 +88,7 @@ CHANGES: dict[str, tuple[Callable[[Body], Any], type[FedMPIError], str]] = {
     "other clients": (
         lambda body: [file["clients"].pop() for file in of_stores(body)],
         CheckpointError,
-        "expected client states {'residual': .*, got {'residual'",
+        r"expected the state of client \d, which sent messages, got none",
     ),
     "a number that is none": (
         lambda body: body["totals"].update(called="six"),

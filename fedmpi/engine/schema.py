@@ -63,9 +63,12 @@ def check_manifest(folder: Path, described: Manifest, simulation: Simulation) ->
     if not described.ranks:
         raise CheckpointError(f"{path}: ranks: expected at least one, got none")
     seen: dict[str, set[int]] = {}
+    stores = simulation.kept()
     for file_name, file in described.files.items():
         if not file.store:
             continue
+        if file.store not in stores:
+            raise CheckpointError(f"{path}: expected a store of {', '.join(stores)}, got {file.store!r}")
         before = seen.setdefault(file.store, set())
         wrong = [client for client in file.clients if client >= config.clients]
         if wrong:
