@@ -250,21 +250,26 @@ class Checkpoints:
             return b""
         return b"".join(lines[:done])
 
-    def forget(self, resume: bool) -> None:
-        """A run begins in this folder: remove what a finished one left. On rank 0.
+    def forget(self, resume: bool, overwrite: bool = False) -> None:
+        """A run begins in this folder: remove what an earlier one left. On rank 0.
 
         Raises:
-          ConfigError: an interrupted run's checkpoints would be lost, or a finished one is to be continued.
+          ConfigError: an earlier run would be lost and shall not be ``overwrite``-n, or a finished one is to be
+            continued.
         """
         finished = (self.run / "summary.json").exists()
         if resume and finished:
             raise ConfigError(
                 f"--resume: the run in {self.run} is finished, and left no checkpoint to go on from; name another "
-                f"folder, or leave --resume out to begin anew in this one"
+                f"folder, or begin anew in this one with --overwrite in place of --resume"
             )
-        if self.found() and not finished:
+        if finished and not overwrite:
             raise ConfigError(
-                f"--out: {self.run} holds an interrupted run; continue it with --resume, or remove {self.folder}"
+                f"--out: {self.run} holds a finished run; name another folder, or replace that run with --overwrite"
+            )
+        if self.found() and not overwrite:
+            raise ConfigError(
+                f"--out: {self.run} holds an interrupted run; continue it with --resume, or replace it with --overwrite"
             )
         for _, path in self.found():
             with files.writing(path):

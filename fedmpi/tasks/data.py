@@ -15,7 +15,7 @@ import torch.utils.data
 from fedmpi import own
 from fedmpi.errors import ConfigError, DataError
 from fedmpi.tasks import choose
-from fedmpi.tasks.dataset import IGNORE, Data, DataOptions, Places, Split, default_folder
+from fedmpi.tasks.dataset import Data, DataOptions, Places, Split, default_folder
 from fedmpi.tasks.readers import celeba, cifar, hub, idx, images, leaf, personachat, segmentation, text
 from fedmpi.validation import checked
 
