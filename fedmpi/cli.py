@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fedmpi import start  # isort: skip (before all others: signals are heard from here on)
+
 import argparse
 import os
 import shlex
@@ -73,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides += rest
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
-        code = run(arguments)
+        with start.remembering(arguments.command):
+            code = run(arguments)
         sys.stdout.flush()
         return code
     except FedMPIError as error:
@@ -170,7 +173,7 @@ def _train_rank(arguments: argparse.Namespace, config: Config | FedMPIError, com
     from fedmpi.comm.base import LostError
     from fedmpi.engine.folder import drop_empty
     from fedmpi.engine.run import run
-    from fedmpi.errors import Stopped
+    from fedmpi.errors import Stopped, Unstarted
 
     out = None
     try:
@@ -188,7 +191,7 @@ def _train_rank(arguments: argparse.Namespace, config: Config | FedMPIError, com
         summary = run(config, comm, out, quiet, resume, profile, overwrite)
     except Stopped as stopped:
         if comm.rank == 0:
-            _complain(stopped, comm.last_words)
+            _complain(stopped, "" if isinstance(stopped, Unstarted) else comm.last_words)
         return os.EX_TEMPFAIL
     except FedMPIError as error:
         # Errors that all ranks share are said once; what only this rank knows, it says itself.

@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING
 import torch
 
 import fedmpi
+from fedmpi import start
 from fedmpi.comm.base import Comm, together
 from fedmpi.config import CheckpointConfig
 from fedmpi.engine import manifest as files
 from fedmpi.engine.manifest import File, Manifest, Rank, Totals
 from fedmpi.engine.resume import restore
 from fedmpi.engine.store import Kept
-from fedmpi.errors import CheckpointError, ConfigError, FedMPIError, Stopped
+from fedmpi.errors import CheckpointError, ConfigError, FedMPIError, Stopped, Unstarted
 from fedmpi.method import State, nest
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Checkpoints:
 
         main = threading.current_thread() is threading.main_thread()
         before = {number: signal.signal(number, handle) for number in _SIGNALS if main}
+        self._stop = self._stop or start.asked()  # since unless_stopped
         try:
             yield
         finally:
@@ -308,6 +310,18 @@ class Checkpoints:
             raise CheckpointError("\n".join([f"checkpoint: none in {self.folder} can be used", *wrong]))
         say(f"no checkpoint in {self.run} yet: starting from the beginning")
         return 0, None
+
+
+def unless_stopped(comm: Comm) -> None:
+    """Go on to the first round; all ranks call this.
+
+    Raises:
+      Unstarted: a signal has reached one of them already.
+    """
+    if any(comm.allgather(b"stop" if start.asked() else b"")):
+        raise Unstarted(
+            "stopped by a signal before its first round: nothing is lost, start it again as before"
+        )
 
 
 def _sync(folder: Path) -> None:

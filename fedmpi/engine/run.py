@@ -10,7 +10,7 @@ from typing import Any
 from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, LostError, together
 from fedmpi.config import Config
-from fedmpi.engine.checkpoint import Checkpoints
+from fedmpi.engine.checkpoint import Checkpoints, unless_stopped
 from fedmpi.engine.faults import Faults
 from fedmpi.engine.folder import Claim
 from fedmpi.engine.profile import profiling
@@ -43,7 +43,7 @@ def run(
       overwrite: begin anew in ``out``, whatever run it holds; without, one that is finished or interrupted is kept.
 
     Raises:
-      Stopped: a signal asked for it; a checkpoint is written.
+      Stopped: a signal asked for it; a checkpoint is written, or (Unstarted) no round is done yet.
       FedMPIError: what a user can mend; the same error on every rank.
     """
     with Claim() as claim:
@@ -95,10 +95,12 @@ def _prepare(
 ) -> bytes | None:
     """Bring this rank to the first round that is to be done; returns the lines of metrics before it, if it resumes."""
     comm = faults.comm
+    unless_stopped(comm)
     with together(comm, "preparing the run"):
         config = config.for_ranks(comm.size)
         simulation = Simulation(config, comm)
     handshake(comm, config, simulation.spec, simulation.fingerprint)
+    unless_stopped(comm)  # it may have taken minutes to load
     display.say(simulation.memory)
     folder = comm.broadcast(str(out or "").encode()).decode()
     checkpoints, start, lines = None, 0, None
