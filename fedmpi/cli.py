@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from fedmpi import start  # isort: skip (before all others: signals are heard from here on)
+
 import argparse
-import glob
 import os
 import shlex
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.overrides += rest
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
-        code = run(arguments)
+        with start.remembering(arguments.command):
+            code = run(arguments)
         sys.stdout.flush()
         return code
     except FedMPIError as error:
@@ -111,7 +112,9 @@ def _train_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParse
         metavar="key.path=value",
         help="overrides of the file's keys; values are YAML, {…} and […] in quotes",
     )
-    train.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/<config>-<time>)")
+    train.add_argument(
+        "--out", type=Path, metavar="DIR", help="the run's folder (runs/<config>-<time>, made anew)"
+    )
     train.add_argument(
         "--resume",
         nargs="?",
@@ -119,6 +122,11 @@ def _train_arguments(commands: argparse._SubParsersAction[argparse.ArgumentParse
         metavar="DIR",
         help="continue the run in DIR (default: --out, else the last of this CONFIG in runs/) from its last "
         "checkpoint; with --out a run that has none yet starts",
+    )
+    train.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="begin anew in --out, whatever run it holds, finished or interrupted; without it such a run is kept",
     )
     train.add_argument(
         "--local-ranks",
@@ -163,9 +171,11 @@ def _config(arguments: argparse.Namespace) -> Config | FedMPIError:
 def _train_rank(arguments: argparse.Namespace, config: Config | FedMPIError, comm: Comm) -> int:
     from fedmpi.comm import together
     from fedmpi.comm.base import LostError
+    from fedmpi.engine.folder import drop_empty
     from fedmpi.engine.run import run
-    from fedmpi.errors import Stopped
+    from fedmpi.errors import Stopped, Unstarted
 
+    out = None
     try:
         with together(comm, "reading the configuration"):
             if isinstance(config, FedMPIError):
@@ -177,10 +187,11 @@ def _train_rank(arguments: argparse.Namespace, config: Config | FedMPIError, com
             # When a rank dies, a launcher may end the others before they can speak.
             print(f"fedmpi: if it is cut short, continue with:\n{comm.last_words}", end="", file=sys.stderr)
         resume = arguments.resume is not None
-        summary = run(config, comm, out, quiet=arguments.quiet, resume=resume, profile=arguments.profile)
+        quiet, profile, overwrite = arguments.quiet, arguments.profile, arguments.overwrite
+        summary = run(config, comm, out, quiet, resume, profile, overwrite)
     except Stopped as stopped:
         if comm.rank == 0:
-            _complain(stopped, comm.last_words)
+            _complain(stopped, "" if isinstance(stopped, Unstarted) else comm.last_words)
         return os.EX_TEMPFAIL
     except FedMPIError as error:
         # Errors that all ranks share are said once; what only this rank knows, it says itself.
@@ -193,6 +204,9 @@ def _train_rank(arguments: argparse.Namespace, config: Config | FedMPIError, com
         _complain(f"rank {comm.rank} failed; ending all ranks", comm.last_words)
         comm.abort()
         raise
+    finally:
+        if comm.rank == 0 and out is not None and arguments.out is None is arguments.resume:
+            drop_empty(out)
     if comm.rank == 0 and not arguments.quiet:
         ratio = summary["upload_ratio"]
         print(
@@ -212,11 +226,15 @@ def _run_folder(arguments: argparse.Namespace) -> Path:
     """Where the run's files go, or are. Rank 0's is everybody's.
 
     Raises:
-      ConfigError: there is no run to resume.
+      ConfigError: there is no run to resume, or no folder can be made.
     """
+    from fedmpi.engine import folder
     from fedmpi.errors import ConfigError
 
     runs, stem = Path("runs"), Path(arguments.config).stem
+    if arguments.overwrite and (arguments.resume is not None or not arguments.out):
+        instead = "--out, whose run begins anew" if arguments.resume is None else "it or --resume, not both"
+        raise ConfigError(f"--overwrite: expected {instead}")
     if arguments.resume:
         if arguments.out not in (None, Path(arguments.resume)):
             raise ConfigError(
@@ -230,10 +248,9 @@ def _run_folder(arguments: argparse.Namespace) -> Path:
     if arguments.out:
         return Path(arguments.out)
     if arguments.resume is None:
-        return runs / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    earlier = sorted(runs.glob(f"{glob.escape(stem)}-{'[0-9]' * 8}-{'[0-9]' * 6}"))
-    if not earlier:
+        return folder.fresh(runs, stem)
+    if (earlier := folder.last(runs, stem)) is None:
         raise ConfigError(
             f"--resume: expected a run of {stem} in {runs.absolute()}, found none; name its folder"
         )
-    return earlier[-1]
+    return earlier

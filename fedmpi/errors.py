@@ -34,5 +34,9 @@ class Stopped(FedMPIError):
     """A signal ended the run after a round; a checkpoint holds all of it."""
 
 
+class Unstarted(Stopped):
+    """A signal ended the run before its first round; nothing is lost."""
+
+
 class NumericalError(FedMPIError):
     """A number that stops being one (NaN or infinity in a loss or an update)."""

@@ -15,6 +15,7 @@ LAYERS = {
     "spec": {"errors"},
     "message": {"errors"},
     "schema": set(),
+    "start": set(),  # nothing: it comes before everything
     "optimizers": set(),
     "own": {"errors"},
     "project": {"errors"},
@@ -26,7 +27,8 @@ LAYERS = {
     "methods": BASE
     | {"method", "message", "spec", "ops", "optimizers", "own", "validation"},  # never comm or engine
     "config": {"errors", "methods", "own", "tasks", "optimizers", "validation"},
-    "engine": BASE | {"comm", "config", "method", "methods", "message", "ops", "own", "spec", "tasks"},
+    "engine": BASE
+    | {"comm", "config", "method", "methods", "message", "ops", "own", "spec", "start", "tasks"},
     "analysis": BASE
     | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks", "validation"},
     "integrations": BASE
@@ -46,8 +48,8 @@ LAYERS = {
     | {"message", "method", "methods", "ops", "spec", "tasks"},
     "doctor": {"comm", "errors"},
     "tools": {"analysis", "comm", "config", "doctor", "integrations", "spec", "tasks", "validation"},
-    "cli": {"analysis", "bench", "comm", "config", "engine", "errors", "project", "tools"},
-    "__main__": {"cli"},
+    "cli": {"analysis", "bench", "comm", "config", "engine", "errors", "project", "start", "tools"},
+    "__main__": {"cli", "start"},
     "__init__": {"integrations"},  # on demand
 }
 

@@ -147,7 +147,7 @@ def _run(job: Job, group: Comm, quiet: bool, resume: bool) -> None:
     """One run, from its last checkpoint where it has one; what goes wrong in it is written down."""
     error = ""
     try:
-        run(job.config, group, job.folder, quiet=quiet, resume=resume)
+        run(job.config, group, job.folder, quiet=quiet, resume=resume, overwrite=not resume)
     except Stopped:  # by a signal, which is meant for the sweep
         raise
     except FedMPIError as problem:  # on all ranks of the group alike

@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING
 import torch
 
 import fedmpi
+from fedmpi import start
 from fedmpi.comm.base import Comm, together
 from fedmpi.config import CheckpointConfig
 from fedmpi.engine import manifest as files
 from fedmpi.engine.manifest import File, Manifest, Rank, Totals
 from fedmpi.engine.resume import restore
 from fedmpi.engine.store import Kept
-from fedmpi.errors import CheckpointError, ConfigError, FedMPIError, Stopped
+from fedmpi.errors import CheckpointError, ConfigError, FedMPIError, Stopped, Unstarted
 from fedmpi.method import State, nest
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Checkpoints:
 
         main = threading.current_thread() is threading.main_thread()
         before = {number: signal.signal(number, handle) for number in _SIGNALS if main}
+        self._stop = self._stop or start.asked()  # since unless_stopped
         try:
             yield
         finally:
@@ -250,21 +252,26 @@ class Checkpoints:
             return b""
         return b"".join(lines[:done])
 
-    def forget(self, resume: bool) -> None:
-        """A run begins in this folder: remove what a finished one left. On rank 0.
+    def forget(self, resume: bool, overwrite: bool = False) -> None:
+        """A run begins in this folder: remove what an earlier one left. On rank 0.
 
         Raises:
-          ConfigError: an interrupted run's checkpoints would be lost, or a finished one is to be continued.
+          ConfigError: an earlier run would be lost and shall not be ``overwrite``-n, or a finished one is to be
+            continued.
         """
         finished = (self.run / "summary.json").exists()
         if resume and finished:
             raise ConfigError(
                 f"--resume: the run in {self.run} is finished, and left no checkpoint to go on from; name another "
-                f"folder, or leave --resume out to begin anew in this one"
+                f"folder, or begin anew in this one with --overwrite in place of --resume"
             )
-        if self.found() and not finished:
+        if finished and not overwrite:
             raise ConfigError(
-                f"--out: {self.run} holds an interrupted run; continue it with --resume, or remove {self.folder}"
+                f"--out: {self.run} holds a finished run; name another folder, or replace that run with --overwrite"
+            )
+        if self.found() and not overwrite:
+            raise ConfigError(
+                f"--out: {self.run} holds an interrupted run; continue it with --resume, or replace it with --overwrite"
             )
         for _, path in self.found():
             with files.writing(path):
@@ -303,6 +310,18 @@ class Checkpoints:
             raise CheckpointError("\n".join([f"checkpoint: none in {self.folder} can be used", *wrong]))
         say(f"no checkpoint in {self.run} yet: starting from the beginning")
         return 0, None
+
+
+def unless_stopped(comm: Comm) -> None:
+    """Go on to the first round; all ranks call this.
+
+    Raises:
+      Unstarted: a signal has reached one of them already.
+    """
+    if any(comm.allgather(b"stop" if start.asked() else b"")):
+        raise Unstarted(
+            "stopped by a signal before its first round: nothing is lost, start it again as before"
+        )
 
 
 def _sync(folder: Path) -> None:

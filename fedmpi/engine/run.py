@@ -10,8 +10,9 @@ from typing import Any
 from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, LostError, together
 from fedmpi.config import Config
-from fedmpi.engine.checkpoint import Checkpoints
+from fedmpi.engine.checkpoint import Checkpoints, unless_stopped
 from fedmpi.engine.faults import Faults
+from fedmpi.engine.folder import Claim
 from fedmpi.engine.profile import profiling
 from fedmpi.engine.progress import Display
 from fedmpi.engine.record import Record
@@ -28,6 +29,7 @@ def run(
     quiet: bool = False,
     resume: bool = False,
     profile: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Train, and return the summary (the same on every rank).
 
@@ -38,19 +40,34 @@ def run(
       quiet: show nothing.
       resume: continue from the last checkpoint in ``out``, where there is one.
       profile: say where the time of rounds goes, and write a trace (:mod:`fedmpi.engine.profile`).
+      overwrite: begin anew in ``out``, whatever run it holds; without, one that is finished or interrupted is kept.
 
     Raises:
-      Stopped: a signal asked for it; a checkpoint is written.
+      Stopped: a signal asked for it; a checkpoint is written, or (Unstarted) no round is done yet.
       FedMPIError: what a user can mend; the same error on every rank.
     """
-    faults, lines = Faults(comm), None
+    with Claim() as claim:
+        return _run(Faults(comm), config, out, quiet, resume, profile, overwrite, claim)
+
+
+def _run(
+    faults: Faults,
+    config: Config,
+    out: Path | None,
+    quiet: bool,
+    resume: bool,
+    profile: bool,
+    overwrite: bool,
+    claim: Claim,
+) -> dict[str, Any]:
+    comm, lines = faults.comm, None
     while True:
         display = Display(config.method.name, config.rounds, enabled=comm.rank == 0 and not quiet)
         try:
             if faults.simulation is None:
-                lines = _prepare(faults, config, out, resume, display)
+                lines = _prepare(faults, config, out, resume, overwrite, display, claim)
             with _profiling(faults, display) if profile else nullcontext():
-                return _train(faults, lines, display)
+                return _train(faults, lines, display, claim)
         except LostError as error:
             lost = faults.recover(error)
             if faults.checkpoints:
@@ -68,30 +85,42 @@ def _profiling(faults: Faults, display: Display) -> AbstractContextManager[None]
 
 
 def _prepare(
-    faults: Faults, config: Config, out: Path | None, resume: bool, display: Display
+    faults: Faults,
+    config: Config,
+    out: Path | None,
+    resume: bool,
+    overwrite: bool,
+    display: Display,
+    claim: Claim,
 ) -> bytes | None:
     """Bring this rank to the first round that is to be done; returns the lines of metrics before it, if it resumes."""
     comm = faults.comm
+    unless_stopped(comm)
     with together(comm, "preparing the run"):
         config = config.for_ranks(comm.size)
         simulation = Simulation(config, comm)
     handshake(comm, config, simulation.spec, simulation.fingerprint)
+    unless_stopped(comm)  # it may have taken minutes to load
     display.say(simulation.memory)
     folder = comm.broadcast(str(out or "").encode()).decode()
     checkpoints, start, lines = None, 0, None
     if folder:
         checkpoints = Checkpoints(Path(folder), config.checkpoint, comm)
+        with together(comm, "preparing the run"):
+            claim.take(checkpoints.run, comm)
+        if comm.survives:
+            claim.note(checkpoints.run)
         start, lines = checkpoints.load(simulation, display.say) if resume else (0, None)
         with together(comm, "preparing the run"):
             if comm.rank == 0 and start == 0:
-                checkpoints.forget(resume)
+                checkpoints.forget(resume, overwrite)
         simulation.asks = checkpoints.asks
     simulation.set_threads()
     faults.begin(simulation, checkpoints, start)
     return lines
 
 
-def _train(faults: Faults, lines: bytes | None, display: Display) -> dict[str, Any]:
+def _train(faults: Faults, lines: bytes | None, display: Display, claim: Claim) -> dict[str, Any]:
     """Do the rounds that are left, and write what comes of them. ``lines`` are those before, None in a new run."""
     simulation, checkpoints, comm = faults.simulation, faults.checkpoints, faults.comm
     assert simulation is not None  # prepared
@@ -100,6 +129,7 @@ def _train(faults: Faults, lines: bytes | None, display: Display) -> dict[str, A
         record = None
         with together(comm, "preparing the run"):
             if checkpoints and comm.rank == 0:
+                claim.take(checkpoints.run, comm)  # another rank's, whose end made this one rank 0
                 record = Record(checkpoints.run, simulation.config.plain(), faults.done, lines)
                 stack.callback(record.close)
         with checkpoints.listening() if checkpoints else nullcontext():
