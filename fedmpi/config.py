@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +28,7 @@ from fedmpi.tasks.data import DATA
 from fedmpi.tasks.models import MODELS
 from fedmpi.tasks.objectives import OBJECTIVES
 from fedmpi.tasks.partitions import PARTITIONS
-from fedmpi.validation import checked, choose, mapping, read_yaml, yaml_value
+from fedmpi.validation import Strict, checked, choose, got, mapping, no_words, read_yaml, yaml_value
 
 
 class Choice(BaseModel):
@@ -44,7 +45,9 @@ def _chooser(where: str, table: Any, imports: bool = False) -> BeforeValidator:
     def parse(value: Any) -> Choice:
         value = {"name": value} if isinstance(value, str) else value
         if imports and isinstance(value, dict) and own.is_path(str(value.get("name"))):
-            return Choice(name=value["name"], options={k: v for k, v in value.items() if k != "name"})
+            options = {k: v for k, v in value.items() if k != "name"}
+            no_words(options, where)
+            return Choice(name=value["name"], options=options)
         name = choose(where, value, table)
         options = checked(table[name].options, {k: v for k, v in value.items() if k != "name"}, where)
         return Choice(name=name, options=options.model_dump())
@@ -60,7 +63,7 @@ _Partition = Annotated[Choice, _chooser("partition", PARTITIONS), _flat]
 _Method = Annotated[SerializeAsAny[Options], BeforeValidator(lambda value: methods.parse(value))]
 
 
-class _Section(BaseModel):
+class _Section(Strict):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -351,17 +354,21 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def _read(path: Path, depth: int = 0) -> Any:
-    if not path.exists():
-        raise ConfigError(
-            f"config: cannot read {path}: no such file, seen from {Path.cwd()}; fedmpi init writes "
-            f"configs/quickstart.yaml and more"
-        )
+    with suppress(OSError, ValueError):  # a name that no file can have: read_yaml says so
+        if not path.exists():
+            raise ConfigError(
+                f"config: cannot read {got(str(path))}: no such file, seen from {Path.cwd()}; fedmpi init writes "
+                f"configs/quickstart.yaml and more"
+            )
     values = read_yaml(path, "config")
     if not isinstance(values, dict) or "base" not in values:
         return values
     if depth == 8:
         raise ConfigError(f"base: {path} is the ninth file of a chain (does one name itself?)")
-    return _merge(_read(path.parent / str(values.pop("base")), depth + 1), values)
+    base = values.pop("base")
+    if not isinstance(base, str):
+        raise ConfigError(f"base: expected a file's path, got {got(base)}, in {path}")
+    return _merge(_read(path.parent / base, depth + 1), values)
 
 
 def _merge(base: Any, over: Any) -> Any:
@@ -375,7 +382,7 @@ def _override(values: Any, override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"override: expected key.path=value, got {override!r}")
+        raise ConfigError(f"override: expected key.path=value, got {got(override)}")
     value = yaml_value(text, f"override {path}=")
     for depth, key in enumerate(keys[:-1]):
         inner = values.get(key) if isinstance(values, dict) else None
@@ -385,7 +392,8 @@ def _override(values: Any, override: str) -> None:
             inner = {"name": inner}  # model: cnn, then model.hidden=64
         elif not isinstance(inner, dict):
             raise ConfigError(
-                f"override: expected {'.'.join(keys[: depth + 1])} to have keys inside, got {inner!r}, in {override!r}"
+                f"override: expected {'.'.join(keys[: depth + 1])} to have keys inside, got {got(inner)}, in "
+                f"{got(override)}"
             )
         values[key] = inner
         values = inner

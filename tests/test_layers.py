@@ -18,7 +18,8 @@ LAYERS = {
     "optimizers": set(),
     "own": {"errors"},
     "project": {"errors"},
-    "validation": {"errors"},
+    "strict_yaml": set(),
+    "validation": {"errors", "strict_yaml"},
     "ops": BASE,
     "comm": {"errors"},  # and nothing of what it carries
     "tasks": BASE | {"own", "validation"},
@@ -26,9 +27,12 @@ LAYERS = {
     "methods": BASE
     | {"method", "message", "spec", "ops", "optimizers", "own", "validation"},  # never comm or engine
     "config": {"errors", "methods", "own", "tasks", "optimizers", "validation"},
-    "engine": BASE | {"comm", "config", "method", "methods", "message", "ops", "own", "spec", "tasks"},
+    "engine": BASE
+    | {"comm", "config", "method", "methods", "message", "ops", "own", "spec", "tasks"}
+    | {"strict_yaml"},
     "analysis": BASE
-    | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks", "validation"},
+    | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks"}
+    | {"strict_yaml", "validation"},
     "integrations": BASE
     | {
         "comm",
@@ -43,7 +47,7 @@ LAYERS = {
     },  # never what runs a job
     "bench": BASE
     | {"analysis", "comm", "config", "engine", "integrations"}
-    | {"message", "method", "methods", "ops", "spec", "tasks"},
+    | {"message", "method", "methods", "ops", "spec", "tasks", "validation"},
     "doctor": {"comm", "errors"},
     "tools": {"analysis", "comm", "config", "doctor", "integrations", "spec", "tasks", "validation"},
     "cli": {"analysis", "bench", "comm", "config", "engine", "errors", "project", "tools"},
