@@ -19,17 +19,19 @@ LAYERS = {
     "own": {"errors"},
     "project": {"errors"},
     "strict_yaml": set(),
+    "machine": set(),
+    "overrides": {"errors", "validation"},
     "validation": {"errors", "strict_yaml"},
     "ops": BASE,
     "comm": {"errors"},  # and nothing of what it carries
-    "tasks": BASE | {"own", "validation"},
+    "tasks": BASE | {"machine", "own", "validation"},
     "method": BASE | {"message", "spec"},
     "methods": BASE
     | {"method", "message", "spec", "ops", "optimizers", "own", "validation"},  # never comm or engine
-    "config": {"errors", "methods", "own", "tasks", "optimizers", "validation"},
+    "config": {"errors", "methods", "own", "tasks", "optimizers", "overrides", "validation"},
     "engine": BASE
     | {"comm", "config", "method", "methods", "message", "ops", "own", "spec", "tasks"}
-    | {"strict_yaml"},
+    | {"machine", "strict_yaml"},
     "analysis": BASE
     | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks"}
     | {"strict_yaml", "validation"},
