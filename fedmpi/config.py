@@ -23,11 +23,14 @@ from fedmpi import methods, own
 from fedmpi.errors import ConfigError
 from fedmpi.methods.base import Options
 from fedmpi.optimizers import Name, Optimizer
+from fedmpi.overrides import override, read
 from fedmpi.tasks.data import DATA
 from fedmpi.tasks.models import MODELS
 from fedmpi.tasks.objectives import OBJECTIVES
 from fedmpi.tasks.partitions import PARTITIONS
-from fedmpi.validation import checked, choose, mapping, read_yaml, yaml_value
+from fedmpi.validation import Strict, checked, choose, mapping, no_words
+
+_MOST = 10**9  # of anything that is counted: more is a slip, and overflows somewhere
 
 
 class Choice(BaseModel):
@@ -44,7 +47,9 @@ def _chooser(where: str, table: Any, imports: bool = False) -> BeforeValidator:
     def parse(value: Any) -> Choice:
         value = {"name": value} if isinstance(value, str) else value
         if imports and isinstance(value, dict) and own.is_path(str(value.get("name"))):
-            return Choice(name=value["name"], options={k: v for k, v in value.items() if k != "name"})
+            options = {k: v for k, v in value.items() if k != "name"}
+            no_words(options, where)
+            return Choice(name=value["name"], options=options)
         name = choose(where, value, table)
         options = checked(table[name].options, {k: v for k, v in value.items() if k != "name"}, where)
         return Choice(name=name, options=options.model_dump())
@@ -60,7 +65,7 @@ _Partition = Annotated[Choice, _chooser("partition", PARTITIONS), _flat]
 _Method = Annotated[SerializeAsAny[Options], BeforeValidator(lambda value: methods.parse(value))]
 
 
-class _Section(BaseModel):
+class _Section(Strict):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -68,12 +73,18 @@ class Local(_Section):
     """What a client does in a round."""
 
     lr: float = Field(gt=0, description="η, the clients' learning rate")
-    steps: int | None = Field(None, ge=1, description="τ local steps; this or epochs (default: 1 step)")
-    epochs: int | None = Field(None, ge=1, description="passes over the client's own data")
-    batch: int | None = Field(None, ge=1, description="samples a step (default: all of the client's)")
+    steps: int | None = Field(
+        None, ge=1, le=_MOST, description="τ local steps; this or epochs (default: 1 step)"
+    )
+    epochs: int | None = Field(None, ge=1, le=_MOST, description="passes over the client's own data")
+    batch: int | None = Field(
+        None, ge=1, le=_MOST, description="samples a step (default: all of the client's)"
+    )
     momentum: float = Field(0.0, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
-    accumulate: int = Field(1, ge=1, description="parts that a batch is computed in, to save memory")
+    accumulate: int = Field(
+        1, ge=1, le=_MOST, description="parts that a batch is computed in, to save memory"
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16: mixed precision (torch.autocast); parameters stay float32"
     )
@@ -89,7 +100,7 @@ class Schedule(_Section):
     """How the server's learning rate changes over the run."""
 
     name: Literal["constant", "linear", "cosine", "step"] = "constant"
-    warmup: int = Field(0, ge=0, description="rounds in which it rises linearly from 0")
+    warmup: int = Field(0, ge=0, le=_MOST, description="rounds in which it rises linearly from 0")
     final: float = Field(0.0, ge=0, le=1, description="linear's and cosine's last value, as a share of lr")
     milestones: tuple[int, ...] = Field((), description="step's rounds")
     gamma: float = Field(0.1, gt=0, le=1, description="what step multiplies it by at each of them")
@@ -146,7 +157,10 @@ class TimeConfig(_Section):
     download: float = Field(gt=0, description="Mb/s")
     bandwidth_spread: float = Field(0.0, ge=0, le=5, description="σ of both logarithms over clients")
     first: int | None = Field(
-        None, ge=1, description="the round ends with so many messages; the cohort's others come too late"
+        None,
+        ge=1,
+        le=_MOST,
+        description="the round ends with so many messages; the cohort's others come too late",
     )
     deadline: float | None = Field(
         None, gt=0, description="seconds that a round waits; the first to answer is waited for in any case"
@@ -162,14 +176,14 @@ class ClipConfig(_Section):
 class CheckpointConfig(_Section):
     """When a run saves all that it needs to continue (and always when a signal ends it)."""
 
-    rounds: int | None = Field(None, ge=1, description="after every so many rounds")
+    rounds: int | None = Field(None, ge=1, le=_MOST, description="after every so many rounds")
     minutes: float | None = Field(
         10.0,
         gt=0,
         description="when the last one is so many minutes old (null: never by time), and has not cost a tenth of "
         "the time since",
     )
-    keep: int = Field(2, ge=1, description="the last so many are kept")
+    keep: int = Field(2, ge=1, le=_MOST, description="the last so many are kept")
 
 
 class Config(_Section):
@@ -182,7 +196,10 @@ class Config(_Section):
         description="data_parallel: every rank trains one client with its share of the data, one step a round",
     )
     clients: int = Field(
-        0, ge=0, description="how many (data_parallel: the number of ranks, which is the default there)"
+        0,
+        ge=0,
+        le=_MOST,
+        description="how many (data_parallel: the number of ranks, which is the default there)",
     )
     partition: _Partition = Choice(name="iid")
     cohort: StrictInt | StrictFloat | None = Field(
@@ -197,7 +214,7 @@ class Config(_Section):
     time: TimeConfig | None = Field(
         None, description="simulate clients' seconds, stragglers and deadlines (default: nobody is late)"
     )
-    rounds: int = Field(ge=1)
+    rounds: int = Field(ge=1, le=_MOST)
     local: Local
     on_bad_update: Literal["stop", "reject"] = Field(
         "stop",
@@ -231,11 +248,12 @@ class Config(_Section):
         False, description="the same bits at any number of ranks: one thread a rank, fixed-point sums"
     )
     seed: int = Field(0, ge=0, lt=2**63)
-    evaluate_every: int = Field(1, ge=1, description="rounds between evaluations on the test set")
-    test_batch: int = Field(512, ge=1, description="test samples that are held at a time")
+    evaluate_every: int = Field(1, ge=1, le=_MOST, description="rounds between evaluations on the test set")
+    test_batch: int = Field(512, ge=1, le=_MOST, description="test samples that are held at a time")
     threads: int | None = Field(
         None,
         ge=1,
+        le=1024,
         description="torch threads a rank (default: 1 or this rank's share of the cores, whichever is faster)",
     )
 
@@ -344,49 +362,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     A file may name another one whose keys it starts from: ``base: ../quickstart.yaml``, relative to itself.
     """
-    values = _read(Path(path))
-    for override in overrides or []:
-        _override(values, override)
+    values = read(Path(path))
+    for text in overrides or []:
+        override(values, text)
     return parse(values)
-
-
-def _read(path: Path, depth: int = 0) -> Any:
-    if not path.exists():
-        raise ConfigError(
-            f"config: cannot read {path}: no such file, seen from {Path.cwd()}; fedmpi init writes "
-            f"configs/quickstart.yaml and more"
-        )
-    values = read_yaml(path, "config")
-    if not isinstance(values, dict) or "base" not in values:
-        return values
-    if depth == 8:
-        raise ConfigError(f"base: {path} is the ninth file of a chain (does one name itself?)")
-    return _merge(_read(path.parent / str(values.pop("base")), depth + 1), values)
-
-
-def _merge(base: Any, over: Any) -> Any:
-    """``over`` laid over ``base``, key by key; what has a name (a method, a model) replaces as a whole."""
-    if not isinstance(base, dict) or not isinstance(over, dict) or "name" in over:
-        return over
-    return base | {key: _merge(base.get(key), value) for key, value in over.items()}
-
-
-def _override(values: Any, override: str) -> None:
-    path, equals, text = override.partition("=")
-    keys = path.split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"override: expected key.path=value, got {override!r}")
-    value = yaml_value(text, f"override {path}=")
-    for depth, key in enumerate(keys[:-1]):
-        inner = values.get(key) if isinstance(values, dict) else None
-        if inner is None:
-            inner = {}
-        elif isinstance(inner, str):
-            inner = {"name": inner}  # model: cnn, then model.hidden=64
-        elif not isinstance(inner, dict):
-            raise ConfigError(
-                f"override: expected {'.'.join(keys[: depth + 1])} to have keys inside, got {inner!r}, in {override!r}"
-            )
-        values[key] = inner
-        values = inner
-    values[keys[-1]] = value

@@ -110,7 +110,7 @@ def test_a_missing_and_a_broken_config(capsys: pytest.CaptureFixture[str], tmp_p
     assert "config: cannot read" in capsys.readouterr().err
     (tmp_path / "bad.yaml").write_text("a: [1,")
     assert main(["train", str(tmp_path / "bad.yaml")]) == 2
-    assert "is not YAML" in capsys.readouterr().err
+    assert "bad.yaml, line 1: not YAML" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -19,18 +19,23 @@ LAYERS = {
     "optimizers": set(),
     "own": {"errors"},
     "project": {"errors"},
-    "validation": {"errors"},
+    "strict_yaml": set(),
+    "machine": set(),
+    "overrides": {"errors", "validation"},
+    "validation": {"errors", "strict_yaml"},
     "ops": BASE,
     "comm": {"errors"},  # and nothing of what it carries
-    "tasks": BASE | {"own", "validation"},
+    "tasks": BASE | {"machine", "own", "validation"},
     "method": BASE | {"message", "spec"},
     "methods": BASE
     | {"method", "message", "spec", "ops", "optimizers", "own", "validation"},  # never comm or engine
-    "config": {"errors", "methods", "own", "tasks", "optimizers", "validation"},
+    "config": {"errors", "methods", "own", "tasks", "optimizers", "overrides", "validation"},
     "engine": BASE
-    | {"comm", "config", "method", "methods", "message", "ops", "own", "spec", "start", "tasks"},
+    | {"comm", "config", "method", "methods", "message", "ops", "own", "spec", "start", "tasks"}
+    | {"machine", "strict_yaml"},
     "analysis": BASE
-    | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks", "validation"},
+    | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks"}
+    | {"strict_yaml", "validation"},
     "integrations": BASE
     | {
         "comm",
@@ -45,7 +50,7 @@ LAYERS = {
     },  # never what runs a job
     "bench": BASE
     | {"analysis", "comm", "config", "engine", "integrations"}
-    | {"message", "method", "methods", "ops", "spec", "tasks"},
+    | {"message", "method", "methods", "ops", "spec", "tasks", "validation"},
     "doctor": {"comm", "errors"},
     "tools": {"analysis", "comm", "config", "doctor", "integrations", "spec", "tasks", "validation"},
     "cli": {"analysis", "bench", "comm", "config", "engine", "errors", "project", "start", "tools"},

@@ -12,12 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
 from fedmpi.analysis.page import Table, markdown_table
 from fedmpi.analysis.plots import mean_error
 from fedmpi.errors import ConfigError, DataError
-from fedmpi.validation import checked, mapping, read_yaml, suggest
+from fedmpi.validation import Strict, checked, mapping, read_yaml, suggest
 
 NOT_RUN = "not run"
 
@@ -27,7 +27,7 @@ class Verdict(NamedTuple):
     held: bool
 
 
-class _Strict(BaseModel):
+class _Strict(Strict):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 

@@ -17,18 +17,18 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from fedmpi import config as configuration
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
-from fedmpi.validation import checked, mapping, read_yaml
+from fedmpi.strict_yaml import dump
+from fedmpi.validation import Strict, checked, mapping, no_words, read_yaml
 
 _LONGEST = 80  # characters of a folder's name
 
 
-class Over(BaseModel):
+class Over(Strict):
     """What OVER.yaml holds."""
 
     model_config = ConfigDict(extra="forbid")
@@ -46,6 +46,7 @@ class Over(BaseModel):
     @classmethod
     def _some(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
         for key, values in value.items():
+            no_words(values, key)
             if not values:
                 raise ValueError(f"{key}: expected at least one value")
         return value
@@ -106,7 +107,7 @@ def jobs(base: str | Path, over: Over, overrides: list[str], out: Path) -> list[
 
 
 def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=1 << 20, allow_unicode=True)
+    return dump(value, default_flow_style=True, width=1 << 20, allow_unicode=True)
 
 
 def _shown(key: str, value: Any) -> str:

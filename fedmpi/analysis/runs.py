@@ -11,9 +11,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from fedmpi import strict_yaml
 from fedmpi.engine import manifest
 from fedmpi.errors import CheckpointError, DataError
 
@@ -99,8 +99,8 @@ def load(folder: Path, name: str) -> Run:
         hint = f"; there are runs inside it: {words(inside)}" if inside else ""
         raise DataError(f"{folder} is no run: it has no config.yaml{hint}")
     try:
-        config = yaml.safe_load(read(folder / "config.yaml"))
-    except yaml.YAMLError as error:
+        config = strict_yaml.parse(read(folder / "config.yaml"))
+    except strict_yaml.NotYaml as error:
         raise DataError(f"{folder / 'config.yaml'} is not YAML: {error}") from None
     if not isinstance(config, dict):
         raise DataError(f"{folder / 'config.yaml'}: expected a mapping of keys, got {type(config).__name__}")

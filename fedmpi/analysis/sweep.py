@@ -17,8 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from fedmpi import strict_yaml
 from fedmpi.analysis import grid, plots
 from fedmpi.analysis.grid import Job
 from fedmpi.analysis.page import Page, png, text_table
@@ -137,8 +136,8 @@ def _state(job: Job, group: Comm) -> str:
     if group.rank:
         return group.broadcast(b"").decode()
     same = False
-    with suppress(OSError, yaml.YAMLError):  # a damaged run is run again
-        same = yaml.safe_load((job.folder / "config.yaml").read_text()) == job.config.plain()
+    with suppress(OSError, ValueError):  # a damaged run is run again
+        same = strict_yaml.parse((job.folder / "config.yaml").read_text()) == job.config.plain()
     state = "new" if not same else "finished" if (job.folder / "summary.json").is_file() else "begun"
     return group.broadcast(state.encode()).decode()
 

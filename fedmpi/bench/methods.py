@@ -26,6 +26,7 @@ from fedmpi.method import Compressor, Context, Method, Round, State, believed
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec
+from fedmpi.validation import yaml_value
 
 _ROUNDS = 2  # before the one that is timed
 _COPIES = 12  # of the gradients that are in memory at a time, about, with wrappers' states
@@ -149,10 +150,7 @@ def run(log2: int = 20, clients: int = 4, repeats: int = 5, chosen: Sequence[str
 def _read(chosen: Sequence[str]) -> list[dict[str, Any]]:
     found = []
     for text in chosen:
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"METHOD: expected YAML, got {text!r}") from None
+        value = yaml_value(text, "METHOD")
         methods.parse(value, "METHOD")
         found.append({"name": value} if isinstance(value, str) else value)
     return found

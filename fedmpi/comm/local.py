@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from fedmpi.comm.base import Comm, LostError
+from fedmpi.errors import ConfigError
 
 T = TypeVar("T")
+_MOST = 1024  # ranks of one process
 
 
 class _Meeting:
@@ -90,8 +92,11 @@ def run_ranks(size: int, main: Callable[[Comm], T], timeout: float = 600.0) -> l
     """Run ``main`` on ``size`` ranks, a thread each, and return their results in rank order.
 
     Raises:
+      ConfigError: more ranks than threads can be had.
       The first rank's own error, when one fails; the others are ended by it.
     """
+    if size > _MOST:
+        raise ConfigError(f"--local-ranks: expected at most {_MOST:,}, a thread each, got {size:,}")
     meeting = _Meeting(size, timeout)
     results: list[Any] = [None] * size
     errors: list[tuple[bool, int, BaseException]] = []

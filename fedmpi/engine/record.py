@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors.torch import save
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -18,6 +17,7 @@ from tensorboardX.summary import scalar
 from torch import Tensor
 
 from fedmpi.errors import ConfigError
+from fedmpi.strict_yaml import dump
 
 
 def write_aside(path: Path, data: bytes) -> None:
@@ -70,7 +70,7 @@ class Record:
             stale = [folder / "summary.json", folder / "model.safetensors"]
             for old in stale if lines is not None else [*stale, *folder.glob("events.*")]:
                 old.unlink(missing_ok=True)  # of an earlier run: never shown as this one's
-            write_aside(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+            write_aside(folder / "config.yaml", dump(config, sort_keys=False).encode())
             # In place of what lies there, be it longer or a link to elsewhere.
             write_aside(folder / "metrics.jsonl", lines or b"")
             self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")

@@ -5,7 +5,6 @@ Shape suffix: C clients.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from fedmpi.comm.base import Comm
 from fedmpi.config import Config
 from fedmpi.engine.progress import human
 from fedmpi.errors import ConfigError
+from fedmpi.machine import available_memory as _available_memory
 from fedmpi.method import State, stack
 
 _SLAB = 1 << 18  # bytes of a slab, which holds at least one row
@@ -282,13 +282,3 @@ def fits_here(config: Config, comm: Comm, clients: ClientStore, peers: ClientSto
             "(lookback with keep: message or half)"
         )
     return said
-
-
-def _available_memory() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux: all of the memory is the best that is known
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

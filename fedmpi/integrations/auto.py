@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
 from fedmpi import methods
 from fedmpi.comm.base import Comm
@@ -22,10 +22,10 @@ from fedmpi.integrations import state
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.integrations.settings import Shapes
 from fedmpi.methods.base import Options
-from fedmpi.validation import describe
+from fedmpi.validation import Strict, describe
 
 
-class AutoOptions(BaseModel):
+class AutoOptions(Strict):
     """``{name: auto, candidates: [...], steps: …, margin: …}``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -6,17 +6,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from fedmpi.engine.exchange import Way
-from fedmpi.validation import checked
+from fedmpi.validation import Strict, checked
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 _LITTLE = 16  # a group of less than such a part of the largest waits for the next
 
 
-class Settings(BaseModel):
+class Settings(Strict):
     """How a method is applied to a job."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from fedmpi.errors import ConfigError, MessageError
@@ -16,9 +16,10 @@ from fedmpi.method import Method, Round, Server, State, nest, unnest
 from fedmpi.ops import bits
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
+from fedmpi.validation import Strict
 
 
-class Options(BaseModel):
+class Options(Strict):
     """A method's options: the keys of ``method:`` in a config."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

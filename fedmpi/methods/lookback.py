@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, SerializeAsAny, field_validator
+from pydantic import ConfigDict, SerializeAsAny, field_validator
 from pydantic import Field as Option
 from torch import Tensor
 
@@ -23,9 +23,10 @@ from fedmpi.methods.dense import DenseOptions
 from fedmpi.methods.feedback import Feedback
 from fedmpi.ops.sums import dots
 from fedmpi.spec import Spec
+from fedmpi.validation import Strict
 
 
-class DeltaSquared(BaseModel):
+class DeltaSquared(Strict):
     """Theorem 1's condition instead of a fixed δ: sin²α ≤ Δ² / ‖d‖², with d = v/τ the normalised gradient."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -11,6 +11,7 @@ from torch import nn
 
 from fedmpi import own
 from fedmpi.errors import ConfigError
+from fedmpi.machine import available_memory
 from fedmpi.tasks import Options, choose
 from fedmpi.tasks.models import images, language
 from fedmpi.tasks.models.images import Shape
@@ -73,6 +74,7 @@ def build(name: str, shape: Shape, classes: int, key: int, **options: object) ->
         return module
     row = choose("model", name, MODELS)
     given = checked(row.options, options, f"model {name}")
+    _fits(name, row, shape, classes, given)
     if row.seeded:
         with SEEDING, torch.random.fork_rng(devices=[]):
             torch.manual_seed(key % 2**63)
@@ -80,3 +82,26 @@ def build(name: str, shape: Shape, classes: int, key: int, **options: object) ->
     with torch.device("meta"):  # torch's own initial values would draw from its global generator
         module = row.build(shape, classes, given)
     return initialize(module.to_empty(device="cpu"), key)
+
+
+def _fits(name: str, row: Model, shape: Shape, classes: int, given: Any) -> None:
+    """Raises:
+    ConfigError: the model's parameters would not fit into this machine's memory.
+    """
+    if getattr(given, "pretrained", None) is not None:
+        return
+    try:
+        with torch.device("meta"):  # shapes, no memory
+            size = sum(p.numel() * p.element_size() for p in row.build(shape, classes, given).parameters())
+    except (RuntimeError, OverflowError) as error:  # a size that has no 64 bits
+        if not any(
+            word in str(error).lower() for word in ("overflow", "too large", "too big", "invalid shape")
+        ):
+            raise
+        size = 2**63
+    need, there = 2 * size, available_memory()  # it, and θ
+    if need > there:
+        raise ConfigError(
+            f"model {name}: it needs {need / 2**30:,.0f} GiB of memory at the least ({size // 4:,} parameters, held "
+            f"twice), {there / 2**30:,.1f} GiB are free; make it smaller: {given!r}"[:400]
+        )
