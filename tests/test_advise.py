@@ -47,7 +47,9 @@ def test_what_is_sent_is_measured() -> None:
     )
     assert rows[0] == rows[1], "the slowest rank's times, on every rank"
     dense, bf16, signs = rows[0]
-    assert (dense.sent, bf16.sent, signs.sent) == (4 * 4096 + 4, 2 * 4096 + 1, 512 + 1)
+    assert (dense.sent, bf16.sent, signs.sent) == (4 * 4096 + 4, 2 * 4096 + 1, 512 + 1 + 1), (
+        "signs tell with one bit that no row is without gradient"
+    )
     assert run_ranks(1, link) == [(0.0, math.inf)]
 
 

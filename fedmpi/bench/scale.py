@@ -36,7 +36,7 @@ MODES = ("allreduce", "aggregator", "data_parallel")
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {"name": "dense"},
     "bf16": {"name": "bf16"},
-    "signsgd": {"name": "signsgd"},
+    "signsgd": {"name": "signsgd", "zeros": "coin"},  # the formulas are of messages of one size
     "topk 1 %": {"name": "topk", "ratio": 0.01, "feedback": True},
     "powersgd rank 4": {"name": "powersgd", "rank": 4, "feedback": True},
     "intrinsic 1 %": {"name": "intrinsic", "dim": 0.01},

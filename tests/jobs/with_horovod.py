@@ -371,6 +371,7 @@ CHECKS = {
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.filterwarnings("error", message="fedmpi:")
+    warnings.filterwarnings("ignore", message="fedmpi: .* compresses nothing")  # so small are the models here
     with pytest.raises(CommError, match=r"hvd\.init\(\)"):
         ours("signsgd")(sgd(model := small_model()), model)
     hvd.init()
