@@ -29,7 +29,7 @@ def _listen() -> list[int]:
     """The signals that are now remembered, and ended this process before."""
     if threading.current_thread() is not threading.main_thread():
         return []
-    mine = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
+    mine: list[int] = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
     for number in mine:
         signal.signal(number, _handle)
     return mine
