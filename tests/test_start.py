@@ -12,7 +12,7 @@ import pytest
 
 from fedmpi import start
 
-from .conftest import JOBS, SMALL, Mpi, write_config
+from .conftest import JOBS, SMALL, Mpi, find_mpi, write_config
 
 
 @pytest.mark.parametrize("place", ["import", "load", "shaken"])
@@ -53,3 +53,36 @@ def test_other_commands_keep_what_signals_do(monkeypatch: pytest.MonkeyPatch) ->
         assert start.asked()
     assert not start.asked()
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def check_never_comes(mpi: Mpi, number: int, said: str, folder: Path, *options: str) -> None:
+    path = write_config(folder, {**SMALL, "timeout": 3})
+    command = [str(mpi.prefix / "bin" / "mpiexec"), *options, "-n", "3", sys.executable]
+    done = subprocess.run(
+        [*command, str(JOBS / "early.py"), f"1 {number} none", "train", path, "--out", str(folder / "run")],
+        env=mpi.env, capture_output=True, text=True, errors="replace", timeout=100, check=False,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode or options, (
+        "mpirun --with-ft ulfm ends with 0 when ranks were killed, whoever did it"
+    )
+    assert done.stderr.count(f"s for the ranks to connect: rank 1 {said}; ending all ranks\n") == 1, (
+        done.stderr
+    )
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGKILL, "has ended"), (signal.SIGSTOP, "is stopped")],
+    ids=["killed", "stopped"],
+)
+def test_a_rank_that_never_connects_ends_the_others(
+    number: int, said: str, tmp_path: Path, openmpi: Mpi
+) -> None:
+    check_never_comes(openmpi, number, said, tmp_path, "--with-ft", "ulfm")
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_connects_ends_the_others_with_mpich(tmp_path: Path) -> None:
+    check_never_comes(find_mpi("mpich"), signal.SIGSTOP, "is stopped", tmp_path)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Literal, TypeAlias, get_args
 
 from fedmpi.comm.base import Comm
+from fedmpi.comm.guard import guarded
 from fedmpi.comm.launcher import Launch, launcher, survives
 from fedmpi.comm.local import solo
 from fedmpi.errors import CommError
@@ -27,7 +29,8 @@ def connect(
       comm: "mpi"; "gloo" or "nccl" of torch.distributed; "auto" for MPI under an MPI launcher, else NCCL
         where every rank has a GPU of its own, else Gloo.
       environ: the launcher's variables.
-      timeout: seconds that the ranks wait for one that does not answer (default: MPI for ever, the others 300).
+      timeout: seconds that the ranks wait for one that does not answer (default: MPI for ever, the others 300);
+        while they connect, for one that has ended or is stopped (default: 300).
 
     Raises:
       CommError: there should be several ranks, but this ``comm`` cannot connect them.
@@ -43,7 +46,8 @@ def connect(
         return solo()
     if comm == "mpi" or (comm == "auto" and launch.mpi):
         try:
-            return _mpi(launch, timeout)
+            with guarded(launch.size, timeout):
+                return _mpi(launch, timeout)
         except ImportError as error:
             if comm == "mpi" or launch.variables != "slurm":  # srun's ranks can do without
                 raise CommError(
@@ -51,7 +55,8 @@ def connect(
                 ) from None
     from fedmpi.comm.torch import TIMEOUT, TorchComm
 
-    return TorchComm.start(comm, environ=environ, timeout=timeout or TIMEOUT)
+    with guarded(launch.size, timeout) if launch.variables == "mpi" else nullcontext():  # through MPI_Init
+        return TorchComm.start(comm, environ=environ, timeout=timeout or TIMEOUT)
 
 
 def reason(environ: Mapping[str, str] = os.environ) -> str:
