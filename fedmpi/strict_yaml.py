@@ -193,7 +193,7 @@ def parse(text: str) -> Any:
       NotYaml: it is no YAML, or is one of the things above; one sentence.
     """
     try:
-        return _apart(yaml.load(text, _Loader))
+        return _apart(_Loader(text).get_single_data())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = (error.problem or error.context or "no YAML").replace("'\\t'", "a tab (indent with spaces)")

@@ -29,14 +29,17 @@ LOOKBACK = {"name": "lookback", "threshold": 0.5, "inner": TOPK}
 OWN = ("seconds", "wire_bytes", "wire_bytes_by_rank", "ranks", "clients_by_rank", "comm")
 
 
-def train(values: dict[str, Any], out: Path, ranks: int = 1, resume: bool = False) -> dict[str, Any]:
+def train(
+    values: dict[str, Any], out: Path, ranks: int = 1, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
     """The summary; whatever torch, numpy and Python think of as randomness is somewhere else each time."""
     seed = int.from_bytes(os.urandom(4), "little")
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     random.seed(seed)
     parsed = config.parse(values)
-    return run_ranks(ranks, lambda comm: run(parsed, comm, out, quiet=True, resume=resume), timeout=60)[0]
+    how = {"resume": resume, "overwrite": overwrite}
+    return run_ranks(ranks, lambda comm: run(parsed, comm, out, quiet=True, **how), timeout=60)[0]
 
 
 def lines(out: Path) -> list[dict[str, Any]]:

@@ -183,7 +183,7 @@ def test_a_finished_run_is_not_mistaken_for_an_interrupted_one(tmp_path: Path) -
     train({**SAVED, "checkpoint": {}}, tmp_path)
     with pytest.raises(ConfigError, match="is finished, and left no checkpoint"):
         train(SAVED, tmp_path, resume=True)
-    train(SAVED, tmp_path)
+    train(SAVED, tmp_path, overwrite=True)
     assert rounds_saved(tmp_path) == [3]
-    train({**SAVED, "seed": 4, "checkpoint": {}}, tmp_path)
+    train({**SAVED, "seed": 4, "checkpoint": {}}, tmp_path, overwrite=True)
     assert rounds_saved(tmp_path) == [], "an older run's checkpoints are not this one's"

@@ -129,7 +129,7 @@ EXACT = {**SMALL, "reproducible": True}
 
 def model_of(path: str, folder: Path, *overrides: str) -> str:
     """The hash of the model that the configuration ends with in this process."""
-    run(config.load(path, list(overrides)), solo(), folder / "here", quiet=True)
+    run(config.load(path, list(overrides)), solo(), folder / "here", quiet=True, overwrite=True)
     return model_hash(folder / "here")
 
 

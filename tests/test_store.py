@@ -13,9 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmpi import config
+from fedmpi import config, machine
 from fedmpi.comm import solo
-from fedmpi.engine import store as stores
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.store import ClientStore, MappedStore
 from fedmpi.errors import ConfigError
@@ -158,6 +157,6 @@ def test_free_memory_is_what_linux_says_or_all_that_there_is(
 ) -> None:
     if said is not None:
         (tmp_path / "meminfo").write_text(said)
-    monkeypatch.setattr(stores, "Path", lambda path: {"/proc/meminfo": tmp_path / "meminfo"}[path])
+    monkeypatch.setattr(machine, "Path", lambda path: {"/proc/meminfo": tmp_path / "meminfo"}[path])
     everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert stores._available_memory() == (everything if expected is None else expected)
+    assert machine.available_memory() == (everything if expected is None else expected)

@@ -149,7 +149,7 @@ def test_a_run_replaces_links_in_its_folder(tmp_path: Path) -> None:
     precious.write_text("mine")
     for name in names[:4]:
         (out / f".{name}.{os.getpid()}").symlink_to(precious)
-    run(config.parse({**SMALL, "rounds": 1}), solo(), out, quiet=True)
+    run(config.parse({**SMALL, "rounds": 1}), solo(), out, quiet=True, overwrite=True)
     assert not any(path.is_symlink() for path in out.iterdir() if path.name in names)
     assert precious.read_text() == "mine"
     assert {(tmp_path / f"precious-{name}").read_text() for name in names} == {"mine"}
