@@ -86,3 +86,16 @@ def test_a_rank_that_never_connects_ends_the_others(
 @pytest.mark.slow
 def test_a_rank_that_never_connects_ends_the_others_with_mpich(tmp_path: Path) -> None:
     check_never_comes(find_mpi("mpich"), signal.SIGSTOP, "is stopped", tmp_path)
+
+
+def test_a_slow_rank_below_a_shell_has_not_ended(tmp_path: Path) -> None:
+    """MPICH names no job: its ranks were known by their parent, and a job whose ranks a script starts was killed."""
+    mpi, path = find_mpi("mpich"), write_config(tmp_path, {**SMALL, "rounds": 1, "timeout": 1})
+    script = '[ "$PMI_RANK" = 1 ] && sleep 6; "$@"; code=$?; exit $code'
+    command = [str(mpi.prefix / "bin" / "mpiexec"), "-n", "2", "sh", "-c", script, "sh", sys.executable, "-m"]
+    done = subprocess.run(
+        [*command, "fedmpi", "train", path, "--out", str(tmp_path / "run")],
+        env=mpi.env, capture_output=True, text=True, timeout=100, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "summary.json").exists()

@@ -60,19 +60,39 @@ def _look(pid: str) -> tuple[dict[str, str], str, int]:
     return dict(word.partition("=")[::2] for word in words if "=" in word), state, int(parent)
 
 
+def _starter(pid: int) -> int:
+    """The nearest process above that is no rank: MPICH's proxy, which all ranks of this machine are below, with a shell
+    between or not.
+
+    Raises:
+      OSError: one of them is gone, or another user's.
+    """
+    while True:
+        environ, _, parent = _look(str(pid))
+        if "PMI_RANK" not in environ:
+            return pid
+        pid = parent
+
+
 def _siblings(me: int) -> dict[int, dict[int, str]]:
     """The processes of this job's ranks on this machine: for each rank their states by number."""
-    own, _, parent = _look(str(me))
+    own, _, _ = _look(str(me))
     job = next((names for names in _JOBS if all(name in own for name in names)), ())
+    starter = None if job else _starter(me)
     found: dict[int, dict[int, str]] = {}
     for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():  # noqa: PTH112, PTH208 (names, not paths)
         if not entry.isdigit():
             continue
         with suppress(OSError, ValueError):
-            environ, state, its = _look(entry)
-            same = all(environ.get(name) == own[name] for name in job) if job else its == parent
+            environ, state, _ = _look(entry)
             rank = _first(environ, _RANKS)
-            if same and rank is not None and state not in "ZX":
+            if rank is None or state in "ZX":
+                continue
+            if (
+                all(environ.get(name) == own[name] for name in job)
+                if job
+                else _starter(int(entry)) == starter
+            ):
                 found.setdefault(rank, {})[int(entry)] = state
     return found
 
