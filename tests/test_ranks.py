@@ -40,13 +40,18 @@ def test_processes_equal_one_process(
     mpi: Mpi, ranks: int, references: list[tuple[dict[str, Any], dict[str, Any]]], tmp_path: Path
 ) -> None:
     """Every method in both topologies: equal parameters (to the bit when reproducible) and protocol bytes. The fast
-    suite does half of it under each MPI: one's exact sums are in the topology of the other's float ones."""
+    suite does exact sums once for every method, in one topology under Open MPI and in the other under MPICH, and sums of
+    floats, which all methods share, for every third one, in the topology that is left."""
     topologies = ("allreduce", "aggregator")
     expected = [
         ({**values, "topology": topology}, reference)
-        for values, reference in references
+        for number, (values, reference) in enumerate(references)
         for topology in topologies
-        if FULL or (values["reproducible"] == (topology == "aggregator")) == (mpi.name == "mpich")
+        if FULL
+        or (
+            (values["reproducible"] == (topology == "aggregator")) == (mpi.name == "mpich")
+            and (values["reproducible"] or number // 2 % 3 == 0)
+        )
     ]
     answers = run_jobs(mpi, ranks, [values for values, _ in expected], tmp_path)
     for answer, (values, reference) in zip(answers, expected, strict=True):
