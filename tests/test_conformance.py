@@ -326,8 +326,8 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_any_number_of_ranks_and_both_topologies_are_the_same_run(name: str) -> None:
     """Threads as ranks; tests/test_ranks.py does the same with real MPI processes. The fast suite leaves out what adds
-    least: one rank, four, two with an aggregator, and sums of floats (which differ from exact ones where ranks meet only)
-    at another number than three."""
+    least: one rank, four, two with an aggregator, and sums of floats (which differ from exact ones where ranks meet
+    only) at another number than three."""
     full = "FEDMPI_FULL" in os.environ
     for exact in (True, False):
         reference = outcome({**RUNS[name], "reproducible": exact}, solo())

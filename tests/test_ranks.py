@@ -40,8 +40,8 @@ def test_processes_equal_one_process(
     mpi: Mpi, ranks: int, references: list[tuple[dict[str, Any], dict[str, Any]]], tmp_path: Path
 ) -> None:
     """Every method in both topologies: equal parameters (to the bit when reproducible) and protocol bytes. The fast
-    suite does exact sums once for every method, in one topology under Open MPI and in the other under MPICH, and sums of
-    floats, which all methods share, for every third one, in the topology that is left."""
+    suite does exact sums once for every method, in one topology under Open MPI and in the other under MPICH, and sums
+    of floats, which all methods share, for every third one, in the topology that is left."""
     topologies = ("allreduce", "aggregator")
     expected = [
         ({**values, "topology": topology}, reference)

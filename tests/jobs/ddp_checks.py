@@ -1,4 +1,6 @@
-"""Checks of the DDP hook, one after the other in one launch of real processes: ddp_checks.py ANSWER [COMM [DEVICE [CHECK …]]].
+"""Checks of the DDP hook, one after the other in one launch of real processes:
+
+    ddp_checks.py ANSWER [COMM [DEVICE [CHECK …]]]
 
 Each check builds its own models; rank 0 writes {check: "" or what went wrong on any rank}.
 """
