@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, State
-from fedmpi.methods.base import Entry, FeedbackOptions, MeanServer, Setup
+from fedmpi.methods.base import Entry, FeedbackOptions, Mean, MeanServer, Setup
 from fedmpi.methods.feedback import Feedback
 from fedmpi.ops import bits
 from fedmpi.spec import Spec
@@ -61,7 +61,7 @@ class ScaledSign(Compressor):
 
 def make(options: FeedbackOptions, spec: Spec, setup: Setup) -> Method:
     up = ScaledSign(spec)
-    return Method(Feedback(up) if options.feedback else up, MeanServer(spec, setup.optimizer))
+    return Method((Feedback(up) if options.feedback else up,), MeanServer(spec, setup.optimizer), Mean())
 
 
 SIGN = Entry(

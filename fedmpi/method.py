@@ -188,6 +188,45 @@ class Compressor(ABC):
         return {}
 
 
+_RENAMED = {
+    "first": "Server.between(state, index, mean_S, round)",
+    "memory": "Decoder.memory(), of the method's decoder",
+    "gradient": "Decoder.direction(memory, mean_S, round, out), of the method's decoder",
+}
+
+
+class Decoder(ABC):
+    """From means to directions, without parameters: all that a job with an optimizer of its own (a DDP hook) needs of
+    a method's far end.
+
+    ``memory`` below is what :meth:`memory` gave, or any state with the same entries (a server's, a view).
+    """
+
+    def memory(self) -> State:
+        """What is kept between rounds, before the first; {} where nothing is."""
+        return {}
+
+    def shared(self, memory: State) -> State:
+        """What senders need of it to compress."""
+        return {}
+
+    def between(self, memory: State, index: int, mean_S: Tensor, round: Round) -> State:
+        """The memory after pass ``index``, which is not the last, whose senders' vectors have the mean ``mean_S``."""
+        return memory
+
+    @abstractmethod
+    def direction(
+        self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """The gradient ``(D,)`` that the last pass's mean stands for, and the new memory.
+
+        Args:
+          mean_S: the mean; of an integer method the sum. A majority may come packed, as the array
+            :attr:`Compressor.merged` of a message.
+          out: ``(D,)``, contiguous, where the gradient may stand; None: nowhere given.
+        """
+
+
 class Server(ABC):
     """What turns the sum of messages into new parameters, and what clients download.
 
@@ -198,10 +237,19 @@ class Server(ABC):
     Attributes:
       weighted: clients count by their number of samples; else one client, one vote.
       samples: training samples of its own, from which :meth:`prepare` gets a gradient; 0 for none.
+
+    Raises:
+      ConfigError: a subclass has a function by its former name.
     """
 
     weighted: bool = True
     samples: int = 0
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for old, new in _RENAMED.items():
+            if old in vars(cls):
+                raise ConfigError(f"{cls.__name__}.{old}: this is now {new}")
 
     @abstractmethod
     def init(self, theta_D: Tensor) -> State: ...
@@ -243,33 +291,10 @@ class Server(ABC):
         Its parameters equal the server's to the bit.
         """
 
-    def first(self, state: State, mean_S: Tensor, round: Round) -> State:
-        """The state (or view) after the first of two passes, whose clients' vectors have the mean ``mean_S``."""
+    def between(self, state: State, index: int, mean_S: Tensor, round: Round) -> State:
+        """The state (or view) after pass ``index``, which is not the last, whose clients' vectors have the mean
+        ``mean_S``."""
         return state
-
-    def memory(self) -> State:
-        """What :meth:`gradient` needs between rounds: the part of a state that knows nothing of parameters.
-
-        Raises:
-          ConfigError: this server changes parameters itself, and has no :meth:`gradient`.
-        """
-        raise ConfigError(
-            "method: expected one whose server only averages, this one changes parameters itself; "
-            "train with it through `fedmpi train`, also with mode: data_parallel"
-        )
-
-    def gradient(
-        self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """The gradient ``(D,)`` that a round's mean stands for, and the new memory: for jobs that step with an
-        optimizer of their own (a DDP hook). ``first`` and ``shared`` take a memory in a state's place there.
-        It may stand in ``out`` ``(D,)``, contiguous, where that is given. A majority may come packed, as the array
-        :attr:`Compressor.merged` of a message.
-
-        Raises:
-          ConfigError: as :meth:`memory`.
-        """
-        return mean_S, self.memory()
 
     def prepare(self, state: State, g_D: Tensor) -> State:
         """The state before round 0 of a server with ``samples``; ``g_D`` is the accumulated gradient of local
@@ -293,17 +318,108 @@ class Server(ABC):
         return {}
 
 
-class Method(NamedTuple):
-    """A compressor and a server rule.
+@dataclass(frozen=True)
+class Method:
+    """One way to send a vector, and what becomes of the mean.
 
-    A method of two collectives a round (PowerSGD) has a ``first`` compressor too: its vectors are averaged before
-    ``up`` compresses the same gradients, and :meth:`Server.first` makes what ``up`` then finds in
-    ``shared``.
+    Attributes:
+      passes: the compressors of a round, one after the other; all but few methods have one. Each compresses the same
+        gradients, once the vectors of the one before are averaged and :meth:`Server.between` (or
+        :meth:`Decoder.between`) has made of their mean what it then finds in ``shared``. What clients keep is the
+        last one's state; those before it only read that.
+      server: from the mean to new parameters, for `fedmpi train`.
+      decoder: from the mean to a direction, for drop-ins; None where the server changes parameters itself.
+
+    Raises:
+      ConfigError: passes are not a tuple of compressors.
     """
 
-    up: Compressor
+    passes: tuple[Compressor, ...]
     server: Server
-    first: Compressor | None = None
+    decoder: Decoder | None = None
+
+    def __post_init__(self) -> None:
+        passes = self.passes
+        if not isinstance(passes, tuple) or not passes or not all(isinstance(p, Compressor) for p in passes):
+            raise ConfigError(
+                f"Method: passes: expected a tuple of compressors, got {passes!r}; what was Method(up, server) "
+                f"is Method((up,), server, decoder), what was Method(up, server, first) Method((first, up), …)"
+            )
+
+    @property
+    def up(self) -> Compressor:
+        """The last pass."""
+        return self.passes[-1]
+
+    def directions(self) -> Decoder:
+        """The decoder, for a job that steps with an optimizer of its own.
+
+        Raises:
+          ConfigError: there is none.
+        """
+        if self.decoder is None:
+            raise ConfigError(
+                "method: expected one whose server only averages, this one changes parameters itself; "
+                "train with it through `fedmpi train`, also with mode: data_parallel"
+            )
+        return self.decoder
+
+
+class Pass(NamedTuple):
+    """What one pass of :func:`play` came to."""
+
+    codec: Compressor
+    ctx: Context
+    message: Message
+    after: State
+    """The senders' state."""
+    peers: State
+    """What the receiver keeps of them."""
+    v_CS: Tensor
+    """Each sender's decoded vector."""
+    mean_S: Tensor
+    """Their mean; of an integer method their sum."""
+    state: State
+    """The far end's, when the pass was sent."""
+
+
+def play(
+    method: Method,
+    g_CD: Tensor,
+    senders: State,
+    state: State,
+    round: Round,
+    *,
+    clients_C: Tensor | None = None,
+    peers: State | None = None,
+    end: Server | Decoder | None = None,
+) -> list[Pass]:
+    """All passes of a round in this process, without communication: the round of whoever looks at a method (analysis,
+    listing, bench, tests). Every client counts the same and has made one step.
+
+    Args:
+      g_CD: the gradients ``(C, D)``.
+      senders: the clients' states, with axis C; the last pass's :attr:`Pass.after` are those after the round.
+      state: the far end's: a server's or, with ``end`` the decoder, its memory. With the last pass's
+        :attr:`Pass.state` and :attr:`Pass.mean_S` it ends the round (:meth:`Server.finish`, :meth:`Decoder.direction`).
+      clients_C: ids; default: 0 … C − 1.
+      peers: what the receiver keeps of the clients; default: what the clients believe that it does.
+      end: the far end; default: the method's server.
+    """
+    end = end or method.server
+    clients_C = torch.arange(len(g_CD)) if clients_C is None else clients_C
+    passes = []
+    for index, codec in enumerate(method.passes):
+        ctx = Context(round, clients_C, torch.ones_like(clients_C), end.shared(state))
+        message, after = codec.compress(g_CD, senders, ctx)
+        last = codec is method.up
+        held = {} if not last else believed(codec, senders) if peers is None else peers
+        v_CS, held = codec.decompress(message, held, ctx)
+        mean_S = v_CS.sum(0, dtype=torch.int32) if codec.integer else v_CS.mean(0)
+        passes.append(Pass(codec, ctx, message, after, held, v_CS, mean_S, state))
+        if not last:
+            state = end.between(state, index, mean_S, round)
+    return passes
 
 
 def nest(state: Mapping[str, Tensor], prefix: str = "inner.") -> State:

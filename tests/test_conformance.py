@@ -21,7 +21,7 @@ from fedmpi.comm import run_ranks, solo
 from fedmpi.engine.store import ClientStore
 from fedmpi.errors import MessageError
 from fedmpi.message import concat, equal, from_bytes, to_bytes
-from fedmpi.method import Compressor, Context, Method, Round, Server, State, believed
+from fedmpi.method import Context, Method, Round, State, believed, play
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import FeedbackOptions, Setup
 from fedmpi.spec import Spec
@@ -84,11 +84,6 @@ def at(method: Method, t: int, clients: Tensor | None = None, state: State | Non
     return Context(round, clients, torch.ones_like(clients), method.server.shared(state))
 
 
-def passes(method: Method) -> list[Compressor]:
-    """``up``, and the ``first`` of two; both get ``up``'s state, and what ``first`` returns is dropped."""
-    return [method.up] if method.first is None else [method.first, method.up]
-
-
 def start(method: Method) -> tuple[ClientStore, ClientStore]:
     return ClientStore(method.up.init), ClientStore(method.up.init_peer)
 
@@ -97,7 +92,7 @@ def test_bytes_are_measured_and_frames_round_trip(method: Method) -> None:
     senders, _ = start(method)
     ids = torch.arange(CLIENTS)
     for t in range(ROUNDS):
-        for up in passes(method):
+        for up in method.passes:
             message, state = up.compress(gradients(t), senders.get(ids), at(method, t))
             assert message.clients == CLIENTS
             assert int(message.nbytes().sum()) == sum(a.nbytes for a in message.arrays.values())
@@ -118,10 +113,10 @@ def test_bytes_are_measured_and_frames_round_trip(method: Method) -> None:
 def test_additive_is_true_of_what_is_sent(method: Method) -> None:
     """Over rounds, and with other clients sending a, b and a + b: v(a) + v(b) = v(a + b) exactly when ``additive``."""
     senders, receivers = zip(*(start(method) for _ in range(3)), strict=True)
-    holds = dict.fromkeys(passes(method), True)
+    holds = dict.fromkeys(method.passes, True)
     for t in range(ROUNDS):
         a, b = gradients(t, seed=0), gradients(t, seed=1)
-        for up in passes(method):
+        for up in method.passes:
             decoded = []
             for i, (g, sender, receiver) in enumerate(zip((a, b, a + b), senders, receivers, strict=True)):
                 ids = torch.arange(CLIENTS) + i * CLIENTS
@@ -146,19 +141,20 @@ def test_tensors_without_dimensions_or_numbers(options: dict[str, Any]) -> None:
     memory = method.server.init(torch.zeros(spec.size))
     for t in range(3):
         g_CD = torch.randn(CLIENTS, spec.size, generator=torch.Generator().manual_seed(t))
-        for up in passes(method):
+        for up in method.passes:
             ctx = at(method, t, state=memory)
             message, state = up.compress(g_CD, senders.get(ids), ctx)
             frame = from_bytes(to_bytes(message), up.layout(), CLIENTS)
             v, peer = up.decompress(frame, receivers.get(ids) if up is method.up else {}, ctx)
             assert v.shape == (CLIENTS, up.size)
             assert bool(v.float().isfinite().all())
-            if up is method.first:
-                memory = method.server.first(memory, v.float().mean(0), ctx.round)
+            if up is not method.up:
+                index = method.passes.index(up)
+                memory = method.server.between(memory, index, v.float().mean(0), ctx.round)
         senders.put(ids, state)
         receivers.put(ids, peer)
-        if type(method.server).memory is not Server.memory:  # which only averages
-            mean_D, memory = method.server.gradient(memory, v.float().mean(0), ctx.round)
+        if method.decoder is not None:
+            mean_D, memory = method.decoder.direction(memory, v.float().mean(0), ctx.round)
             assert {n: tuple(x.shape) for n, x in spec.views(mean_D).items()} == dict(
                 zip(spec.names, spec.shapes, strict=True)
             )
@@ -170,7 +166,7 @@ def test_adding_is_decoding_and_adding(method: Method) -> None:
     senders, receivers = start(method)
     ids = torch.arange(CLIENTS)
     for t in range(2):
-        for up in passes(method):
+        for up in method.passes:
             message, state = up.compress(gradients(t), senders.get(ids), at(method, t))
             peer = receivers.get(ids) if up is method.up else {}
             v, expected = up.decompress(message, peer, at(method, t))
@@ -183,7 +179,7 @@ def test_adding_is_decoding_and_adding(method: Method) -> None:
 
 
 def test_decoded_size_is_what_sums(method: Method) -> None:
-    for up in passes(method):
+    for up in method.passes:
         message, _ = up.compress(gradients(0), start(method)[0].get(torch.arange(CLIENTS)), at(method, 0))
         v, _ = up.decompress(message, start(method)[1].get(torch.arange(CLIENTS)), at(method, 0))
         assert v.shape == (CLIENTS, up.size)
@@ -213,7 +209,7 @@ def test_one_call_for_all_equals_a_call_each(method: Method) -> None:
     for t in range(3):
         g, everybody = gradients(t), together.get(ids)
         each = [alone.get(ids[c : c + 1]) for c in range(CLIENTS)]
-        for up in passes(method):
+        for up in method.passes:
             message, state = up.compress(g, everybody, at(method, t))
             v, _ = up.decompress(message, believed(up, everybody), at(method, t))
             for c, before in enumerate(each):
@@ -234,7 +230,7 @@ def test_pure_and_random_only_by_key(method: Method) -> None:
     for t in range(3):
         g, kept = gradients(t), copy.deepcopy(state)
         g_kept = g.clone()
-        for up in passes(method):
+        for up in method.passes:
             torch.manual_seed(t)
             generator = torch.random.get_rng_state()
             first, new = up.compress(g, state, at(method, t))
@@ -253,22 +249,12 @@ def test_pure_and_random_only_by_key(method: Method) -> None:
 
 def rounds_of(method: Method, rounds: int) -> Any:
     """Server states after each round, starting with the initial one."""
-    up, server, ids = method.up, method.server, torch.arange(CLIENTS)
-    state, senders = server.init(torch.linspace(-1, 1, SPEC.size)), ClientStore(up.init)
+    server, senders = method.server, start(method)[0].get(torch.arange(CLIENTS))
+    state = server.init(torch.linspace(-1, 1, SPEC.size))
     yield state
     for t in range(rounds):
-        before = senders.get(ids)
-        if method.first is not None:
-            ctx = at(method, t, state=state)
-            message, _ = method.first.compress(gradients(t), before, ctx)
-            v, _ = method.first.decompress(message, {}, ctx)
-            state = server.first(state, v.mean(0), ctx.round)
-        ctx = at(method, t, state=state)
-        message, after = up.compress(gradients(t), before, ctx)
-        senders.put(ids, after)
-        v, _ = up.decompress(message, believed(up, before), ctx)
-        total = v.sum(0, dtype=torch.int32) if up.integer else v.mean(0)
-        state = server.finish(state, total, ctx.round)
+        last = play(method, gradients(t), senders, state, at(method, t).round)[-1]
+        senders, state = last.after, server.finish(last.state, last.mean_S, last.ctx.round)
         assert int(state["version"]) == t + 1
         yield state
 

@@ -18,7 +18,7 @@ from fedmpi.method import Compressor, Context, Method, Round, believed
 from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec
 
-from .test_conformance import CASES, SPEC, gradients, passes
+from .test_conformance import CASES, SPEC, gradients
 
 STEPS = 5
 
@@ -49,7 +49,7 @@ def _reference(up: Compressor, method: Method, ranks: int) -> list[Tensor]:
 def _exchanged(options: dict[str, Any], comm: Comm, way: exchange.Way, exact: bool) -> list[list[Tensor]]:
     method = methods.build(options, SPEC, Setup(seed=1))
     results = []
-    for up in passes(method):
+    for up in method.passes:
         try:
             ways = exchange.build(comm, up, way, exact)
         except ConfigError:
@@ -80,10 +80,10 @@ def test_every_method_by_every_way(name: str, way: exchange.Way) -> None:
     options = CASES[name]
     answers = run_ranks(ranks, lambda comm: _exchanged(options, comm, way, exact=False))
     method = methods.build(options, SPEC, Setup(seed=1))
-    if way == "merge" and any(up.merged is None for up in passes(method)):
+    if way == "merge" and any(up.merged is None for up in method.passes):
         assert answers == [[]] * ranks, "refused with a named error"
         return
-    for up, *by_rank in zip(passes(method), *answers, strict=True):
+    for up, *by_rank in zip(method.passes, *answers, strict=True):
         for t, expected in enumerate(_reference(up, method, ranks)):
             for means in by_rank:
                 assert torch.equal(means[t], by_rank[0][t]), "all ranks get the same bits"
@@ -119,7 +119,11 @@ def test_votes_travel_packed(ranks: int) -> None:
         sent, received = comm.sent, comm.received
         mean, _ = exchange.build(comm, method.up, "merge").mean(message, {}, {}, ctx)
         assert mean is not None
-        return method.server.gradient({}, mean, ctx.round)[0], comm.sent - sent, comm.received - received
+        return (
+            method.directions().direction({}, mean, ctx.round)[0],
+            comm.sent - sent,
+            comm.received - received,
+        )
 
     answers = run_ranks(ranks, vote)
     votes = sum(torch.randn(n, generator=torch.Generator().manual_seed(r)).sign().int() for r in range(ranks))
@@ -143,7 +147,7 @@ def test_ties_fall_alike_by_every_way() -> None:
         message, _ = method.up.compress(torch.randn(1, 1000, generator=generator), {}, ctx)
         mean, _ = exchange.build(comm, method.up, way).mean(message, {}, {}, ctx)
         assert mean is not None
-        return method.server.gradient({}, mean, ctx.round)[0]
+        return method.directions().direction({}, mean, ctx.round)[0]
 
     by_way = [run_ranks(4, lambda comm, way=way: vote(comm, way))[0] for way in ("sum", "gather", "merge")]
     assert torch.equal(by_way[0], by_way[1])

@@ -23,7 +23,7 @@ from .test_conformance import CASES, SPEC
 def telling() -> list[str]:
     def tells(options: dict[str, Any]) -> bool:
         method = methods.build(options, SPEC, Setup())
-        return any(codec.tells for codec in (method.first, method.up) if codec is not None)
+        return any(codec.tells for codec in method.passes)
 
     return [name for name, options in CASES.items() if tells(options)]
 
@@ -31,11 +31,11 @@ def telling() -> list[str]:
 @pytest.mark.parametrize("name", telling())
 def test_messages_tell_of_any_number_that_is_not_finite(name: str) -> None:
     method = methods.build(CASES[name], SPEC, Setup())
-    codec = method.first if method.first is not None and method.first.tells else method.up
+    codec = next((codec for codec in method.passes if codec.tells), method.up)
     state = {n: v[None].expand(2, *v.shape).clone() for n, v in codec.init().items()}
-    if codec is method.first:
+    if codec is not method.up:
         state = {n: v[None].expand(2, *v.shape).clone() for n, v in method.up.init().items()}
-    shared = method.server.shared(method.server.memory())
+    shared = method.directions().shared(method.directions().memory())
     ctx = Context(Round(1, 2, 0.1), torch.arange(2), torch.ones(2, dtype=torch.int64), shared)
 
     def finite(g_CD: Tensor) -> bool | None:
@@ -69,7 +69,7 @@ def test_packing_signs_finds_what_is_not_finite(size: int) -> None:
 @pytest.mark.parametrize("name", [name for name in CASES if "over" not in name])
 def test_a_message_of_huge_gradients_is_finite_or_refused(name: str) -> None:
     method = methods.build(CASES[name], SPEC, Setup())
-    codec = method.first or method.up
+    codec = method.passes[0]
     state = {n: v[None].expand(2, *v.shape).clone() for n, v in method.up.init().items()}
     shared = method.server.shared(method.server.init(torch.zeros(SPEC.size)))
     ctx = Context(Round(1, 0, 0.1), torch.arange(2), torch.ones(2, dtype=torch.int64), shared)

@@ -80,11 +80,11 @@ def test_what_an_all_reduce_can_average(horovod: Any, options: dict[str, Any]) -
     method = methods.build(options, SPEC, Setup())
     parameters = [torch.zeros(shape, requires_grad=True) for shape in SPEC.shapes]
     try:
-        keeps = {**method.up.init(), **method.server.memory()}
+        keeps = {**method.up.init(), **method.directions().memory()}
     except ConfigError:
         keeps = {"parameters": torch.zeros(0)}
     alike = method.up.additive or options["name"] == "randomk"  # which then draws with one key
-    if alike and not keeps and method.first is None:
+    if alike and not keeps and len(method.passes) == 1:
         assert len(method.up.layout()) == 1
         compression = horovod.Compression(options, parameters, exact_below=0)
         wire, ctx = compression.compress(torch.randn(11, 20))

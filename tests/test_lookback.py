@@ -141,7 +141,8 @@ def test_clusters_hold_a_number_a_client_and_their_broadcasts_are_counted() -> N
     in full moves one centroid half the way, which every client downloads."""
     clients, c = 16, 4
     options = {"name": "lookback", "threshold": 0.1, "keep": "clustered", "clusters": c}
-    up, server, _ = methods.build(options, SPEC, Setup(seed=1))
+    method = methods.build(options, SPEC, Setup(seed=1))
+    up, server = method.up, method.server
     assert up.init_peer() == {"cluster": torch.tensor(-1)}
     directions = torch.eye(SPEC.size)[:c]
     g = directions[torch.arange(clients) % c]

@@ -12,6 +12,11 @@ from fedmpi.cli import main
 from fedmpi.comm import solo
 from fedmpi.engine.rounds import Simulation
 from fedmpi.errors import ConfigError, DataError
+from fedmpi.method import Method
+from fedmpi.methods.base import MeanServer
+from fedmpi.methods.dense import Dense
+from fedmpi.optimizers import Optimizer
+from fedmpi.spec import Spec
 from fedmpi.tasks.data import load
 from fedmpi.tasks.models import build
 from fedmpi.tasks.partitions import divide, split
@@ -196,3 +201,14 @@ def test_data_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Image.open(tmp_path / "p.png").size[0] > 500
     assert main(["data", "show", path, "--plot", str(tmp_path / "none" / "p.png")]) == 2
     assert "--plot: cannot write to" in capsys.readouterr().err
+
+
+def test_a_method_written_for_an_older_fedmpi_says_what_was_renamed() -> None:
+    up, server = Dense(Spec(("w",), ((3,),))), MeanServer(Spec(("w",), ((3,),)), Optimizer())
+    with pytest.raises(
+        ConfigError, match=r"expected a tuple of compressors, .* is Method\(\(up,\), server, decoder\)"
+    ):
+        Method(up, server)  # type: ignore[arg-type]
+    for old, new in (("first", "between"), ("memory", "Decoder.memory"), ("gradient", "Decoder.direction")):
+        with pytest.raises(ConfigError, match=rf"Mine\.{old}: this is now .*{new}"):
+            type("Mine", (MeanServer,), {old: lambda self: None})

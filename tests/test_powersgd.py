@@ -13,7 +13,7 @@ from fedmpi import config, methods, random
 from fedmpi.engine.store import ClientStore
 from fedmpi.errors import ConfigError
 from fedmpi.message import equal, from_bytes, to_bytes
-from fedmpi.method import Context, Method, Round, State
+from fedmpi.method import Context, Method, Round, State, play
 from fedmpi.methods.base import Setup
 from fedmpi.methods.lowrank import column_sums, orthonormal
 from fedmpi.optimizers import Optimizer
@@ -178,18 +178,13 @@ def gradients(t: int, clients: int = 4, seed: int = 0) -> Tensor:
     return torch.randn(clients, D, generator=torch.Generator().manual_seed(100 * seed + t))
 
 
-def play(method: Method, t: int, state: State, senders: ClientStore, g_CD: Tensor) -> State:
-    """One round of all clients, as the engine does it."""
-    assert method.first is not None
+def played(method: Method, t: int, state: State, senders: ClientStore, g_CD: Tensor) -> State:
+    """One round of all clients."""
+    assert len(method.passes) == 2
     ids, round = torch.arange(len(g_CD)), Round(seed=4, t=t, lr=0.1)
-    before = senders.get(ids)
-    ctx = Context(round, ids, torch.ones_like(ids), method.server.shared(state))
-    message, _ = method.first.compress(g_CD, before, ctx)
-    state = method.server.first(state, method.first.decompress(message, {}, ctx)[0].mean(0), round)
-    ctx = Context(round, ids, torch.ones_like(ids), method.server.shared(state))
-    message, after = method.up.compress(g_CD, before, ctx)
-    senders.put(ids, after)
-    return method.server.finish(state, method.up.decompress(message, {}, ctx)[0].mean(0), round)
+    last = play(method, g_CD, senders.get(ids), state, round)[-1]
+    senders.put(ids, last.after)
+    return method.server.finish(last.state, last.mean_S, round)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
@@ -200,7 +195,7 @@ def test_who_missed_rounds_rebuilds_parameters_and_q(optimizer: str) -> None:
     theta = torch.linspace(-1, 1, D)
     states = [server.init(theta)]
     for t in range(12):
-        states.append(play(method, t, states[-1], senders, gradients(t)))
+        states.append(played(method, t, states[-1], senders, gradients(t)))
     factors = 2 * P + 2 * Q + DENSE + 1
     sizes = set()
     for seen in range(13):
@@ -228,7 +223,7 @@ def test_a_mean_of_low_rank_arrives_exactly() -> None:
         a = torch.randn(rows, 2, generator=generator)
         b = torch.randn(4, 2, columns, generator=generator)
         LAYERS.views(g_CD)[name].copy_((a @ b).view(4, *LAYERS.shapes[LAYERS.names.index(name)]))
-    state = play(method, 0, method.server.init(theta), ClientStore(method.up.init), g_CD)
+    state = played(method, 0, method.server.init(theta), ClientStore(method.up.init), g_CD)
     assert torch.allclose(state["theta"], -0.1 * g_CD.mean(0), atol=1e-6)
 
 
@@ -244,14 +239,14 @@ def test_a_rank_that_was_missing_comes_back() -> None:
         LAYERS.views(one)[name].copy_((a @ b)[0].view(1, *LAYERS.shapes[LAYERS.names.index(name)]))
         LAYERS.views(two)[name].copy_((a @ b).sum(0).view(1, *LAYERS.shapes[LAYERS.names.index(name)]))
     start = server.init(torch.zeros(D))
-    state = play(method, 0, start, senders, one)
+    state = played(method, 0, start, senders, one)
     assert torch.allclose(state["theta"], -0.1 * one[0], atol=1e-6)
     sent, initial = state["q"].view(Q, 2), start["q"].view(Q, 2)
     assert torch.equal(sent[:, 1], initial[:, 1])
     assert not torch.equal(sent[:, 0], initial[:, 0])
-    state = play(method, 1, state, senders, two)
+    state = played(method, 1, state, senders, two)
     assert torch.allclose(state["theta"], -0.1 * (one + two)[0], atol=1e-5)
-    zero = play(method, 2, state, senders, torch.zeros(1, D))
+    zero = played(method, 2, state, senders, torch.zeros(1, D))
     assert torch.equal(zero["theta"], state["theta"])
     assert torch.equal(zero["q"], start["q"])
 
@@ -265,7 +260,7 @@ def test_both_passes_are_linear_pure_and_row_by_row(feedback: bool) -> None:
     a, b = gradients(0), gradients(1)
     zero = ClientStore(method.up.init).get(ctx.clients_C)
     errors = {"residual": gradients(2)} if feedback else {}
-    for up in (method.first, method.up):
+    for up in method.passes:
         assert up is not None
         assert up.additive
         assert up.init_peer() == {}
@@ -291,7 +286,7 @@ def test_both_passes_are_linear_pure_and_row_by_row(feedback: bool) -> None:
 
 def test_a_model_without_matrices_is_dense_in_one_pass() -> None:
     method = build(spec=Spec(("w", "small"), ((50,), (2, 3))), rank=2)
-    assert method.first is None
+    assert len(method.passes) == 1
     dense, power = simulate(), simulate(method={"name": "powersgd", "rank": 64})
     for t in range(3):
         assert power.round(t)["upload_bytes"] == dense.round(t)["upload_bytes"]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fedmpi import random
 from fedmpi.engine.rounds import Simulation
-from fedmpi.method import Compressor, Context, Method, Round, State
+from fedmpi.method import Compressor, Context, Method, Round, State, play
 from fedmpi.methods import fetchsgd
 from fedmpi.spec import Spec
 
@@ -57,7 +57,7 @@ def observe(
       seed: of the method's keys.
     """
     up, server = method.up, method.server
-    client, one = torch.tensor([0]), torch.tensor([1])
+    client = torch.tensor([0])
     held = server.init(theta_D)
     if server.samples:
         held = server.prepare(held, gradient(server.parameters(held), 0))
@@ -65,20 +65,12 @@ def observe(
     state = start
     for t in (0, 1):
         now = Round(seed, t, lr=0.0)
-        ctx = Context(now, client, one, server.shared(held))
         g_1D = gradient(server.parameters(held), t)[None]
-        nbytes = 0
-        if method.first is not None:
-            message, _ = method.first.compress(g_1D, state, ctx)
-            nbytes = int(message.nbytes()[0])
-            mean_1S, _ = method.first.decompress(message, {}, ctx)
-            held = server.first(held, mean_1S[0], now)
-            ctx = Context(now, client, one, server.shared(held))
-        message, state = up.compress(g_1D, state, ctx)
-        v_1S, after = up.decompress(message, peer, ctx)
+        passes = play(method, g_1D, state, held, now, clients_C=client, peers=peer)
+        _, ctx, _, state, after, v_1S, mean_S, held = passes[-1]
         if t == 0:
-            held, peer = server.finish(held, v_1S[0], now), after
-    nbytes += int(message.nbytes()[0])
+            held, peer = server.finish(held, mean_S, now), after
+    nbytes = sum(int(one.message.nbytes()[0]) for one in passes)
     v_1S = v_1S.float()
     theta_D = server.parameters(held)
     if is_linear(up, start, ctx):

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from fedmpi import random
 from fedmpi.engine.progress import human
-from fedmpi.message import Message
-from fedmpi.method import Compressor, Context, Method, Round, State, believed
+from fedmpi.method import Method, Round, State, play
 from fedmpi.methods import METHODS, build, entry, parse
 from fedmpi.methods.base import Entry, Setup
 from fedmpi.spec import Spec
@@ -65,30 +63,15 @@ def costs(spec: Spec, chosen: Sequence[str] = ()) -> str:
 
 
 def _measure(method: Method, spec: Spec) -> tuple[int, int, int]:
-    server, client = method.server, torch.tensor([0])
+    server = method.server
     g_CD = random.normal(random.key(0, stream="listing"), spec.size)[None]
     state: State = {name: value[None] for name, value in method.up.init().items()}
     held = server.init(torch.zeros(spec.size))
     uploads, between = [], 0
     for t in range(2):
         now = Round(0, t, 0.1)
-        ctx = Context(now, client, torch.tensor([1]), server.shared(held))
-        nbytes = 0
-        if method.first is not None:
-            message, _ = method.first.compress(g_CD, state, ctx)
-            nbytes += int(message.nbytes()[0])
-            mean_S = _decoded(method.first, message, state, ctx)
-            between = mean_S.nbytes  # every client downloads it
-            held = server.first(held, mean_S, now)
-            ctx = Context(now, client, torch.tensor([1]), server.shared(held))
-        message, after = method.up.compress(g_CD, state, ctx)
-        uploads.append(nbytes + int(message.nbytes()[0]))
-        held = server.finish(held, _decoded(method.up, message, state, ctx), now)
-        state = after
+        passes = play(method, g_CD, state, held, now)
+        uploads.append(sum(int(one.message.nbytes()[0]) for one in passes))
+        between = sum(one.mean_S.nbytes for one in passes[:-1])  # every client downloads these
+        state, held = passes[-1].after, server.finish(passes[-1].state, passes[-1].mean_S, now)
     return uploads[0], uploads[1], between + int(server.download(held, 1).nbytes()[0])
-
-
-def _decoded(up: Compressor, message: Message, state: State, ctx: Context) -> Tensor:
-    """The sum over this one client."""
-    v_CS, _ = up.decompress(message, believed(up, state), ctx)
-    return v_CS[0].int() if up.integer else v_CS[0]

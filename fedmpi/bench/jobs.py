@@ -77,7 +77,7 @@ def wire(comm: Comm, cases: list[dict[str, Any]], rounds: int) -> list[dict[str,
         mine = [(now - then) / rounds for now, then in zip((comm.sent, comm.received), before, strict=True)]
         ranks = [json.loads(part) for part in comm.allgather(json.dumps(mine).encode())]
         up, parallel = run.method.up, run.config.mode == "data_parallel"
-        passes = 1 if run.method.first is None else 2
+        passes = len(run.method.passes)
         found.append(
             {
                 "sent": [sent for sent, _ in ranks],

@@ -21,8 +21,7 @@ from torch import Tensor
 from fedmpi import methods, random
 from fedmpi.bench.timing import Row, Work, columns, measure
 from fedmpi.errors import ConfigError
-from fedmpi.message import Message
-from fedmpi.method import Compressor, Context, Method, Round, State, believed
+from fedmpi.method import Method, Pass, Round, State, believed, play
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec
@@ -92,22 +91,11 @@ class Codings(NamedTuple):
         return json.dumps({"bench": "methods", **self.facts, "against": "memcpy", "rows": rows}, indent=2)
 
 
-class Pass(NamedTuple):
-    """One of a round's passes."""
-
-    codec: Compressor
-    ctx: Context
-    message: Message
-    after: State  # the senders'
-    total_S: Tensor
-
-
 class Third(NamedTuple):
     """The third of three rounds with the same gradients: what was before it, and its passes."""
 
     method: Method
     senders: State
-    state: State
     passes: list[Pass]
 
     @property
@@ -157,7 +145,7 @@ def _read(chosen: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _coding(options: dict[str, Any], spec: Spec, g_CD: Tensor, repeats: int) -> Coding:
-    method, senders, state, passes = third = third_round(options, spec, g_CD)
+    method, senders, passes = third = third_round(options, spec, g_CD)
     copy_CD = torch.empty_like(g_CD)
 
     def compress() -> None:
@@ -178,7 +166,7 @@ def _coding(options: dict[str, Any], spec: Spec, g_CD: Tensor, repeats: int) -> 
         4 * spec.size / third.nbytes,
         timed(compress, len(g_CD)),
         timed(decompress, len(g_CD)),
-        timed(partial(_finish, method, state, passes), 1),
+        timed(partial(_finish, method, passes), 1),
     )
 
 
@@ -189,27 +177,14 @@ def third_round(options: dict[str, Any], spec: Spec, g_CD: Tensor) -> Third:
     senders = {name: value.expand(clients, *value.shape).clone() for name, value in method.up.init().items()}
     state = method.server.init(torch.zeros(spec.size))
     for t in range(_ROUNDS):
-        passes = _round(method, g_CD, senders, state, t)
-        senders, state = passes[-1].after, _finish(method, state, passes)
-    return Third(method, senders, state, _round(method, g_CD, senders, state, _ROUNDS))
+        passes = play(method, g_CD, senders, state, Round(0, t, 0.1))
+        senders, state = passes[-1].after, _finish(method, passes)
+    return Third(method, senders, play(method, g_CD, senders, state, Round(0, _ROUNDS, 0.1)))
 
 
-def _round(method: Method, g_CD: Tensor, senders: State, state: State, t: int) -> list[Pass]:
-    """The passes of round ``t``."""
-    clients_C = torch.arange(len(g_CD))
-    passes = []
-    for codec in (method.up,) if method.first is None else (method.first, method.up):
-        ctx = Context(Round(0, t, 0.1), clients_C, torch.ones_like(clients_C), method.server.shared(state))
-        message, after = codec.compress(g_CD, senders, ctx)
-        v_CS, _ = codec.decompress(message, believed(codec, senders), ctx)
-        total_S = v_CS.sum(0, dtype=torch.int32) if codec.integer else v_CS.mean(0)
-        passes.append(Pass(codec, ctx, message, after, total_S))
-        if codec is method.first:
-            state = method.server.first(state, total_S, ctx.round)
-    return passes
-
-
-def _finish(method: Method, state: State, passes: list[Pass]) -> State:
-    for one in passes[:-1]:
-        state = method.server.first(state, one.total_S, one.ctx.round)
-    return method.server.finish(state, passes[-1].total_S, passes[-1].ctx.round)
+def _finish(method: Method, passes: list[Pass]) -> State:
+    """What the server makes of the passes' means."""
+    state, now = passes[0].state, passes[0].ctx.round
+    for index, one in enumerate(passes[:-1]):
+        state = method.server.between(state, index, one.mean_S, now)
+    return method.server.finish(state, passes[-1].mean_S, now)

@@ -242,17 +242,16 @@ def _messages(say: Callable[[str], None]) -> dict[str, Any]:
     rows = {}
     for label in METHODS:
         third = third_round(_options(label, spec.size), spec, g_1D)
+        before = third.passes[0].state
         rows[label] = {
             "message": third.nbytes,
-            "download": int(
-                third.method.server.download(third.state, int(third.state["version"]) - 1).nbytes()[0]
-            ),
+            "download": int(third.method.server.download(before, int(before["version"]) - 1).nbytes()[0]),
             "state": sum(value.nbytes for value in third.method.up.init().values()),
             "passes": [
                 {
                     "message": int(one.message.nbytes()[0]),
                     "frame": len(to_bytes(one.message)),
-                    "summed": one.total_S.nbytes,
+                    "summed": one.mean_S.nbytes,
                     "way": exchange.build(crowd, one.codec).name,
                     "entry": entry(one.codec),
                 }

@@ -62,7 +62,7 @@ def topology(config: Config, method: Method) -> Callable[..., Topology]:
     if config.server.aggregate == "mean":
         return TOPOLOGIES[config.topology]
     up = method.up
-    if up.integer or up.size != up.spec.size or method.first is not None:
+    if up.integer or up.size != up.spec.size or len(method.passes) > 1:
         raise ConfigError(
             f"server.aggregate: {config.server.aggregate} needs a method whose message decodes to a gradient of D "
             f"numbers and that has one pass (dense, bf16, topk, …); {config.method.name}'s does not, expected mean"

@@ -88,14 +88,13 @@ class _Clock:
 
 def _work(simulation: Simulation) -> Iterator[tuple[object, str, str]]:
     """Whose functions belong to which phase."""
-    first, up = simulation.method.first, simulation.method.up
     yield simulation.comm, _COLLECTIVES, "wire"
     yield simulation.trainer, "train pool servers_own", "compute"
     yield simulation.trainer, "evaluate", "evaluate"
     yield simulation.clients, "get put", "load"
     yield simulation.topology, "prepare start take take_sum only between finish skip", "server"
     yield simulation.ledger, "downloads download_of", "server"
-    for codec in (first, up) if first else (up,):
+    for codec in simulation.method.passes:
         yield codec, "compress", "encode"
         yield codec, "decompress add merge", "decode"
 

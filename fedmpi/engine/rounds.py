@@ -134,7 +134,12 @@ class Simulation:
     def _can_fuse(self) -> bool:
         """The method is additive and keeps nothing, all messages have one size, and nothing asks for a single one."""
         up, config = self.method.up, self.config
-        single = config.on_bad_update == "reject" or config.clip or config.reproducible or self.method.first
+        single = (
+            config.on_bad_update == "reject"
+            or config.clip
+            or config.reproducible
+            or len(self.method.passes) > 1
+        )
         plain = up.additive and not up.counters and not up.init() and up.nbytes() is not None
         return self.topology.fuses and plain and not single
 
@@ -147,7 +152,7 @@ class Simulation:
         config = self.config
         if config.time is None:
             return None
-        sizes = [codec.nbytes() for codec in (self.method.first, self.method.up) if codec]
+        sizes = [codec.nbytes() for codec in self.method.passes]
         first = sum(4 * self.spec.size if size is None else size for size in sizes)
         work = self.trainer.work(self.partition.sizes)
         return Clock(config.time, config.seed, work, self.ledger, first)
@@ -217,11 +222,11 @@ class Simulation:
         return call.called[self.topology.served(len(call.called))]
 
     def _passes(self, call: _Call, status: Status) -> Tensor:
-        """Train this rank's clients and send their messages, in one pass or two over the same gradients. Returns whose
+        """Train this rank's clients and send their messages, in one pass or more over the same gradients. Returns whose
         message counts, bool, by positions in ``call.clients``."""
-        first, up, topology = self.method.first, self.method.up, self.topology
-        kept: dict[int, tuple[Tensor, Update]] = {}  # from the first of two passes to the second
-        for codec in (up,) if first is None else (first, up):
+        up, topology = self.method.up, self.topology
+        kept: dict[int, tuple[Tensor, Update]] = {}  # from one pass to the next
+        for codec in self.method.passes:
             topology.start(codec, call.clients, call.weights, call.placed, call.now)
             sent: list[Tensor] = []
             with status.watch():
@@ -229,7 +234,7 @@ class Simulation:
                     sent.append(self._send_sum(call, chunk, status))
                 for i, chunk in enumerate(() if self._fuses else call.chunks):
                     positions, update = kept.pop(i) if i in kept else self._train(call, chunk, status)
-                    if codec is first:
+                    if codec is not up:
                         kept[i] = positions, update
                     ctx = Context(call.now, call.clients[positions], update.steps_C, topology.shared())
                     sent.append(self._send(codec, update, positions, ctx, status))
@@ -238,7 +243,7 @@ class Simulation:
             if not bool(sent_C.any()):
                 break
             topology.only(sent_C)
-            if codec is first:
+            if codec is not up:
                 mean = Message({"mean": topology.between()[None]})
                 status.reset()
                 status.download += self.ledger.download_of(self._served(call), mean)

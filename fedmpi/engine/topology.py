@@ -74,6 +74,7 @@ class Topology(ABC):
         self, up: Compressor, clients: Tensor, weights: Tensor, placed: dict[int, Tensor], round: Round
     ) -> None:
         """A pass begins: ``clients`` will send ``up``'s messages; ``placed`` are each worker's positions there."""
+        self._index = self.method.passes.index(up)
         self.up, self.clients, self.weights, self.placed, self.now = up, clients, weights, placed, round
         self.share = 1.0
 
@@ -157,7 +158,7 @@ class AllReduce(Topology):
 
     def between(self) -> Tensor:
         mean_S = self._mean()
-        self.state = self.method.server.first(self.state, mean_S, self.now)
+        self.state = self.method.server.between(self.state, self._index, mean_S, self.now)
         return mean_S
 
     def finish(self) -> None:
@@ -178,9 +179,7 @@ class Workers(AllReduce):
 
     def __init__(self, comm: Comm, method: Method, theta_D: Tensor, exact: bool, peers: ClientStore) -> None:
         super().__init__(comm, method, theta_D, exact, peers)
-        self._ways = {
-            codec: build_exchange(comm, codec, exact=exact) for codec in (method.first, method.up) if codec
-        }
+        self._ways = {codec: build_exchange(comm, codec, exact=exact) for codec in method.passes}
         self._peers = {codec: way.init() for codec, way in self._ways.items()}
 
     def kept(self) -> dict[str, Kept]:
@@ -271,7 +270,7 @@ class Aggregator(Topology):
         mean_S = self._gather()
         sent = b"" if mean_S is None else to_bytes(Message({"mean": mean_S[None]}))
         mean_S = from_bytes(self.comm.broadcast(sent)).arrays["mean"][0]
-        self.state = self.method.server.first(self.state, mean_S, self.now)
+        self.state = self.method.server.between(self.state, self._index, mean_S, self.now)
         return mean_S
 
     def finish(self) -> None:

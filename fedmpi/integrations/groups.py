@@ -168,10 +168,9 @@ class Compressed(Group):
         setup = Setup(self.seed, comm.size)
         self.method = methods.build(options, self.spec, setup)
         self.plain = methods.build("dense", self.spec, setup)
-        up, first = self.method.up, self.method.first
-        self.ways = {up: exchanges.build(comm, up, settings.exchange, owner=owner, room=room, packed=True)}
-        if first is not None:
-            self.ways[first] = exchanges.build(comm, first)
+        self.decoder, up = self.method.directions(), self.method.up
+        self.ways = {codec: exchanges.build(comm, codec) for codec in self.method.passes[:-1]}
+        self.ways[up] = exchanges.build(comm, up, settings.exchange, owner=owner, room=room, packed=True)
         self.ways[self.plain.up] = exchanges.build(comm, self.plain.up, "sum")
         for way in self.ways.values():
             way.reuse = True  # a mean is copied, or decoded, before the next step
@@ -179,7 +178,7 @@ class Compressed(Group):
 
     def reset(self) -> None:
         self.state: State = {name: value[None].clone() for name, value in self.method.up.init().items()}
-        self.memory = self.method.server.memory()
+        self.memory = self.decoder.memory()
         self.peers = self.ways[self.method.up].init()
         self._after = self.state, self.memory, self.peers
 
@@ -204,24 +203,24 @@ class Compressed(Group):
         return lambda: (end()[0], kept)
 
     def _compressed(self, now: Round) -> Callable[[], _Result]:
-        up, first, server = self.method.up, self.method.first, self.method.server
+        decoder, (*early, up) = self.decoder, self.method.passes
         state, memory, before = self.state, self.memory, (self.state, self.memory, self.peers)
-        if first is not None:
-            ctx = self._context(now, server.shared(memory))
-            end, state = self._send(first, state, {}, ctx)
+        for index, codec in enumerate(early):
+            end, state = self._send(codec, state, {}, self._context(now, decoder.shared(memory)), index > 0)
             mean_S, _ = end()
             if mean_S is None:
                 return lambda: (None, before)
-            memory = server.first(memory, mean_S, now)
-        ctx = self._context(now, server.shared(memory))
-        end, after = self._send(up, state, self.peers, ctx, checked=first is not None)
+            memory = decoder.between(memory, index, mean_S, now)
+        end, after = self._send(
+            up, state, self.peers, self._context(now, decoder.shared(memory)), checked=bool(early)
+        )
 
         def decoded() -> _Result:
             mean_S, peers = end()
             if mean_S is None:
                 return None, before
             started = perf_counter()
-            g_D, kept = server.gradient(memory, mean_S, now, self.flat_D)
+            g_D, kept = decoder.direction(memory, mean_S, now, self.flat_D)
             self.seconds["decode"] += perf_counter() - started
             return g_D, (after, kept, peers)
 

@@ -128,7 +128,7 @@ class Compression:
             return tensor
         if ctx.codec is not None:
             mean_1S, _ = ctx.codec.up.decompress(Message({ctx.name: tensor[None]}), {}, ctx.ctx)
-            tensor, _ = ctx.codec.server.gradient({}, mean_1S[0], ctx.ctx.round)
+            tensor, _ = ctx.codec.directions().direction({}, mean_1S[0], ctx.ctx.round)
         return tensor.to(ctx.like).view(ctx.shape)
 
     def _exact(self, tensor: Tensor) -> bool:

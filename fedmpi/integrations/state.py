@@ -237,7 +237,7 @@ def _schemas(group: Group) -> dict[str, Schema]:
     method = group.method
     return {
         "state": schema_of(method.up.init(), clients=1),
-        "memory": schema_of(method.server.memory()),
+        "memory": schema_of(method.directions().memory()),
     }
 
 

@@ -29,7 +29,7 @@ from fedmpi import random
 from fedmpi.errors import MessageError
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, State
-from fedmpi.methods.base import Entry, MeanServer, Options, Setup
+from fedmpi.methods.base import Entry, Mean, MeanServer, Options, Setup
 from fedmpi.methods.lowrank import Layers, add_outer
 from fedmpi.spec import Spec
 
@@ -162,7 +162,7 @@ def probabilities(sigma_CR: Tensor, budget: int) -> Tensor:
 
 
 def build(options: AtomoOptions, spec: Spec, setup: Setup) -> Method:
-    return Method(Atomo(spec, options.rank, options.sampling), MeanServer(spec, setup.optimizer))
+    return Method((Atomo(spec, options.rank, options.sampling),), MeanServer(spec, setup.optimizer), Mean())
 
 
 ENTRY = Entry(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Message
-from fedmpi.method import Method, Round, Server, State, nest, unnest
+from fedmpi.method import Decoder, Method, Round, Server, State, nest, unnest
 from fedmpi.ops import bits
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
@@ -101,6 +101,15 @@ def count_of(name: str, ratio: float | None, k: int | None, size: int) -> int:
     return k
 
 
+class Mean(Decoder):
+    """The mean as it is: of every method whose messages decode to the gradients themselves."""
+
+    def direction(
+        self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        return mean_S, memory
+
+
 class MeanServer(Server):
     """θ ← θ − η u, with u the optimizer's direction for the mean: federated averaging's server, and every
     sparsifier's.
@@ -121,9 +130,6 @@ class MeanServer(Server):
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         u_D, memory = self.optimizer.direction(unnest(state, "optimizer."), mean_S)
         return self.moved(state, state["theta"].add(u_D, alpha=-round.lr)) | nest(memory, "optimizer.")
-
-    def memory(self) -> State:
-        return {}
 
     def moved(self, state: State, theta_D: Tensor) -> State:
         """Parameters, version and changes after a step from ``state`` to ``theta_D``."""

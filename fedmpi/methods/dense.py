@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, State
-from fedmpi.methods.base import Entry, MeanServer, Options, Setup
+from fedmpi.methods.base import Entry, Mean, MeanServer, Options, Setup
 from fedmpi.spec import Spec
 
 
@@ -33,7 +33,7 @@ class Dense(Compressor):
 
 
 def build(options: DenseOptions, spec: Spec, setup: Setup) -> Method:
-    return Method(Dense(spec), MeanServer(spec, setup.optimizer))
+    return Method((Dense(spec),), MeanServer(spec, setup.optimizer), Mean())
 
 
 ENTRY = Entry(

@@ -26,7 +26,7 @@ from torch import Tensor
 from fedmpi import random
 from fedmpi.errors import ConfigError
 from fedmpi.message import Field, Layout, Message
-from fedmpi.method import Compressor, Context, Method, Round, State
+from fedmpi.method import Compressor, Context, Decoder, Method, Round, State
 from fedmpi.methods.base import Entry, MeanServer, Options, Setup, count_of
 from fedmpi.ops.select import top_k
 from fedmpi.ops.sketch import CountSketch
@@ -68,31 +68,23 @@ class Sketch(Compressor):
         return self.sketch.estimate(v_CS)
 
 
-class FetchServer(MeanServer):
-    """Algorithm 1, lines 10 to 15, with the sparse download."""
+class FetchDecoder(Decoder):
+    """Algorithm 1, lines 10 to 14: momentum and error, sketched, and their top k."""
 
-    def __init__(self, spec: Spec, sketch: CountSketch, options: FetchSgdOptions) -> None:
-        super().__init__(spec, Optimizer(), sparse=True)
+    def __init__(self, sketch: CountSketch, options: FetchSgdOptions) -> None:
         self.sketch, self.k, self.momentum = sketch, options.k, options.momentum
         self.clear = options.removal == "clear"
-
-    def init(self, theta_D: Tensor) -> State:
-        return super().init(theta_D) | self.memory()
 
     def memory(self) -> State:
         return {name: torch.zeros(self.sketch.length) for name in ("momentum", "error")}
 
-    def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
-        index_K, delta_K, memory = self._step(state, mean_S, round.lr)
-        return self.moved(state, state["theta"].index_add(0, index_K, delta_K, alpha=-1)) | memory
-
-    def gradient(
+    def direction(
         self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        index_K, delta_K, memory = self._step(memory, mean_S, lr=1.0)
-        return torch.zeros(self.size).index_add(0, index_K, delta_K), memory
+        index_K, delta_K, memory = self.step(memory, mean_S, lr=1.0)
+        return torch.zeros(self.sketch.size).index_add(0, index_K, delta_K), memory
 
-    def _step(self, memory: State, mean_S: Tensor, lr: float) -> tuple[Tensor, Tensor, State]:
+    def step(self, memory: State, mean_S: Tensor, lr: float) -> tuple[Tensor, Tensor, State]:
         """Where and what Δ is, and the sketches without it."""
         momentum_S = self.momentum * memory["momentum"] + mean_S
         error_S = memory["error"].add(momentum_S, alpha=lr)
@@ -106,6 +98,21 @@ class FetchServer(MeanServer):
         else:
             error_S = error_S - sketch_S
         return index_K, delta_K, {"momentum": momentum_S, "error": error_S}
+
+
+class FetchServer(MeanServer):
+    """Algorithm 1, line 15, with the sparse download."""
+
+    def __init__(self, spec: Spec, decoder: FetchDecoder) -> None:
+        super().__init__(spec, Optimizer(), sparse=True)
+        self.decoder = decoder
+
+    def init(self, theta_D: Tensor) -> State:
+        return super().init(theta_D) | self.decoder.memory()
+
+    def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
+        index_K, delta_K, memory = self.decoder.step(state, mean_S, round.lr)
+        return self.moved(state, state["theta"].index_add(0, index_K, delta_K, alpha=-1)) | memory
 
 
 def build(options: FetchSgdOptions, spec: Spec, setup: Setup) -> Method:
@@ -127,7 +134,8 @@ def build(options: FetchSgdOptions, spec: Spec, setup: Setup) -> Method:
         )
     key = random.key(setup.seed, stream="sketch")
     sketch = CountSketch(spec.size, options.rows, options.columns, key)
-    return Method(Sketch(spec, sketch), FetchServer(spec, sketch, options))
+    decoder = FetchDecoder(sketch, options)
+    return Method((Sketch(spec, sketch),), FetchServer(spec, decoder), decoder)
 
 
 ENTRY = Entry(

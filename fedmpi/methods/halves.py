@@ -16,7 +16,7 @@ from torch import Tensor
 from fedmpi.errors import MessageError
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, Round, State
-from fedmpi.methods.base import Entry, FeedbackOptions, MeanServer, Setup
+from fedmpi.methods.base import Entry, FeedbackOptions, Mean, MeanServer, Setup
 from fedmpi.methods.feedback import Feedback
 from fedmpi.spec import Spec
 
@@ -55,7 +55,7 @@ class Half(Compressor):
 def _builder(dtype: torch.dtype) -> Callable[[HalfOptions, Spec, Setup], Method]:
     def build(options: HalfOptions, spec: Spec, setup: Setup) -> Method:
         up = Half(spec, dtype)
-        return Method(Feedback(up) if options.feedback else up, MeanServer(spec, setup.optimizer))
+        return Method((Feedback(up) if options.feedback else up,), MeanServer(spec, setup.optimizer), Mean())
 
     return build
 

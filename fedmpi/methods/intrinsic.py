@@ -27,7 +27,7 @@ from torch import Tensor
 from fedmpi import random
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Field, Layout, Message
-from fedmpi.method import Compressor, Context, Method, Round, Server, State, nest, unnest
+from fedmpi.method import Compressor, Context, Decoder, Method, Round, Server, State, nest, unnest
 from fedmpi.methods.base import Entry, Options, Setup, finite
 from fedmpi.ops import fast
 from fedmpi.ops.subspace import MATRICES, Embedding
@@ -130,6 +130,18 @@ class Coordinates(Compressor):
         return self.subspaces.lift(v_CS, ctx.round.epoch)
 
 
+class Lift(Decoder):
+    """Σ_k A^(k) v_k of the mean coordinates v."""
+
+    def __init__(self, subspaces: Subspaces) -> None:
+        self.subspaces = subspaces
+
+    def direction(
+        self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        return self.subspaces.lift(mean_S[None], round.epoch, None if out is None else out[None])[0], memory
+
+
 class SubspaceServer(Server):
     """Keeps Σ of the current epoch and the final Σ of each epoch before; its optimizer works on coordinates
     and starts afresh with each new subspace, so that the parameters never leave it.
@@ -189,14 +201,6 @@ class SubspaceServer(Server):
             return state
         return self._turned(state | {"version": state["version"] + 1})
 
-    def memory(self) -> State:
-        return {}
-
-    def gradient(
-        self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        return self.subspaces.lift(mean_S[None], round.epoch, None if out is None else out[None])[0], memory
-
     def _theta(self, base_D: Tensor, sigma_S: Tensor, epoch: int) -> Tensor:
         return base_D + self.subspaces.lift(sigma_S[None], epoch)[0]
 
@@ -247,7 +251,8 @@ def build(options: IntrinsicOptions, spec: Spec, setup: Setup) -> Method:
     if options.subspaces is not None and options.schedule != "k_varying":
         raise ConfigError(f"method.subspaces: expected schedule: k_varying, got {options.schedule}")
     subspaces = Subspaces(spec, options, setup.seed)
-    return Method(Coordinates(spec, subspaces), SubspaceServer(subspaces, setup.optimizer))
+    server = SubspaceServer(subspaces, setup.optimizer)
+    return Method((Coordinates(spec, subspaces),), server, Lift(subspaces))
 
 
 ENTRY = Entry(

@@ -318,9 +318,8 @@ def build(options: LookBackOptions, spec: Spec, setup: Setup) -> Method:
                 "method.keep: clustered goes with scope: model and feedback: false, got "
                 f"scope: {options.scope} and feedback: {str(options.feedback).lower()}"
             )
-        return Method(
-            ClusteredLookBack(inner.up, options), ClusterServer(inner.server, inner.up.size, options.clusters)
-        )
+        server = ClusterServer(inner.server, inner.up.size, options.clusters)
+        return Method((ClusteredLookBack(inner.up, options),), server)
     up: Compressor = LookBack(inner.up, options)
     if options.scope == "tensor":
         named = zip(spec.names, spec.shapes, spec.sizes, strict=True)
@@ -329,7 +328,7 @@ def build(options: LookBackOptions, spec: Spec, setup: Setup) -> Method:
         ]  # some tensors have no numbers
         whole = Spec(tuple(s.names[0] for s in alone), tuple(s.shapes[0] for s in alone))
         up = PerTensor(whole, [LookBack(methods.build(options.inner, s, setup).up, options) for s in alone])
-    return Method(Feedback(up) if options.feedback else up, inner.server)
+    return Method((Feedback(up) if options.feedback else up,), inner.server, inner.decoder)
 
 
 ENTRY = Entry(

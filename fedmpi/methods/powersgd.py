@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fedmpi import random
 from fedmpi.message import Field, Layout, Message
-from fedmpi.method import Compressor, Context, Method, Round, Server, State, nest, unnest
+from fedmpi.method import Compressor, Context, Decoder, Method, Round, Server, State, nest, unnest
 from fedmpi.methods.base import Entry, FeedbackOptions, Setup, finite, missed_rounds, remember
 from fedmpi.methods.lowrank import Layer, Layers, orthonormal, set_product, subtract_product
 from fedmpi.ops import fast
@@ -159,6 +159,28 @@ class Right(_Pass):
         return self.factors.product(ctx.shared["p"], v_CS)
 
 
+class PowerDecoder(Decoder):
+    """P̂ Qᵀ; Q is where the next round's iteration starts."""
+
+    def __init__(self, factors: Factors) -> None:
+        self.factors = factors
+
+    def memory(self) -> State:
+        return {"q": self.factors.q0_Q, "p": self.factors.p0_P}
+
+    def shared(self, memory: State) -> State:
+        return {"p": memory["p"], "q": memory["q"]}
+
+    def between(self, memory: State, index: int, mean_S: Tensor, round: Round) -> State:
+        return memory | {"p": self.factors.orthonormal(mean_S)}
+
+    def direction(
+        self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        g_D = self.factors.product(memory["p"], mean_S[None], None if out is None else out[None])[0]
+        return g_D, {"q": self.factors.warm(mean_S), "p": self.factors.p0_P}
+
+
 class PowerServer(Server):
     """θ ← θ − η u, with u the optimizer's direction for P̂ Qᵀ (and the dense parameters' mean).
 
@@ -168,7 +190,7 @@ class PowerServer(Server):
     """
 
     def __init__(self, factors: Factors, optimizer: Optimizer) -> None:
-        self.factors, self.optimizer = factors, optimizer
+        self.factors, self.optimizer, self.decoder = factors, optimizer, PowerDecoder(factors)
         row, theta = factors.p_size + factors.size + 1, factors.layers.spec_size + factors.q_size
         self.keep = theta // row if optimizer.name == "sgd" else 0
 
@@ -189,17 +211,8 @@ class PowerServer(Server):
         p, q = self.factors.p0_P, self.factors.q0_Q
         return {"theta": theta_D, "q": q, "p": p, "version": torch.tensor(0)}
 
-    def first(self, state: State, mean_S: Tensor, round: Round) -> State:
-        return state | {"p": self.factors.orthonormal(mean_S)}
-
-    def memory(self) -> State:
-        return {"q": self.factors.q0_Q, "p": self.factors.p0_P}
-
-    def gradient(
-        self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        g_D = self.factors.product(memory["p"], mean_S[None], None if out is None else out[None])[0]
-        return g_D, {"q": self.factors.warm(mean_S), "p": self.factors.p0_P}
+    def between(self, state: State, index: int, mean_S: Tensor, round: Round) -> State:
+        return self.decoder.between(state, index, mean_S, round)
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         p_P, lr = state["p"], torch.tensor(round.lr, dtype=torch.float32)
@@ -240,15 +253,16 @@ class PowerServer(Server):
         return self._after(theta_D, q_Q, torch.tensor(version))
 
     def shared(self, state: State) -> State:
-        return {"p": state["p"], "q": state["q"]}
+        return self.decoder.shared(state)
 
 
 def build(options: PowerOptions, spec: Spec, setup: Setup) -> Method:
     factors = Factors(spec, options.rank, setup.seed)
     up = Right(spec, factors, factors.size, options.feedback)
     # A model without a layer worth factoring is all dense: it needs no first pass.
-    first = Left(spec, factors, factors.p_size, options.feedback) if factors.p_size else None
-    return Method(up, PowerServer(factors, setup.optimizer), first)
+    first = (Left(spec, factors, factors.p_size, options.feedback),) if factors.p_size else ()
+    server = PowerServer(factors, setup.optimizer)
+    return Method((*first, up), server, server.decoder)
 
 
 ENTRY = Entry(

@@ -37,7 +37,7 @@ from torch import Tensor
 from fedmpi import random
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Layout, Message
-from fedmpi.method import Compressor, Context, Method, Round, Server, State, nest, unnest
+from fedmpi.method import Compressor, Context, Method, Round, State, nest, unnest
 from fedmpi.methods.base import (
     Entry,
     MeanServer,
@@ -169,8 +169,6 @@ class PruneServer(MeanServer):
             shapes |= {name: (kept,) for name in shapes if name.startswith("optimizer.")}
         return shapes
 
-    memory = Server.memory  # it sets parameters to zero: a mean alone is no gradient
-
     def shared(self, state: State) -> State:
         return {"kept": state["kept"]}
 
@@ -271,9 +269,11 @@ def build(options: PruneOptions, spec: Spec, setup: Setup) -> Method:
     key = random.key(setup.seed, stream="ties of the mask")
     samples = options.samples if options.mask_from == "auxiliary" else 0
     if options.mask_from == "client":
-        return Method(ClientMasks(spec, after, key), PruneServer(spec, setup.optimizer, None, scale, key, 0))
+        return Method(
+            (ClientMasks(spec, after, key),), PruneServer(spec, setup.optimizer, None, scale, key, 0)
+        )
     before = methods.build(inner, spec, setup).up if options.mask_from == "compressed" else Dense(spec)
-    return Method(Prune(spec, before, after), PruneServer(spec, setup.optimizer, m, scale, key, samples))
+    return Method((Prune(spec, before, after),), PruneServer(spec, setup.optimizer, m, scale, key, samples))
 
 
 ENTRY = Entry(

@@ -27,7 +27,7 @@ from fedmpi import random
 from fedmpi.errors import MessageError
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, State
-from fedmpi.methods.base import Entry, MeanServer, Options, Setup
+from fedmpi.methods.base import Entry, Mean, MeanServer, Options, Setup
 from fedmpi.ops import bits
 from fedmpi.spec import Spec
 
@@ -105,7 +105,7 @@ class Qsgd(Compressor):
 
 def build(options: QsgdOptions, spec: Spec, setup: Setup) -> Method:
     up = Qsgd(spec, options.bits, options.bucket, options.norm)
-    return Method(up, MeanServer(spec, setup.optimizer))
+    return Method((up,), MeanServer(spec, setup.optimizer), Mean())
 
 
 ENTRY = Entry(

@@ -20,7 +20,7 @@ from fedmpi import random
 from fedmpi.errors import ConfigError
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, State
-from fedmpi.methods.base import Entry, MeanServer, Setup, count_of
+from fedmpi.methods.base import Entry, Mean, MeanServer, Setup, count_of
 from fedmpi.methods.feedback import Feedback
 from fedmpi.methods.topk import TopKOptions
 from fedmpi.spec import Spec
@@ -78,7 +78,9 @@ def build(options: RandomKOptions, spec: Spec, setup: Setup) -> Method:
         )
     unbiased = not options.feedback and options.scale != "none"
     up = RandomK(spec, k, spec.size / k if unbiased else 1.0)
-    return Method(Feedback(up) if options.feedback else up, MeanServer(spec, setup.optimizer, sparse=True))
+    return Method(
+        (Feedback(up) if options.feedback else up,), MeanServer(spec, setup.optimizer, sparse=True), Mean()
+    )
 
 
 ENTRY = Entry(

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedmpi import random
 from fedmpi.errors import ConfigError
 from fedmpi.method import Context, Method
-from fedmpi.methods.base import Entry, MeanServer, Setup, count_of
+from fedmpi.methods.base import Entry, Mean, MeanServer, Setup, count_of
 from fedmpi.methods.feedback import Feedback
 from fedmpi.methods.sparse import Sparse
 from fedmpi.methods.topk import TopKOptions
@@ -60,7 +60,9 @@ def build(options: RTopKOptions, spec: Spec, setup: Setup) -> Method:
     if not k <= r <= spec.size:
         raise ConfigError(f"method.r: expected k = {k} to D = {spec.size} (the model's parameters), got {r}")
     up = RTopK(spec, k, r)
-    return Method(Feedback(up) if options.feedback else up, MeanServer(spec, setup.optimizer, sparse=True))
+    return Method(
+        (Feedback(up) if options.feedback else up,), MeanServer(spec, setup.optimizer, sparse=True), Mean()
+    )
 
 
 ENTRY = Entry(

@@ -13,8 +13,8 @@ from torch import Tensor
 from fedmpi import random
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Field, Layout, Message
-from fedmpi.method import Compressor, Context, Method, Round, Server, State
-from fedmpi.methods.base import Entry, FeedbackOptions, MeanServer, Setup, missed_rounds, remember
+from fedmpi.method import Compressor, Context, Decoder, Method, Round, Server, State
+from fedmpi.methods.base import Entry, FeedbackOptions, Mean, MeanServer, Setup, missed_rounds, remember
 from fedmpi.methods.feedback import Feedback
 from fedmpi.ops import bits, fast
 from fedmpi.ops.sums import absolute
@@ -185,6 +185,30 @@ def majority(votes_D: Tensor, round: Round) -> Tensor:
     return positive_D
 
 
+class Majority(Decoder):
+    """The sign of the votes, ±1; a tie is a fair coin of the round's key, the same for everybody. With ``skip`` 0 in
+    rows in which nobody voted."""
+
+    def __init__(self, spec: Spec, skip: bool = True) -> None:
+        self.spec, self.size, self.skips = spec, spec.size, skip
+
+    def direction(
+        self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        if mean_S.dtype == torch.uint8:  # of two voters, packed
+            signs_1B, out_1D = mean_S[None, : bits.nbytes(self.size)], None if out is None else out[None]
+            return bits.unpack_signs(signs_1B, self.size, torch.ones(1), out_1D)[0], memory
+        g_D = majority(mean_S[: self.size], round).float().mul_(2).sub_(1)
+        if self.skips and bool((still_1R := _still(mean_S, self.size)).any()):
+            bits.clear_rows(g_D[None], still_1R, self.spec.rows)
+        return g_D, memory
+
+
+def _still(mean_S: Tensor, size: int) -> Tensor:
+    """Rows in which nobody voted, bool ``(1, R)``."""
+    return mean_S[None, size:] == 0
+
+
 class VoteServer(Server):
     """θ ← θ − η · sign(votes); a tie is a fair coin of the round's key, the same for everybody.
 
@@ -215,7 +239,7 @@ class VoteServer(Server):
         packed_1B, lr = bits.pack(positive_D[None]), torch.tensor(round.lr, dtype=torch.float32)
         history, rows_B = {}, None
         if self.skips:
-            still_1R = self._still(mean_S)
+            still_1R = _still(mean_S, self.size)
             packed_1B = _tagged(packed_1B, self.size, still_1R.any(1))
             rows_B = bits.pack(still_1R)[0]
             history["rows"] = remember(state["rows"], rows_B, self.keep)
@@ -226,10 +250,6 @@ class VoteServer(Server):
             "lr": remember(state["lr"], lr, self.keep),
         } | history
 
-    def _still(self, mean_S: Tensor) -> Tensor:
-        """Rows in which nobody voted, bool ``(1, R)``."""
-        return mean_S[None, self.size :] == 0
-
     def _step(self, theta_D: Tensor, signs_B: Tensor, lr: Tensor, rows_B: Tensor | None) -> Tensor:
         step_1D = fast.scratch("signs", 1, self.size, theta_D.device)
         bits.unpack_signs(signs_B[None, : bits.nbytes(self.size)], self.size, lr[None], step_1D)
@@ -237,20 +257,6 @@ class VoteServer(Server):
             still_1R = bits.unpack(rows_B[None], len(self.spec.rows) - 1)
             bits.clear_rows(step_1D, still_1R, self.spec.rows)
         return theta_D - step_1D[0]
-
-    def memory(self) -> State:
-        return {}
-
-    def gradient(
-        self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        if mean_S.dtype == torch.uint8:  # of two voters, packed
-            signs_1B, out_1D = mean_S[None, : bits.nbytes(self.size)], None if out is None else out[None]
-            return bits.unpack_signs(signs_1B, self.size, torch.ones(1), out_1D)[0], memory
-        g_D = majority(mean_S[: self.size], round).float().mul_(2).sub_(1)
-        if self.skips and bool((still_1R := self._still(mean_S)).any()):
-            bits.clear_rows(g_D[None], still_1R, self.spec.rows)
-        return g_D, memory
 
     def view(self, theta_D: Tensor) -> State:
         return {"theta": theta_D, "version": torch.tensor(0)}
@@ -292,13 +298,13 @@ def build(options: SignOptions, spec: Spec, setup: Setup) -> Method:
     up = Sign(spec, vote == "mean", options.momentum, skip)
     feedback = Feedback(up) if options.feedback else up
     if vote == "mean":
-        return Method(feedback, MeanServer(spec, setup.optimizer))
+        return Method((feedback,), MeanServer(spec, setup.optimizer), Mean())
     if setup.optimizer.name != "sgd":
         raise ConfigError(
             f"server.optimizer: expected sgd with a majority vote, got {setup.optimizer.name}, which needs "
             f"method.vote: mean"
         )
-    return Method(feedback, VoteServer(spec, skip))
+    return Method((feedback,), VoteServer(spec, skip), Majority(spec, skip))
 
 
 ENTRY = Entry(

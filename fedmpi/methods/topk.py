@@ -6,7 +6,7 @@ from pydantic import Field as Option
 from torch import Tensor
 
 from fedmpi.method import Context, Method
-from fedmpi.methods.base import Entry, FeedbackOptions, MeanServer, Setup, count_of
+from fedmpi.methods.base import Entry, FeedbackOptions, Mean, MeanServer, Setup, count_of
 from fedmpi.methods.feedback import Feedback
 from fedmpi.methods.sparse import Sparse
 from fedmpi.ops.select import top_k
@@ -29,7 +29,9 @@ class TopK(Sparse):
 
 def build(options: TopKOptions, spec: Spec, setup: Setup) -> Method:
     up = TopK(spec, count_of("method.k", options.ratio, options.k, spec.size))
-    return Method(Feedback(up) if options.feedback else up, MeanServer(spec, setup.optimizer, sparse=True))
+    return Method(
+        (Feedback(up) if options.feedback else up,), MeanServer(spec, setup.optimizer, sparse=True), Mean()
+    )
 
 
 ENTRY = Entry(

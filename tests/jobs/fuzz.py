@@ -24,7 +24,7 @@ import torch
 from fedmpi import methods
 from fedmpi.errors import MessageError
 from fedmpi.message import Layout, from_bytes, to_bytes
-from fedmpi.method import Compressor, Context, Round, State
+from fedmpi.method import Compressor, Context, Round, State, play
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import FeedbackOptions, Setup
 from fedmpi.spec import Spec
@@ -112,7 +112,7 @@ def targets(specs: tuple[Spec, ...] = SPECS) -> list[Target]:
 
 def _of(name: str, method: methods.Method) -> Iterator[Target]:
     """Frames of some rounds: first messages, later ones, those after a change of phase."""
-    server, up, ids = method.server, method.up, torch.arange(CLIENTS)
+    server, up = method.server, method.up
     state = server.init(torch.linspace(-1, 1, up.spec.size))
     senders, peers = (_stacked(init()) for init in (up.init, up.init_peer))
     generator = torch.Generator().manual_seed(5)
@@ -120,19 +120,12 @@ def _of(name: str, method: methods.Method) -> Iterator[Target]:
     for t in range(4):
         g = base + 0.1 * torch.randn(base.shape, generator=generator)
         now = Round(seed=1, t=t, lr=0.1, rounds_per_epoch=2)
-        for codec in (method.first, up) if method.first else (up,):
-            ctx = Context(now, ids, torch.ones_like(ids), server.shared(state))
-            message, after = codec.compress(g, senders, ctx)
-            held = peers if codec is up else {}
-            frame = to_bytes(message)
-            if t != 1:
-                yield Target(name, codec, codec.layout(), held, ctx, frame, *anatomy(frame))
-            v, held = codec.decompress(message, held, ctx)
-            mean = v.sum(0) if codec.integer else v.mean(0)
-            if codec is up:
-                senders, peers, state = after, held, server.finish(state, mean, now)
-            else:
-                state = server.first(state, mean, now)
+        passes = play(method, g, senders, state, now, peers=peers)
+        for one in passes if t != 1 else ():
+            frame, held = to_bytes(one.message), peers if one.codec is up else {}
+            yield Target(name, one.codec, one.codec.layout(), held, one.ctx, frame, *anatomy(frame))
+        last = passes[-1]
+        senders, peers, state = last.after, last.peers, server.finish(last.state, last.mean_S, now)
 
 
 def _stacked(state: State) -> State:

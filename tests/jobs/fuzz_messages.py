@@ -17,7 +17,7 @@ from fedmpi import methods
 from fedmpi.engine.downloads import receive
 from fedmpi.errors import MessageError
 from fedmpi.message import to_bytes
-from fedmpi.method import Context, Round, Server, State
+from fedmpi.method import Round, Server, State, play
 from fedmpi.methods.base import Setup
 
 from .fuzz import NUMBERS, SPECS, WORDS, anatomy, fitted, options
@@ -43,20 +43,16 @@ def downloads() -> list[Download]:
         except methods.ConfigError:
             continue  # needs a larger model
         server, up, theta = method.server, method.up, torch.linspace(-1, 1, spec.size)
-        state, view, ids = server.init(theta), server.view(theta), torch.arange(1)
+        state, view = server.init(theta), server.view(theta)
         senders, peers = ({n: v[None] for n, v in init().items()} for init in (up.init, up.init_peer))
         for t in range(4):
             g = torch.randn(1, spec.size, generator=torch.Generator().manual_seed(t))
             now = Round(seed=1, t=t, lr=0.1, rounds_per_epoch=2)
-            for codec in (method.first, up) if method.first else (up,):
-                ctx = Context(now, ids, torch.ones_like(ids), server.shared(state))
-                message, after = codec.compress(g, senders, ctx)
-                v, held = codec.decompress(message, peers if codec is up else {}, ctx)
-                if codec is up:
-                    senders, peers, before = after, held, int(state["version"])
-                    state = server.finish(state, v.sum(0), now)
-                else:
-                    state, view = server.first(state, v[0], now), server.first(view, v[0], now)
+            passes = play(method, g, senders, state, now, peers=peers)
+            for index, one in enumerate(passes[:-1]):
+                view = server.between(view, index, one.mean_S, now)
+            last, before = passes[-1], int(state["version"])
+            senders, peers, state = last.after, last.peers, server.finish(last.state, last.mean_S, now)
             version = int(state["version"])
             for seen, held_view in ((before, view), (0, server.view(theta))):
                 frame = to_bytes(server.download(state, seen))
