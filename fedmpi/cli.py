@@ -73,10 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}; see fedmpi {arguments.command} --help")
     else:
         arguments.overrides += rest
-    run: Callable[[argparse.Namespace], int] = arguments.run
+    with start.remembering(arguments.command):
+        return code_of(lambda: arguments.run(arguments))
+
+
+def code_of(run: Callable[[], int]) -> int:
+    """A command's exit code; what ends it is said in a sentence."""
     try:
-        with start.remembering(arguments.command):
-            code = run(arguments)
+        code = run()
         sys.stdout.flush()
         return code
     except FedMPIError as error:

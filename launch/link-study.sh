@@ -10,6 +10,6 @@ cd "$ROOT"
 [[ -d ${FEDMPI_DATA:-$HOME/.cache/fedmpi}/fashion-mnist ]] || python -m fedmpi data fetch fashion-mnist
 folder=${1:-runs/link}
 for part in tune time report; do
-    python -m fedmpi.bench.link_study "$part" "$folder" --model "${2:-mlp}"
+    python -m configs.studies.link_study "$part" "$folder" --model "${2:-mlp}"
 done
 cat "$folder/link.md"

@@ -65,7 +65,7 @@ def test_all_benches_one_after_the_other(
     def here_not(arguments: Any) -> Any:
         raise ConfigError("needs root")
 
-    rows = {"kernels": fast, "link": here_not, "rounds": lambda _: table(row("cnn", 3.0, 2.0))}
+    rows = {"kernels": fast, "methods": lambda _: table(row("cnn", 3.0, 2.0)), "rounds": here_not}
     for name in BENCHES:
         found = rows.get(name, lambda _: table(row("free", 9.0, None)))
         monkeypatch.setitem(BENCHES, name, BENCHES[name]._replace(run=found))
@@ -73,8 +73,8 @@ def test_all_benches_one_after_the_other(
     said = capsys.readouterr()
     assert sizes == [27]
     assert said.out.count("\n## ") == len(BENCHES)
-    assert "link is not measured: needs root" in said.err
-    assert said.err.rstrip().endswith("missed: rounds/cnn, link")
+    assert "rounds is not measured: needs root" in said.err
+    assert said.err.rstrip().endswith("missed: methods/cnn, rounds")
     assert cli.main(["bench"]) == 0
 
 

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmpi.analysis.claims import RULES, Results
+from configs.studies.claims import RULES, Results
 from fedmpi.analysis.dimension import smallest
 from fedmpi.cli import main
 

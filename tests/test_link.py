@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedmpi import cli
-from fedmpi.bench import link, link_report, netns
-from fedmpi.bench.link_cases import ALONE, BOUND, CASES, OURS, POWERSGD, REFERENCE
-from fedmpi.bench.link_driver import Job
-from fedmpi.bench.link_job import MODELS
+from configs.studies import link, link_report, netns
+from configs.studies.__main__ import main as studies
+from configs.studies.link_cases import ALONE, BOUND, CASES, OURS, POWERSGD, REFERENCE
+from configs.studies.link_driver import Job
+from configs.studies.link_job import MODELS
 from fedmpi.comm import run_ranks
 from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError
@@ -97,20 +97,20 @@ def test_who_cannot_have_a_link_is_told_how(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(netns.os, "geteuid", lambda: 1000)
-    assert cli.main(["bench", "link"]) == 2
+    assert studies(["link"]) == 2
     said = capsys.readouterr().err
     assert "making network namespaces needs root" in said
-    assert "unshare --user --map-root-user --net fedmpi bench link" in said
+    assert "unshare --user --map-root-user --net python -m configs.studies link" in said
     monkeypatch.setattr(netns.shutil, "which", lambda tool: None if tool == "tc" else tool)
-    assert cli.main(["bench", "link"]) == 2
+    assert studies(["link"]) == 2
     assert "needs tc (Debian, Ubuntu: apt-get install iproute2" in capsys.readouterr().err
-    assert cli.main(["bench", "link", "--speed", "2 Gb/s"]) == 2
+    assert studies(["link", "--speed", "2 Gb/s"]) == 2
     assert (
         "--speed: expected one of unshaped, 1 Gb/s, 100 Mb/s, 10 Mb/s, got '2 Gb/s'"
         in capsys.readouterr().err
     )
     with pytest.raises(SystemExit):
-        cli.main(["bench", "link", "--accuracy", "80"])
+        studies(["link", "--accuracy", "80"])
     assert "expected a share above 0 and below 1, got '80'" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""``fedmpi bench scale``: counts that the formulas meet, real processes, and arithmetic that can be checked."""
+"""The scale study: counts that the formulas meet, real processes, and arithmetic that can be checked."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from configs.studies import arithmetic, scale
+from configs.studies import scale_jobs as jobs
+from configs.studies.__main__ import main as studies
+from configs.studies.arithmetic import busiest, fit, modelled, part, sent
 from fedmpi import cli, random
-from fedmpi.bench import arithmetic, jobs, scale, synthetic
-from fedmpi.bench.arithmetic import busiest, fit, modelled, part, sent
+from fedmpi.bench import synthetic
 from fedmpi.comm import solo
 from fedmpi.comm.launcher import Launch
 from fedmpi.errors import CommError, ConfigError
@@ -189,13 +192,13 @@ def test_where_the_page_cannot_go(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("option", "value"), [("--ranks", "1"), ("--clients", "99"), ("--processes", "0")])
 def test_wrong_sizes_are_named(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["bench", "scale", option, value])
+        studies(["scale", option, value])
     assert f"argument {option}: expected a whole number from" in capsys.readouterr().err
 
 
 _HELD = """
 import time, torch
-from fedmpi.bench import jobs
+from configs.studies import scale_jobs as jobs
 with jobs.peak_memory() as peak:
     before = jobs.memory()
     held = torch.ones(1 << 26)

@@ -1,4 +1,4 @@
-"""The command line of the analyses: ``fedmpi analyze``, ``fedmpi sweep`` and ``fedmpi claims``."""
+"""The command line of the analyses: ``fedmpi analyze`` and ``fedmpi sweep``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ def add(commands: _Commands) -> None:
     _inversion_arguments(actions)
     _dimension_arguments(actions)
     _sweep_arguments(commands)
-    _claims_arguments(commands)
 
 
 def positive(text: str) -> int:
@@ -289,38 +288,3 @@ def _runs(arguments: argparse.Namespace, work: Callable[[Comm], tuple[str, dict[
         if results is not None and arguments.results is not None:
             write(arguments.results, dump(results), "--results")
     return 1 if results is not None and results.get("failed") else 0
-
-
-def _claims_arguments(commands: _Commands) -> None:
-    claims = commands.add_parser(
-        "claims",
-        help="the papers' claims beside the figures of result files",
-        description="Set the papers' claims beside our figures, from result files that sweeps and analyses wrote with "
-        "--results; what is not run names its command.",
-        epilog="example: fedmpi claims configs/claims/claims.yaml",
-    )
-    claims.add_argument("claims", type=Path, metavar="CLAIMS", help="e.g. configs/claims/claims.yaml")
-    claims.add_argument(
-        "--results",
-        type=Path,
-        default=Path("configs/results"),
-        metavar="DIR",
-        help="where the result files are (%(default)s)",
-    )
-    claims.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the Markdown here, not to the terminal"
-    )
-    claims.set_defaults(run=_claims)
-
-
-def _claims(arguments: argparse.Namespace) -> int:
-    from fedmpi.analysis.claims import table
-    from fedmpi.analysis.page import write
-
-    text = table(arguments.claims, arguments.results)
-    if arguments.out is None:
-        print(text, end="")
-    else:
-        write(arguments.out, text.encode(), "--out")
-        print(f"Written: {arguments.out}")
-    return 0

@@ -1,4 +1,4 @@
-"""``fedmpi claims``: the papers' claims beside our figures, from result files that sweeps and analyses wrote.
+"""The papers' claims beside our figures, from result files that sweeps and analyses wrote.
 
 A verdict is computed by a small named rule (:data:`RULES`) and never written by hand. Differences of accuracy are taken
 seed by seed where both points have the same seeds; "ahead" means by more than twice the difference's standard error.
@@ -268,8 +268,8 @@ def table(path: Path, results: Path) -> str:
     for name, one in claims.experiments.items():
         experiments.append([name, one.setting, f"`{one.command}`", f"{one.minutes:g}"])
     made = (
-        f"Made by `fedmpi claims` from `{path}` and the files in `{results}`: do not edit. Figures are means ± "
-        "standard errors over seeds; accuracies are on the test set."
+        f"Made by `python -m configs.studies claims` from `{path}` and the files in `{results}`: do not edit. "
+        "Figures are means ± standard errors over seeds; accuracies are on the test set."
     )
     return (
         "\n\n".join(

@@ -1,4 +1,4 @@
-"""``fedmpi bench link``: data-parallel training across a link of a set bandwidth, against DDP's bf16 hook.
+"""``python -m configs.studies link``: data-parallel training across a link of a set bandwidth, against DDP's bf16 hook.
 
 Two ranks of one thread each train one model side by side under every case; at each bandwidth the cases take turns of
 some steps, with the reference in every turn. Time to an accuracy is that of whole trainings, looks at the test
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from fedmpi.bench.link_cases import CASES, OURS, POWERSGD, REFERENCE
-from fedmpi.bench.link_driver import Job
+from configs.studies.link_cases import CASES, OURS, POWERSGD, REFERENCE
+from configs.studies.link_driver import Job
 from fedmpi.bench.timing import Row, Spread, Table
 from fedmpi.errors import ConfigError
 

@@ -1,4 +1,4 @@
-"""What ``fedmpi bench link`` and its study compare, and at which learning rates."""
+"""What ``python -m configs.studies link`` and its study compare, and at which learning rates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class Case(NamedTuple):
     """One way of averaging gradients.
 
     Attributes:
-      options: a case of :mod:`fedmpi.bench.link_job`.
+      options: a case of :mod:`configs.studies.link_job`.
       rates: the learning rates that are tried, a grid of equal size for all: a factor of 1.5 to 3 apart, around what
         suits gradients of this scale.
       rate: the one that the study found best for the CNN.
@@ -22,7 +22,7 @@ class Case(NamedTuple):
     mlp: float | None = None
 
     def of(self, model: str) -> tuple[dict[str, Any], float] | None:
-        """Options and rate for a model of :mod:`fedmpi.bench.link_job`; None: this is no case of it."""
+        """Options and rate for a model of :mod:`configs.studies.link_job`; None: this is no case of it."""
         rate = self.rate if model == "cnn" else self.mlp
         settings = {"settings": _SETTINGS[model]} if "method" in self.options else {}
         return None if rate is None else (self.options | settings, rate)

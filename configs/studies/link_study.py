@@ -1,8 +1,8 @@
 """The link study: learning rates, steps to an accuracy, time a step at each bandwidth; a table and a picture.
 
-    python -m fedmpi.bench.link_study tune DIR     steps to an accuracy: every case at every rate, then more seeds
-    python -m fedmpi.bench.link_study time DIR     seconds a step at every bandwidth; whole trainings at two
-    python -m fedmpi.bench.link_study report DIR   DIR/link.md, link.json and link.png
+    python -m configs.studies.link_study tune DIR     steps to an accuracy: every case at every rate, then more seeds
+    python -m configs.studies.link_study time DIR     seconds a step at every bandwidth; whole trainings at two
+    python -m configs.studies.link_study report DIR   DIR/link.md, link.json and link.png
 
 Each part goes on where it was interrupted: what is measured stands in DIR/runs.jsonl, times.jsonl and wholes.jsonl.
 ``launch/link-study.sh`` runs all three.
@@ -17,9 +17,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fedmpi.bench import link, link_report
-from fedmpi.bench.link_cases import CASES, OURS, POWERSGD, REFERENCE, SAME_AS_BF16
-from fedmpi.bench.link_driver import Job
+from configs.studies import link, link_report
+from configs.studies.link_cases import CASES, OURS, POWERSGD, REFERENCE, SAME_AS_BF16
+from configs.studies.link_driver import Job
 
 SEEDS = (0, 1, 2)
 MOST = 300  # steps of a training in the study

@@ -1,6 +1,6 @@
-"""One rank of the job that ``fedmpi bench link`` times: DistributedDataParallel, SGD with momentum, a small model.
+"""One rank of the job that the link study times: DistributedDataParallel, SGD with momentum, a small model.
 
-    python -m fedmpi.bench.link_job        with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them
+    python configs/studies/link_job.py        with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them
 
 It reads requests from its standard input, one JSON object a line, and answers each with one on its standard
 output. All ranks get the same requests. A *case* says how gradients are averaged: ``{"plain": "fp32"}`` by DDP

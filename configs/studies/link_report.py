@@ -9,8 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fedmpi.bench import link
-from fedmpi.bench.link_cases import REFERENCE, SAME_AS_BF16
+from configs.studies import link
+from configs.studies.link_cases import REFERENCE, SAME_AS_BF16
 
 Lines = Sequence[dict[str, Any]]
 _INVERSE = {name: 0.0 if bits is None else 1 / bits for name, bits in link.SPEEDS.items()}

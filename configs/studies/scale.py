@@ -1,7 +1,7 @@
-"""``fedmpi bench scale``: what grows with ranks, clients, cohort, D and d, and a page of arithmetic from it.
+"""The scale study: what grows with ranks, clients, cohort, D and d, and a page of arithmetic from it.
 
 Bytes are counts, so that ranks may be many more than cores: real MPI processes as far as asked for, threads beyond.
-Everything is measured in processes of its own (:mod:`fedmpi.bench.jobs`), one after the other.
+Everything is measured in processes of its own (:mod:`configs.studies.scale_jobs`), one after the other.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from configs.studies import arithmetic
+from configs.studies.scale_jobs import entry
 from fedmpi import random
-from fedmpi.bench import arithmetic, synthetic
-from fedmpi.bench.jobs import entry
+from fedmpi.bench import synthetic
 from fedmpi.bench.methods import third_round
 from fedmpi.comm import solo
 from fedmpi.comm.launcher import launcher
@@ -49,7 +50,7 @@ _TIMEOUT = 900.0  # seconds a process
 
 
 class Scale(NamedTuple):
-    """Everything that was measured; :mod:`fedmpi.bench.arithmetic` makes the page of it."""
+    """Everything that was measured; :mod:`configs.studies.arithmetic` makes the page of it."""
 
     measured: dict[str, Any]
 
@@ -116,11 +117,17 @@ def _environment() -> dict[str, str]:
 
 
 def _child(job: str, arguments: dict[str, Any], launch: Sequence[str] = ()) -> Any:
-    """What a row of :data:`fedmpi.bench.jobs.JOBS` returns."""
+    """What a row of :data:`configs.studies.scale_jobs.JOBS` returns."""
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
         request.write_text(json.dumps({"job": job, **arguments}))
-        command = [*launch, sys.executable, "-m", "fedmpi.bench.jobs", str(request), str(answer)]
+        command = [
+            *launch,
+            sys.executable,
+            str(Path(__file__).with_name("scale_jobs.py")),
+            str(request),
+            str(answer),
+        ]
         try:
             done = subprocess.run(
                 command,

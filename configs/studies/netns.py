@@ -133,5 +133,5 @@ def require() -> None:
     if os.geteuid():
         raise ConfigError(
             "bench link: making network namespaces needs root, or a user namespace in which you are: "
-            "unshare --user --map-root-user --net fedmpi bench link"
+            "unshare --user --map-root-user --net python -m configs.studies link"
         )

@@ -1,4 +1,4 @@
-"""What ``fedmpi bench scale`` measures in processes of its own: ``python -m fedmpi.bench.jobs REQUEST ANSWER``.
+"""What the scale study measures in processes of its own: ``python configs/studies/scale_jobs.py REQUEST ANSWER``.
 
 REQUEST is a JSON file ``{"job": a row of JOBS, …its arguments}``; rank 0 writes what the job returns to ANSWER.
 """

@@ -1,5 +1,5 @@
-"""The page of ``fedmpi bench scale``: its measurements as tables, and what follows from them for jobs that are larger
-than any machine at hand. Every formula stands on the page beside its result, with where its inputs come from.
+"""The page of the scale study: its measurements as tables, and what follows from them for jobs that are larger than any
+machine at hand. Every formula stands on the page beside its result, with where its inputs come from.
 
 Symbols: W ranks, D parameters, S summed numbers, m a message's bytes, f those of its frame, C a cohort.
 """
@@ -26,9 +26,9 @@ def page(measured: dict[str, Any]) -> str:
     parts = [
         "# Scale: what was measured, and what follows",
         _prose(
-            f"""Made by `fedmpi bench scale` with {measured["threads"]} torch thread(s) on {os.cpu_count()} cores; the
-            numbers behind it are beside it in scale.json. Bytes are counts and exact; seconds are those of this
-            machine's processor, without what it did for others meanwhile."""
+            f"""Made by `python -m configs.studies scale` with {measured["threads"]} torch thread(s) on
+            {os.cpu_count()} cores; the numbers behind it are beside it in scale.json. Bytes are counts and exact;
+            seconds are those of this machine's processor, without what it did for others meanwhile."""
         ),
         *_wire(measured["wire"], measured["processes"]),
         *_start(measured["start"]),

@@ -1,14 +1,15 @@
-"""Runs the job of :mod:`fedmpi.bench.link_job` on two ranks across a link of a set bandwidth."""
+"""Runs the job of :mod:`configs.studies.link_job` on two ranks across a link of a set bandwidth."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fedmpi.bench.netns import ADDRESSES, DEVICE, Pair
+from configs.studies.netns import ADDRESSES, DEVICE, Pair
 from fedmpi.errors import ConfigError
 
 _PORT = 29500  # nobody else is in these namespaces
@@ -22,12 +23,12 @@ class Job:
     """
 
     def __init__(self, model: str = "cnn", **data: Any) -> None:
-        """Args: model: one of :data:`fedmpi.bench.link_job.MODELS`. data: of :func:`fedmpi.tasks.data.load`."""
+        """Args: model: one of :data:`configs.studies.link_job.MODELS`. data: of :func:`fedmpi.tasks.data.load`."""
         common = {"WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(_PORT)}
         common |= {"GLOO_SOCKET_IFNAME": DEVICE, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         environments = [{**os.environ, **common, "RANK": str(rank)} for rank in range(2)]
         self.model = model
-        self.pair = Pair([[sys.executable, "-m", "fedmpi.bench.link_job"]] * 2, environments)
+        self.pair = Pair([[sys.executable, str(Path(__file__).with_name("link_job.py"))]] * 2, environments)
         try:
             self.parameters: int = self.ask("load", model=model, **data)["parameters"]
         except BaseException:
