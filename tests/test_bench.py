@@ -13,7 +13,6 @@ from fedmpi import cli
 from fedmpi.bench import kernels, rounds, timing
 from fedmpi.bench.commands import BENCHES
 from fedmpi.bench.timing import Row, Spread, Table, measure
-from fedmpi.bench.waivers import WAIVERS, Waiver
 from fedmpi.errors import ConfigError
 from fedmpi.methods import METHODS
 
@@ -27,19 +26,10 @@ def table(*rows: Row) -> Table:
     return Table("kernels", {"numbers": "2^17"}, "memcpy", list(rows))
 
 
-def test_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(WAIVERS, "kernels/waived", Waiver("7 on a laptop", "one core", "8 bytes a number"))
-    found = table(row("at it", 5, 5), row("above", 5.01, 5), row("waived", 7, 5), row("free", 99, None))
-    assert [found.verdict(r) for r in found.rows] == ["met", "MISSED", "waived", ""]
+def test_verdicts() -> None:
+    found = table(row("at it", 5, 5), row("above", 5.01, 5), row("free", 99, None))
+    assert [found.verdict(r) for r in found.rows] == ["met", "MISSED", ""]
     assert found.missed() == ["above"]
-    assert "waived is waived: 7 on a laptop; one core; bound: 8 bytes a number" in found.text()
-
-
-def test_a_waiver_of_a_met_target_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(WAIVERS, "kernels/fine", Waiver("7", "why", "bound"))
-    found = table(row("fine", 4, 5))
-    assert found.verdict(found.rows[0]) == "met"
-    assert "waived" not in found.text()
 
 
 @pytest.mark.parametrize(("ratio", "code"), [(1.0, 0), (3.0, 1)])

@@ -22,7 +22,7 @@ class Outcome(Protocol):
         """For programs."""
 
     def missed(self) -> list[str]:
-        """Cases whose target is neither met nor waived."""
+        """Cases whose target is not met."""
 
 
 class Bench(NamedTuple):
