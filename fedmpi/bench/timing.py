@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-
 Work = Callable[[], object]
 
 
