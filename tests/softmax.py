@@ -47,7 +47,7 @@ class Softmax:
         self.x = [data.x[i].reshape(len(i), -1).double().numpy() for i in self.parts]
         self.y = [np.eye(10)[data.y[i].numpy()] for i in self.parts]
         self.sizes = np.array([len(y) for y in self.y], np.float64)
-        self.theta = simulation.topology.parameters().double().numpy()
+        self.theta = simulation.replica.parameters().double().numpy()
         assert simulation.spec.names == ("out.weight", "out.bias")
         assert len(set(self.sizes)) == clients, "clients of equal size hide wrong weights"
 
@@ -71,7 +71,7 @@ class Softmax:
 
 
 def parameters(simulation: Simulation) -> Array:
-    return simulation.topology.parameters().double().numpy()
+    return simulation.replica.parameters().double().numpy()
 
 
 def drawn(simulation: Simulation, t: int) -> list[int]:

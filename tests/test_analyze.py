@@ -126,8 +126,8 @@ def test_a_round_of_one_client_is_an_epoch_of_algorithm_2() -> None:
     """The gradient kept of a round is the sum of the steps' gradients: (θ before − θ after) / η."""
     seen: list[Tensor] = []
     run = Watched(configuration.parse(CENTRAL), lambda sent: seen.append(sent.update.g_CD[0].clone()))
-    thetas = [run.simulation.topology.parameters().clone()]
-    run.train("", True, after=lambda t: thetas.append(run.simulation.topology.parameters().clone()))
+    thetas = [run.simulation.replica.parameters().clone()]
+    run.train("", True, after=lambda t: thetas.append(run.simulation.replica.parameters().clone()))
     assert len(seen) == 4
     for g_D, before, after in zip(seen, thetas, thetas[1:], strict=False):
         torch.testing.assert_close(g_D, (before - after) / 0.05, atol=1e-5, rtol=0)

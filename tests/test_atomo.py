@@ -243,7 +243,7 @@ def test_a_budget_beyond_the_rank_is_dense() -> None:
     atomo, dense = simulate(method={"name": "atomo", "rank": 1000}), simulate()
     for t in range(3):
         assert atomo.round(t)["upload_bytes"] == dense.round(t)["upload_bytes"]
-    assert_same_sums(atomo.topology.parameters(), dense.topology.parameters(), terms=6 * 1437)
+    assert_same_sums(atomo.replica.parameters(), dense.replica.parameters(), terms=6 * 1437)
 
 
 @pytest.mark.parametrize(("rows", "dtype"), [(255, torch.uint8), (256, torch.int16)])

@@ -80,7 +80,7 @@ def test_one_poisoned_client_does_not_poison_the_model(
         found = summary(simulation)
         assert found["rejected"] == sum(line["rejected"] for line in lines) > 0
         assert found["messages"] == 20 - found["rejected"]
-        return lines, simulation.topology.parameters(), found["upload_bytes"]
+        return lines, simulation.replica.parameters(), found["upload_bytes"]
 
     lines, theta, uploaded = main(solo())
     parsed, partition = config.parse(values), simulate(values).partition
@@ -97,7 +97,7 @@ def test_one_poisoned_client_does_not_poison_the_model(
     without = simulate({**values, "on_bad_update": "stop"})
     for t in range(5):
         assert without.round(t)["loss"] == pytest.approx(lines[t]["loss"], rel=1e-6)
-    assert torch.allclose(without.topology.parameters(), theta, rtol=0, atol=1e-6)
+    assert torch.allclose(without.replica.parameters(), theta, rtol=0, atol=1e-6)
     assert without.upload_bytes == uploaded
 
 
@@ -116,16 +116,16 @@ def test_a_message_that_is_not_a_number_is_rejected(name: str) -> None:
     lines = [simulation.round(t) for t in range(2)]
     assert [line["rejected"] for line in lines] == [1, 1]
     assert torch.equal(simulation.clients.get(one)[residual], state[residual])
-    assert bool(simulation.topology.parameters().isfinite().all())
+    assert bool(simulation.replica.parameters().isfinite().all())
     assert simulation.ledger.upload.tolist().count(0) == 1
 
 
 def test_what_an_exact_sum_cannot_hold_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     simulation = simulate(REJECT)
-    theta = simulation.topology.parameters()
-    monkeypatch.setattr("fedmpi.engine.sums.LARGEST", 1e-3)
+    theta = simulation.replica.parameters()
+    monkeypatch.setattr("fedmpi.meet.sums.LARGEST", 1e-3)
     assert simulation.round(0)["rejected"] == 4
-    assert torch.equal(simulation.topology.parameters(), theta)
+    assert torch.equal(simulation.replica.parameters(), theta)
     with pytest.raises(NumericalError, match="reproducible: expected weighted values"):
         simulate({**REJECT, "on_bad_update": "stop"}).round(0)
 
@@ -154,42 +154,42 @@ def test_a_round_without_a_usable_update_does_nothing(name: str) -> None:
     server, good = simulation.method.server, simulation.data
     views = {}
     for t in range(5):
-        before = simulation.topology.parameters().clone()
-        seen = int(simulation.topology.state["version"])
-        start = server.view(simulate(values).topology.parameters()) if t == 0 else views[seen]
+        before = simulation.replica.parameters().clone()
+        seen = int(simulation.replica.state["version"])
+        start = server.view(simulate(values).replica.parameters()) if t == 0 else views[seen]
         if t in (1, 2):
             poison(simulation, range(4))
         line = simulation.round(t)
         simulation.data = good
-        state = simulation.topology.state
+        state = simulation.replica.state
         if t in (1, 2):
             assert (line["clients"], line["rejected"], line["upload_bytes"]) == (0, 2, 0)
             assert line["loss"] is None
-            assert torch.equal(simulation.topology.parameters(), before)
+            assert torch.equal(simulation.replica.parameters(), before)
         else:
             assert line["clients"] == 2
-            assert not torch.equal(simulation.topology.parameters(), before)
+            assert not torch.equal(simulation.replica.parameters(), before)
         if "varying" in name:  # clients change their subspace with the epoch, whatever came of its last round
             assert int(state["epoch"]) == (t + 1) // 2
         views.setdefault(seen, start)
         now = int(state["version"])
         views[now] = server.reconcile(copy.deepcopy(start), server.download(state, seen), now)
-    now = int(simulation.topology.state["version"])
+    now = int(simulation.replica.state["version"])
     for seen, view in views.items():
-        caught_up = server.reconcile(view, server.download(simulation.topology.state, seen), now)
-        assert torch.equal(server.parameters(caught_up), simulation.topology.parameters()), seen
+        caught_up = server.reconcile(view, server.download(simulation.replica.state, seen), now)
+        assert torch.equal(server.parameters(caught_up), simulation.replica.parameters()), seen
         for shared, value in server.shared(caught_up).items():
-            assert torch.equal(value, server.shared(simulation.topology.state)[shared])
+            assert torch.equal(value, server.shared(simulation.replica.state)[shared])
 
 
 def test_a_second_pass_without_a_usable_message_undoes_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     simulation = simulate({**REJECT, "method": SOME["powersgd"]})
-    up, before = simulation.method.up, dict(simulation.topology.state)
+    up, before = simulation.method.up, dict(simulation.replica.state)
     monkeypatch.setattr(
         "fedmpi.engine.updates.fits", lambda codec, *rest: torch.full((len(rest[-1]),), codec is not up)
     )
     assert simulation.round(0)["rejected"] == 4
-    after = simulation.topology.state
+    after = simulation.replica.state
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -207,7 +207,7 @@ def test_other_ranks_follow_an_aggregator_that_got_nothing(schedule: str) -> Non
                 poison(simulation, range(4))
             simulation.round(t)
             simulation.data = good
-        return simulation.topology.parameters()
+        return simulation.replica.parameters()
 
     alone = main(solo())
     assert all(torch.equal(theirs, alone) for theirs in run_ranks(3, main, timeout=60))
@@ -240,7 +240,7 @@ def test_processes_reject_alike(name: str, topology: str, mpi: Mpi, tmp_path: Pa
     poison(alone, [BAD])
     for t in range(5):
         alone.round(t)
-    digest = hashlib.sha256(alone.topology.parameters().numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(alone.replica.parameters().numpy().tobytes()).hexdigest()
     done = mpi(3, str(JOBS / "poison.py"), write_config(tmp_path, values))
     assert done.returncode == 0, done.stdout + done.stderr
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
@@ -260,7 +260,7 @@ def test_longer_gradients_are_shortened_and_counted() -> None:
     plain, clipped = simulate(SMALL), simulate({**SMALL, "clip": {"norm": 0.9}})
     clients = cohort(plain.config, plain.partition, 0)
     weights = plain.partition.sizes[clients].double()
-    update = plain.trainer.train(plain.topology.parameters(), plain.data.train, plain.partition, clients, 0)
+    update = plain.trainer.train(plain.replica.parameters(), plain.data.train, plain.partition, clients, 0)
     norms = update.g_CD.double().norm(dim=1)
     assert bool((norms > 0.9).any())
     factors = (0.9 / norms).clamp(max=1)
@@ -277,7 +277,7 @@ def test_clipping_counts_once_in_two_passes_and_leaves_short_ones() -> None:
     far, plain = simulate({**values, "clip": {"norm": 1e6}}), simulate(values)
     assert far.round(0)["clipped"] == 0
     plain.round(0)
-    assert_same_sums(far.topology.parameters(), plain.topology.parameters(), terms=2 * 1437)
+    assert_same_sums(far.replica.parameters(), plain.replica.parameters(), terms=2 * 1437)
 
 
 # Clients without data.
@@ -295,16 +295,16 @@ def test_a_client_without_samples_sends_nothing(method: str, topology: str) -> N
         assert int((sizes == 0).sum()) > 10
         for t in range(8):
             called = cohort(simulation.config, simulation.partition, t)
-            theta = simulation.topology.parameters().clone()
+            theta = simulation.replica.parameters().clone()
             line = simulation.round(t)
             assert line["empty"] == int((sizes[called] == 0).sum())
             assert line["clients"] <= 2 - line["empty"]
             if line["empty"] == 2:
                 nobody += 1
-                assert torch.equal(simulation.topology.parameters(), theta)
+                assert torch.equal(simulation.replica.parameters(), theta)
         assert simulation.ledger.upload[sizes == 0].sum() == 0
         both_ends_agree(simulation)
-        return nobody, simulation.topology.parameters().tolist(), summary(simulation)["empty"]
+        return nobody, simulation.replica.parameters().tolist(), summary(simulation)["empty"]
 
     alone = main(solo())
     assert alone[0] > 0

@@ -177,9 +177,9 @@ def test_the_bare_loop_does_the_engine_s_mathematics() -> None:
     local = {"epochs": 1, "batch": 5}
     like = rounds.simulation(6, 5, 6, local, model="fcn", method="dense")
     engine, bare = rounds.Engine(like), rounds.Bare(like)
-    start = like.topology.parameters().clone()
+    start = like.replica.parameters().clone()
     engine.rounds(3)
     bare.rounds(3)
     theta_D = torch.cat([value.flatten() for value in bare.theta])
-    torch.testing.assert_close(like.topology.parameters(), theta_D, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(like.replica.parameters(), theta_D, rtol=1e-4, atol=1e-6)
     assert float((theta_D - start).abs().max()) > 1e-3

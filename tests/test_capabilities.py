@@ -23,7 +23,7 @@ NUMERICS = (
         "bad_updates",
         "conformance",
         "dense",
-        "exchange",
+        "ways",
         "fetchsgd",
         "halves",
         "intrinsic",

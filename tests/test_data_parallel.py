@@ -37,7 +37,7 @@ def finish(values: dict[str, Any], ranks: int) -> list[tuple[torch.Tensor, dict[
         simulation = Simulation(config, comm)
         for t in range(config.rounds):
             simulation.round(t)
-        return simulation.topology.parameters(), summary(simulation)
+        return simulation.replica.parameters(), summary(simulation)
 
     return run_ranks(ranks, one)
 
@@ -87,7 +87,7 @@ def test_momentum_schedule_and_accumulation_are_those_of_torch() -> None:
 
 
 def _parameters(simulation: Simulation) -> list[torch.Tensor]:
-    return [v.detach() for v in simulation.spec.views(simulation.topology.parameters()).values()]
+    return [v.detach() for v in simulation.spec.views(simulation.replica.parameters()).values()]
 
 
 def test_an_epoch_shows_each_sample_once() -> None:

@@ -48,7 +48,7 @@ def test_one_client_one_step_is_torch_sgd_to_the_bit(model, local, topology):
     for t in range(6):
         simulation.round(t)
         reference_steps(simulation, module, optimizer, t, 1)
-        got = simulation.spec.views(simulation.topology.parameters())
+        got = simulation.spec.views(simulation.replica.parameters())
         for name, parameter in module.named_parameters():
             assert torch.equal(got[name], parameter), f"{name}, round {t}"
 
@@ -66,7 +66,7 @@ def test_one_client_many_steps_is_torch_sgd(momentum, weight_decay, batch):
         optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=momentum, weight_decay=weight_decay)
         reference_steps(simulation, module, optimizer, t, 4)
         flat = simulation.spec.flatten(dict(module.named_parameters()))
-        torch.testing.assert_close(simulation.topology.parameters(), flat, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(simulation.replica.parameters(), flat, rtol=1e-6, atol=1e-7)
 
 
 def test_epochs_visit_every_sample_once_each():
@@ -85,7 +85,7 @@ def test_epochs_visit_every_sample_once_each():
     assert sorted(visited) == sorted([*range(1437), *range(1437)])
     simulation.round(0)
     flat = simulation.spec.flatten(dict(module.named_parameters()))
-    torch.testing.assert_close(simulation.topology.parameters(), flat, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(simulation.replica.parameters(), flat, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("reproducible", [False, True])

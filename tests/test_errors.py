@@ -152,7 +152,7 @@ def test_a_diverging_run_says_what_to_do(capsys: pytest.CaptureFixture[str], tmp
 
 def test_reproducible_sums_refuse_to_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound itself is tested in tests/test_sums.py; here it is lowered until this run meets it."""
-    monkeypatch.setattr("fedmpi.engine.sums.LARGEST", 0.01)
+    monkeypatch.setattr("fedmpi.meet.sums.LARGEST", 0.01)
     simulation = Simulation(config.parse({**SMALL, "reproducible": True}), solo())
     with pytest.raises(NumericalError, match=r"reproducible: expected weighted values up to 0\.0025, got"):
         simulation.round(0)

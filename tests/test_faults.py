@@ -133,7 +133,7 @@ def check_survived(
     rank, ranks, saved = lost
     assert ended.code == 0, ended.said
     expected, found = reference(values, rank, ranks, t, saved), summary(folder)
-    parameters = expected.spec.views(expected.topology.parameters())
+    parameters = expected.spec.views(expected.replica.parameters())
     model = load_file(folder / "run" / "model.safetensors")
     assert all(torch.equal(model[name], value) for name, value in parameters.items())
     assert found["upload_bytes"] == expected.upload_bytes

@@ -157,7 +157,7 @@ def test_against_a_transcription(removal: str, rows: int, topology: str) -> None
             S_u, S_e = np.where(S_delta == 0, S_u, 0), np.where(S_delta == 0, S_e, 0)
         w = w - delta
         simulation.round(t)
-        state = simulation.topology.state
+        state = simulation.replica.state
         changed = (state["changed"] == t + 1).nonzero()[:, 0]
         assert changed.tolist() == sorted(order[:k].tolist()), f"round {t}"
         assert_close(parameters(simulation), w)
@@ -262,4 +262,4 @@ def test_with_a_wide_sketch_and_k_of_all_it_is_plain_momentum() -> None:
         fetch.round(t)
         plain.round(t)
         assert_close(parameters(fetch), parameters(plain), 1e-5)
-        assert server.sketch.estimate(fetch.topology.state["error"][None]).abs().max() < 1e-6
+        assert server.sketch.estimate(fetch.replica.state["error"][None]).abs().max() < 1e-6

@@ -52,7 +52,7 @@ def test_against_the_algorithm_with_explicit_matrices(schedule: str, matrix: str
         {**values(schedule=schedule, matrix=matrix, **extra), "rounds": 20, "reproducible": True}
     )
     simulation = Simulation(run, solo())
-    theta = simulation.topology.parameters().double()
+    theta = simulation.replica.parameters().double()
     calls = sent(simulation)
     count = extra.get("subspaces", 1)
 
@@ -77,7 +77,7 @@ def test_against_the_algorithm_with_explicit_matrices(schedule: str, matrix: str
             ):
                 a = explicit(t // 3, k)
                 theta = theta - 0.05 * weights[client] * (a @ (a.T @ g))
-        assert torch.allclose(simulation.topology.parameters().double(), theta, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(simulation.replica.parameters().double(), theta, rtol=1e-4, atol=1e-5)
 
 
 def explicit_matrix(matrix: str, size: int, dim: int, seed: int) -> Array:
@@ -103,7 +103,7 @@ def test_intrinsic_static_is_algorithm_1(matrix, scale):
         sketches = [A.T @ task.accumulated(theta, k, 2, 0.2) for k in range(5)]
         sigma = sigma - server_lr * sum(w * s for w, s in zip(omega, sketches, strict=True))
         simulation.round(t)
-        assert_close(simulation.topology.state["sigma"].double().numpy(), sigma)
+        assert_close(simulation.replica.state["sigma"].double().numpy(), sigma)
         assert_close(parameters(simulation), task.theta + A @ sigma)
     assert simulation.upload_bytes == simulation.download_bytes == 20 * 5 * 4 * dim
 
@@ -154,16 +154,16 @@ def test_what_missed_epochs_cost(schedule: str, k: int) -> None:
 def test_momentum_on_coordinates_starts_afresh_each_epoch_and_stays_in_the_subspace() -> None:
     run = config.parse({**values(schedule="time_varying", epochs=2), "server": {"optimizer": "momentum"}})
     simulation = Simulation(run, solo())
-    start = simulation.topology.parameters()
+    start = simulation.replica.parameters()
     for t in range(3):
         simulation.round(t)
     a = MATRICES["dense"](D, 16, random.key(run.seed, 0, 0, "subspace")).lift(torch.eye(16)).T.double()
-    moved = (simulation.topology.parameters() - start).double()
+    moved = (simulation.replica.parameters() - start).double()
     inside = a @ torch.linalg.lstsq(a, moved[:, None]).solution
     assert torch.allclose(inside[:, 0], moved, atol=1e-6)
-    assert not simulation.topology.state["optimizer.momentum"].any()
+    assert not simulation.replica.state["optimizer.momentum"].any()
     simulation.round(3)
-    assert simulation.topology.state["optimizer.momentum"].any()
+    assert simulation.replica.state["optimizer.momentum"].any()
 
 
 def test_orthonormal_at_full_dimension_is_lossless() -> None:
@@ -173,7 +173,7 @@ def test_orthonormal_at_full_dimension_is_lossless() -> None:
         simulation = Simulation(config.parse({**SMALL, "method": method}), solo())
         for t in range(5):
             simulation.round(t)
-        theta[str(method)] = simulation.topology.parameters()
+        theta[str(method)] = simulation.replica.parameters()
     dense, lossless = theta.values()
     assert torch.allclose(dense, lossless, atol=2e-5)
 

@@ -29,9 +29,10 @@ LAYERS = {
     "method": BASE | {"message", "spec"},
     "methods": BASE
     | {"method", "message", "spec", "ops", "optimizers", "own", "validation"},  # never comm or engine
+    "meet": {"comm", "errors", "message", "method", "ops"},
     "config": {"errors", "methods", "own", "tasks", "optimizers", "overrides", "validation"},
     "engine": BASE
-    | {"comm", "config", "method", "methods", "message", "ops", "own", "spec", "start", "tasks"}
+    | {"comm", "config", "meet", "method", "methods", "message", "ops", "own", "spec", "start", "tasks"}
     | {"machine", "strict_yaml"},
     "analysis": BASE
     | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks"}
@@ -40,6 +41,7 @@ LAYERS = {
     | {
         "comm",
         "engine",
+        "meet",
         "message",
         "method",
         "methods",

@@ -15,7 +15,6 @@ import torch
 from fedmpi import config, methods
 from fedmpi.comm import solo
 from fedmpi.engine.rounds import Simulation
-from fedmpi.engine.topology import Aggregator
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Message
 from fedmpi.method import Compressor, Context, Round, believed
@@ -188,11 +187,11 @@ def test_both_ends_agree_after_every_round_under_sampling_and_dropouts(name: str
             Simulation(config.parse(values), solo())
         return
     simulation = Simulation(config.parse(values), solo())
-    assert isinstance(simulation.topology, Aggregator)
+    assert simulation.replica.owner == 0
     everybody, sent = torch.arange(6), 0
     for t in range(12):
         sent += simulation.round(t)["scalars"]
-        held = simulation.topology.peers.get(everybody)
+        held = simulation.replica.peers.get(everybody)
         for entry, belief in believed(simulation.method.up, simulation.clients.get(everybody)).items():
             assert torch.equal(belief, held[entry]), (t, entry)
     assert simulation.participations < 48, "some dropped out"
@@ -332,7 +331,7 @@ def test_lbgm_with_threshold_0_is_fedavg():
         assert lookback.round(t)["scalars"] == 0
         dense.round(t)
     # Five rounds of two steps over all samples.
-    assert_same_sums(lookback.topology.parameters(), dense.topology.parameters(), terms=10 * 1437)
+    assert_same_sums(lookback.replica.parameters(), dense.replica.parameters(), terms=10 * 1437)
 
 
 def test_lbgm_sends_zero_gradients_in_full_and_negative_coefficients():

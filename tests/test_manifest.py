@@ -53,7 +53,7 @@ def loaded(values: dict[str, Any], out: Path) -> tuple[int, dict[str, Any], list
 
 def everything(simulation: Simulation) -> dict[str, Any]:
     """Each thing that a simulation of one rank keeps between rounds, or its hash."""
-    parts = {"server": simulation.topology.state, "ledger": vars(simulation.ledger)}
+    parts = {"server": simulation.replica.state, "ledger": vars(simulation.ledger)}
     for name, kept in simulation.kept().items():
         rows = kept.store.get(torch.arange(simulation.config.clients))
         parts[name] = {**rows, "known": kept.store.known}

@@ -52,7 +52,7 @@ def test_server_optimizers_follow_their_rule(optimizer: str) -> None:
     """Against a plain transcription, fed with the means that the simulation itself computes."""
     values = {**SMALL, "server": {"optimizer": optimizer, "lr": 0.05, "beta1": 0.8, "beta2": 0.95}}
     simulation = Simulation(config.parse(values), solo())
-    theta = simulation.topology.parameters().double()
+    theta = simulation.replica.parameters().double()
     got = means(simulation)
     m, v = torch.zeros_like(theta), torch.full_like(theta, 1e-6)
     for t in range(6):
@@ -65,7 +65,7 @@ def test_server_optimizers_follow_their_rule(optimizer: str) -> None:
             m = 0.8 * m + 0.2 * g
             v = 0.95 * v + 0.05 * g**2 if optimizer == "adam" else v - 0.05 * g**2 * (v - g**2).sign()
             theta = theta - 0.05 * m / (v.sqrt() + 1e-3)
-        assert torch.allclose(simulation.topology.parameters().double(), theta, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(simulation.replica.parameters().double(), theta, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "yogi"])
@@ -80,7 +80,7 @@ def test_in_data_parallel_mode_they_act_on_the_mean_gradient(optimizer: str) -> 
         "server": {"optimizer": optimizer, "lr": 0.02, "epsilon": 0.01},
     }
     simulation = Simulation(config.parse(values).for_ranks(1), solo())
-    theta, got = simulation.topology.parameters().double(), means(simulation)
+    theta, got = simulation.replica.parameters().double(), means(simulation)
     m, v = torch.zeros_like(theta), torch.full_like(theta, 1e-4)
     for t in range(6):
         simulation.round(t)
@@ -88,7 +88,7 @@ def test_in_data_parallel_mode_they_act_on_the_mean_gradient(optimizer: str) -> 
         m = 0.9 * m + 0.1 * g
         v = 0.99 * v + 0.01 * g**2 if optimizer == "adam" else v - 0.01 * g**2 * (v - g**2).sign()
         theta = theta - 0.02 * m / (v.sqrt() + 0.01)
-        assert torch.allclose(simulation.topology.parameters().double(), theta, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(simulation.replica.parameters().double(), theta, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "yogi"])

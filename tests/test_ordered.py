@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from fedmpi import config
 from fedmpi.comm import Comm, run_ranks, solo
-from fedmpi.config import ServerConfig
-from fedmpi.engine.ordered import Ordered
 from fedmpi.errors import ConfigError
+from fedmpi.meet.sums import Ordered
 
 from .conftest import SMALL
 from .test_bad_updates import CASES, SOME, simulate
@@ -29,7 +28,7 @@ def test_ordered_sums_against_numpy(clients: int, trim: float, rule: str, seed: 
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(clients, 7)).astype(np.float32)
     rows[rng.integers(clients)] *= 1e6
-    total = Ordered(ServerConfig.model_validate({"aggregate": rule, "trim": trim}), 7, clients)
+    total = Ordered(rule, trim, clients)
     for part in torch.from_numpy(rows).split(3):
         total.add(part, torch.ones(len(part), dtype=torch.float64))
     if rule == "median":
@@ -41,9 +40,9 @@ def test_ordered_sums_against_numpy(clients: int, trim: float, rule: str, seed: 
 
 
 def test_ordered_sums_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedmpi.engine.ordered._BLOCK_VALUES", 10)
+    monkeypatch.setattr("fedmpi.meet.sums._BLOCK_VALUES", 10)
     v_CS = torch.arange(35.0).view(5, 7).flip(0)
-    total = Ordered(ServerConfig.model_validate({"aggregate": "median"}), 7, 5)
+    total = Ordered("median", 0.0, 5)
     total.add(v_CS, torch.ones(5))
     assert torch.equal(total.value(), torch.arange(14.0, 21.0))
 
@@ -75,7 +74,7 @@ def test_a_few_wrong_clients_hardly_matter(method: Any, rule: str) -> None:
         simulation.trainer.train = attack  # type: ignore[method-assign]
         for t in range(8):
             simulation.round(t)
-        return simulation.accuracy, simulation.topology.parameters()
+        return simulation.accuracy, simulation.replica.parameters()
 
     attacked, theta = accuracy({**values, "server": server}, solo())
     assert attacked > 0.8 > 0.5 > accuracy(values, solo())[0]

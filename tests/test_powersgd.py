@@ -99,7 +99,7 @@ def test_against_a_transcription(
     free, guided = (Reference(task, rank, simulation.config.seed, feedback) for _ in range(2))
 
     def held() -> tuple[Array, Array, Array]:
-        q = simulation.topology.state["q"].view(64, rank).double().numpy()
+        q = simulation.replica.state["q"].view(64, rank).double().numpy()
         residual = (
             simulation.clients.get(torch.arange(clients))["residual"]
             if feedback

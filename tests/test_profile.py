@@ -106,7 +106,7 @@ def test_every_phase_of_two_passes_and_of_workers(method: Any, mode: str, tmp_pa
 
 def test_it_changes_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
     plain, profiled = (Simulation(config.parse({**LONG, "method": TOPK}), solo()) for _ in range(2))
-    parts = (profiled, profiled.comm, profiled.trainer, profiled.topology, profiled.method.up)
+    parts = (profiled, profiled.comm, profiled.trainer, profiled.replica, profiled.method.up)
 
     def wrapped() -> int:
         return sum(hasattr(value, "__wrapped__") for part in parts for value in vars(part).values())

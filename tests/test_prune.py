@@ -68,7 +68,7 @@ def test_against_a_transcription(inner: Any, rule: Any, m: int, mask_from: str, 
     theta, velocity, total = task.theta, np.zeros(D), np.zeros(D)
     kept, closest = np.arange(D), math.inf
     residual = np.zeros((clients, D), np.float32)
-    history = [simulation.topology.parameters().clone()]
+    history = [simulation.replica.parameters().clone()]
     seen, uploads, downloads = np.zeros(clients, np.int64), 0, 0
 
     def choose(p: Array, key: int) -> Array:
@@ -85,7 +85,7 @@ def test_against_a_transcription(inner: Any, rule: Any, m: int, mask_from: str, 
             downloads += download_bytes(history, int(seen[c]), per_epoch, kept if masked else None)
             seen[c] = t
         simulation.round(t)
-        history.append(simulation.topology.parameters().clone())
+        history.append(simulation.replica.parameters().clone())
         g_CD, message, _ = calls[t]
         mean, omega = np.zeros(D), task.sizes[chosen] / task.sizes[chosen].sum()
         for row, c in enumerate(chosen):
@@ -114,13 +114,13 @@ def test_against_a_transcription(inner: Any, rule: Any, m: int, mask_from: str, 
             cut, beyond = abs(total[order[m - 1]]), abs(total[order[m]])
             closest = min(closest, cut / beyond - 1 if cut != beyond else math.inf)
             kept = np.sort(order[:m])
-            assert simulation.topology.shared()["kept"].tolist() == kept.tolist()
+            assert simulation.replica.shared()["kept"].tolist() == kept.tolist()
             theta, velocity, mean = only(theta, kept), only(velocity, kept), only(mean, kept)
         velocity = beta * velocity + mean
         theta = theta - eta * velocity
         assert_close(parameters(simulation), theta)
         outside = np.setdiff1d(np.arange(D), kept)
-        assert not simulation.topology.parameters()[outside].any(), "pruned, hence exactly zero"
+        assert not simulation.replica.parameters()[outside].any(), "pruned, hence exactly zero"
     state = simulation.clients.get(torch.arange(clients))
     if feedback:
         assert np.array_equal(state["after.residual"].numpy(), residual[:, kept])
@@ -172,8 +172,8 @@ def test_a_mask_from_the_servers_own_data(topology: str) -> None:
             downloads += new * math.ceil(D / 8) + download_bytes(history, met.get(c, 0), 0, kept)
             met[c] = t
         simulation.round(t)
-        history.append(simulation.topology.parameters().clone())
-        assert simulation.topology.shared()["kept"].tolist() == kept.tolist()
+        history.append(simulation.replica.parameters().clone())
+        assert simulation.replica.shared()["kept"].tolist() == kept.tolist()
         mean, omega = np.zeros(D), task.sizes[chosen] / task.sizes[chosen].sum()
         for row, c in enumerate(chosen):
             local, g = theta, np.zeros(D)

@@ -51,7 +51,7 @@ def test_masks_of_clients(inner: Any, rule: Any, m: int, topology: str) -> None:
     theta, velocity, kept = task.theta, np.zeros(D), np.arange(D)
     masks: dict[int, Array] = {}
     residual = np.zeros((clients, D), np.float32)
-    history = [simulation.topology.parameters().clone()]
+    history = [simulation.replica.parameters().clone()]
     seen, uploads, downloads, late, lost = np.zeros(clients, np.int64), 0, 0, 0, [0, 0]
     mask_bytes = min(math.ceil(m * 10 / 8), math.ceil(D / 8))
     for t in range(24):
@@ -62,7 +62,7 @@ def test_masks_of_clients(inner: Any, rule: Any, m: int, topology: str) -> None:
             seen[c] = t
             lost[c in masks] += c not in chosen
         simulation.round(t)
-        history.append(simulation.topology.parameters().clone())
+        history.append(simulation.replica.parameters().clone())
         g_CD, message, _ = calls[t]
         mean, omega = np.zeros(D), task.sizes[chosen] / task.sizes[chosen].sum()
         new = [c for c in chosen if c not in masks]
@@ -93,8 +93,8 @@ def test_masks_of_clients(inner: Any, rule: Any, m: int, topology: str) -> None:
             assert m < len(kept) < D
             theta, velocity = only(theta, kept), only(velocity, kept)
         if t >= per_epoch - 1:
-            assert simulation.topology.shared()["kept"].tolist() == kept.tolist()
-            assert not simulation.topology.parameters()[np.setdiff1d(np.arange(D), kept)].any()
+            assert simulation.replica.shared()["kept"].tolist() == kept.tolist()
+            assert not simulation.replica.parameters()[np.setdiff1d(np.arange(D), kept)].any()
         velocity = beta * velocity + mean
         theta = theta - eta * velocity
         assert_close(parameters(simulation), theta)

@@ -44,9 +44,9 @@ def test_against_a_transcription(options: dict[str, Any], factor: float, topolog
     omega = task.sizes / task.sizes.sum()
     patterns, download = set(), 0
     for t in range(20):
-        before = simulation.topology.parameters()
+        before = simulation.replica.parameters()
         line = simulation.round(t)
-        changed = int((simulation.topology.parameters() != before).sum())
+        changed = int((simulation.replica.parameters() != before).sum())
         mean = np.zeros(650)
         for k in range(5):
             p = task.accumulated(theta, k, 2, 0.2) + residual[k] * bool(options.get("feedback"))

@@ -59,7 +59,7 @@ def average(reducer: Reducer, mine: dict[str, Tensor]) -> dict[str, Tensor]:
     kept = [
         v
         for group in reducer.groups
-        for part in (group.state, group.memory, group.peers)
+        for part in (group.state, group.memory, group.peers.state)
         for v in part.values()
     ]
     got = {name: p.grad for name, p in parameters.items() if p.grad is not None}

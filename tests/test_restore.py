@@ -115,10 +115,10 @@ CHANGES: dict[str, tuple[Callable[[Body], Any], type[FedMPIError], str]] = {
 
 def refused(folder: Path, error: type[FedMPIError], match: str) -> None:
     simulation = Simulation(config.parse(VALUES), solo())
-    before = simulation.topology.parameters().clone()
+    before = simulation.replica.parameters().clone()
     with pytest.raises(error, match=match):
         restore(simulation, folder)
-    assert torch.equal(simulation.topology.parameters(), before)
+    assert torch.equal(simulation.replica.parameters(), before)
 
 
 @pytest.fixture
@@ -347,10 +347,10 @@ def test_a_state_is_one_that_the_run_can_have_come_to(
     copy = Path(shutil.copytree(optimized[name], tmp_path / optimized[name].name))
     rewrite_state(copy, change)
     simulation = Simulation(config.parse(OPTIMIZED[name]), solo())
-    before = simulation.topology.parameters().clone()
+    before = simulation.replica.parameters().clone()
     with pytest.raises(CheckpointError, match=match):
         restore(simulation, copy)
-    assert torch.equal(simulation.topology.parameters(), before)
+    assert torch.equal(simulation.replica.parameters(), before)
 
 
 OPTIMIZED: dict[str, dict[str, Any]] = {

@@ -133,7 +133,7 @@ def test_dropped_clients_download_but_change_nothing(method: Any, topology: str)
 
 def test_a_message_that_cannot_be_read_ends_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 refuses a frame; the senders, who wait for its answer, get the same error."""
-    monkeypatch.setattr("fedmpi.engine.topology.to_bytes", lambda message: b"fMSG nonsense")
+    monkeypatch.setattr("fedmpi.meet.ways.to_bytes", lambda message: b"fMSG nonsense")
 
     def main(comm: Any) -> str:
         simulation = Simulation(config.parse({**SMALL, "topology": "aggregator"}), comm)
@@ -165,4 +165,4 @@ def test_timing_a_step_leaves_the_run_as_it_was() -> None:
     timed, fresh = (Simulation(settings_for(), solo()) for _ in range(2))
     assert timed.trainer.time(timed.data.train, 20, 1) > 0
     assert timed.round(0)["loss"] == fresh.round(0)["loss"]
-    assert torch.equal(timed.topology.parameters(), fresh.topology.parameters())
+    assert torch.equal(timed.replica.parameters(), fresh.replica.parameters())

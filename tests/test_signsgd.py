@@ -9,8 +9,8 @@ import torch
 from fedmpi import config, methods, random
 from fedmpi.comm import solo
 from fedmpi.engine.rounds import Simulation
-from fedmpi.engine.sums import Sum
 from fedmpi.errors import ConfigError
+from fedmpi.meet.sums import Sum
 from fedmpi.method import Context, Round
 from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec
@@ -27,7 +27,7 @@ def test_twenty_rounds(beta: float, vote: str, feedback: bool) -> None:
     values = {**SMALL, "clients": 5, "cohort": None, "method": method, "server": {"lr": 0.01}}
     simulation = Simulation(config.parse(values), solo())
     calls = sent(simulation)
-    theta = simulation.topology.parameters().double().numpy()
+    theta = simulation.replica.parameters().double().numpy()
     m, e = np.zeros((5, 650)), np.zeros((5, 650))
     omega = (simulation.partition.sizes / simulation.partition.sizes.sum()).double().numpy()
     for t in range(20):
@@ -45,7 +45,7 @@ def test_twenty_rounds(beta: float, vote: str, feedback: bool) -> None:
             v = np.abs(m).mean(1, keepdims=True) * chosen
             theta = theta - 0.01 * omega @ v
             e = p - v if feedback else e
-        assert np.allclose(simulation.topology.parameters().double().numpy(), theta, rtol=1e-4, atol=1e-5)
+        assert np.allclose(simulation.replica.parameters().double().numpy(), theta, rtol=1e-4, atol=1e-5)
     assert simulation.upload_bytes == 20 * 5 * (82 + 4 * (vote == "mean"))
 
 
@@ -108,7 +108,7 @@ def test_majority_vote_through_the_engine(clients, topology):
     ids = torch.arange(clients)
     for t in range(4):
         update = simulation.trainer.train(
-            simulation.topology.parameters(), simulation.data.train, simulation.partition, ids, t
+            simulation.replica.parameters(), simulation.data.train, simulation.partition, ids, t
         )
         theta = theta - 0.01 * np.array(plain_vote(update.g_CD.tolist(), ids.tolist(), 7, t))
         simulation.round(t)

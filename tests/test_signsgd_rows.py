@@ -12,15 +12,16 @@ from torch import Tensor
 from fedmpi import methods, random
 from fedmpi.comm import run_ranks
 from fedmpi.comm.base import Comm
-from fedmpi.engine import exchange
 from fedmpi.errors import MessageError
 from fedmpi.integrations.reducer import Reducer
+from fedmpi.meet import ways
 from fedmpi.message import Message, from_bytes, to_bytes
 from fedmpi.method import Context, Round
 from fedmpi.methods.base import Setup
 from fedmpi.ops import bits
 from fedmpi.spec import Spec
 
+from .meeting import met
 from .test_kernels import by_kernel, same
 
 # Rows: 6 of 4, 64 and 6 of one tensor, 1, 2 of 6: eleven in all.
@@ -191,11 +192,11 @@ def test_every_way_to_exchange(ranks: int) -> None:
                     continue
                 for g_1D in (g_CD[comm.rank][None], torch.ones(1, SPEC.size)):
                     message, _ = method.up.compress(g_1D, {}, ctx)
-                    built = exchange.build(
+                    built = ways.build(
                         comm, method.up, way, owner=0 if way == "owner" else None, packed=bool(packed)
                     )
-                    mean, _ = built.mean(message, {}, {}, ctx)
-                    assert built.mean(message, {}, {}, ctx, usable=comm.rank != 1)[0] is None
+                    mean = met(built, message, {}, ctx)
+                    assert met(built, message, {}, ctx, usable=comm.rank != 1) is None
                     assert mean is not None
                     answers.append(method.directions().direction({}, mean, ctx.round)[0])
             for got, ones in zip(answers[::2], answers[1::2], strict=True):

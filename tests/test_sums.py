@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fedmpi import random
 from fedmpi.comm import run_ranks
-from fedmpi.engine.sums import Sum
 from fedmpi.errors import NumericalError
+from fedmpi.meet.sums import Sum
 
 values32 = st.floats(-1000, 1000, width=32)
 

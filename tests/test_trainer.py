@@ -237,7 +237,7 @@ def test_one_message_for_all_counts_as_one_of_each(name: str, local: dict[str, A
             assert got[key] == expected[key]
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert torch.equal(one.ledger.upload, each.ledger.upload)
-    parameters = (s.topology.parameters() for s in (one, each))
+    parameters = (s.replica.parameters() for s in (one, each))
     torch.testing.assert_close(*parameters, rtol=1e-4, atol=1e-5)
 
 
@@ -315,8 +315,8 @@ def test_short_and_reproducible_runs_train_one_after_the_other(
 def test_test_loss_of_a_diverged_model():
     """A large loss is shown as it is, not wrapped around in fixed point."""
     simulation = simulate()
-    theta = simulation.topology.parameters() * 1e6
-    simulation.topology.state["theta"] = theta
+    theta = simulation.replica.parameters() * 1e6
+    simulation.replica.state["theta"] = theta
     W, b = theta[:640].view(10, 64).double(), theta[640:].double()
     test = simulation.data.test
     logits = test.x.flatten(1).double() @ W.T + b
@@ -330,8 +330,8 @@ def test_test_loss_of_a_diverged_model():
 def test_training_loss_of_a_diverged_model():
     """The clients' mean loss by samples, or an error, never a wrapped number."""
     simulation = simulate(local={"lr": 0.2, "steps": 1})
-    simulation.topology.state["theta"] = simulation.topology.parameters() * 1e8
-    theta, data = simulation.topology.parameters().double(), simulation.data.train
+    simulation.replica.state["theta"] = simulation.replica.parameters() * 1e8
+    theta, data = simulation.replica.parameters().double(), simulation.data.train
     chosen = torch.cat([simulation.partition.of(k) for k in range(5)])
     logits = data.x[chosen].flatten(1).double() @ theta[:640].view(10, 64).T + theta[640:]
     first = float(torch.nn.functional.cross_entropy(logits, data.y[chosen]))

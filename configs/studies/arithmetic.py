@@ -101,7 +101,7 @@ def _wire(rows: Rows, processes: int) -> list[str]:
             rank 0 receives the cohort's messages (and a frame's head of each worker) and a worker the download,
             whatever W. data_parallel: (W − 1) f
             (gather), 2 (W − 1)/W m with m rounded up to W parts of whole 64 entries (merge), or the sum (sum), by
-            `fedmpi/engine/exchange.py`; and in all of them the round's counts, some 64 bytes a pass. From two ranks'
+            `fedmpi/meet/ways.py`; and in all of them the round's counts, some 64 bytes a pass. From two ranks'
             counts these give all others to within {100 * off[worst]:.2g} % (worst: {worst[1]}, {worst[0]}, {worst[2]}
             ranks)."""
         )

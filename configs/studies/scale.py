@@ -26,9 +26,9 @@ from fedmpi.bench import synthetic
 from fedmpi.bench.methods import third_round
 from fedmpi.comm import solo
 from fedmpi.comm.launcher import launcher
-from fedmpi.engine import exchange
 from fedmpi.engine.record import write_aside
 from fedmpi.errors import CommError, ConfigError
+from fedmpi.meet import ways
 from fedmpi.message import to_bytes
 from fedmpi.spec import Spec
 from fedmpi.tasks.models import build
@@ -259,7 +259,7 @@ def _messages(say: Callable[[str], None]) -> dict[str, Any]:
                     "message": int(one.message.nbytes()[0]),
                     "frame": len(to_bytes(one.message)),
                     "summed": one.mean_S.nbytes,
-                    "way": exchange.build(crowd, one.codec).name,
+                    "way": ways.build(crowd, one.codec).name,
                     "entry": entry(one.codec),
                 }
                 for one in third.passes

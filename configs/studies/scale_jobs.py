@@ -20,9 +20,9 @@ import torch
 from fedmpi import config
 from fedmpi.bench import synthetic
 from fedmpi.comm import Comm, connect, run_ranks, solo
-from fedmpi.engine import exchange
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.status import SUMMED
+from fedmpi.meet import ways
 from fedmpi.method import Compressor
 from fedmpi.tasks import data
 
@@ -84,11 +84,11 @@ def wire(comm: Comm, cases: list[dict[str, Any]], rounds: int) -> list[dict[str,
                 "received": [received for _, received in ranks],
                 "message": sum(line["upload_bytes"] / line["clients"] for line in lines) / rounds,
                 "clients": lines[-1]["clients"],
-                "summed": run.topology.sum().total_S.nbytes,
+                "summed": run.replica.way.sums(up, len(run.replica.way.roster.clients)).total_S.nbytes,
                 "status": 8
                 * passes
                 * (len(SUMMED) + len(run.counters) + 3),  # a pass's counts and three flags
-                "way": exchange.build(comm, up).name if parallel else "",
+                "way": ways.build(comm, up).name if parallel else "",
                 "entry": entry(up),
                 "parameters": run.spec.size,
             }

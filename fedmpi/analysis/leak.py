@@ -157,7 +157,7 @@ class Victim:
 
     def __init__(self, simulation: Simulation) -> None:
         self.data, self.spec, self.loss = simulation.data, simulation.spec, simulation.objective.loss
-        self.theta_D = simulation.topology.parameters()
+        self.theta_D = simulation.replica.parameters()
         self.model = smooth(copy.deepcopy(simulation.trainer.model)).double()
         self.parameters = [dict(self.model.named_parameters())[name] for name in self.spec.names]
 

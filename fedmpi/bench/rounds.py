@@ -33,7 +33,7 @@ class Bare:
     def __init__(self, like: Simulation) -> None:
         self.config = like.config
         self.model = copy.deepcopy(like.trainer.model)
-        start = like.spec.views(like.topology.parameters())
+        start = like.spec.views(like.replica.parameters())
         for name, p in self.model.named_parameters():
             p.data, p.grad = start[name].clone(), None  # of their own, not views of the engine's vector
         self.data, self.parts = like.data.train, like.partition

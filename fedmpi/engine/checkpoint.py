@@ -175,7 +175,7 @@ class Checkpoints:
     ) -> None:
         """Rank 0's part, then the rename that makes it a checkpoint."""
         ledger = ledger | {"seen": simulation.ledger.seen}
-        states = nest(simulation.topology.state, "server.") | nest(ledger, "ledger.")
+        states = nest(simulation.replica.state, "server.") | nest(ledger, "ledger.")
         states = {name: value.clone().contiguous() for name, value in states.items()}  # some share memory
         written["state.safetensors"] = files.write_tensors(aside / "state.safetensors", states)
         written["metrics.jsonl"] = files.write(

@@ -70,7 +70,7 @@ class Faults:
         if simulation is None or not self.comm.survives:
             return
         self._points[done] = _Point(
-            simulation.topology.held(),
+            simulation.replica.held(),
             {name: value.clone() for name, value in vars(simulation.ledger).items()},
             {name: getattr(simulation, name) for name in _COUNTERS},
         )
@@ -137,7 +137,7 @@ class Faults:
             simulation.dropped = {done: torch.cat([earlier, *dropped.values()])}
             simulation.homes_K = homes_K
             simulation.ledger.seen.copy_(found.seen)
-            simulation.topology.fit()
+            simulation.replica.fit()
             simulation.lost = [*simulation.lost, *lost]
             self._points.clear()
             for store in simulation.stores:
@@ -169,7 +169,7 @@ class Faults:
             store.mark()
         self._points = {n: point for n, point in self._points.items() if n <= done}
         point = self._points[done]
-        simulation.topology.take_back(point.topology)
+        simulation.replica.take_back(point.topology)
         for name, value in point.ledger.items():
             getattr(simulation.ledger, name).copy_(value)
         for name, value in point.counters.items():
@@ -181,7 +181,7 @@ class Faults:
         renumbered = torch.full((len(self._members),), -1)
         renumbered[left] = torch.arange(len(left))
         homes_K = renumbered[before_K]
-        orphans, crew = (homes_K < 0).nonzero()[:, 0], torch.tensor(simulation.topology.crew())
+        orphans, crew = (homes_K < 0).nonzero()[:, 0], torch.tensor(simulation.replica.crew())
         homes_K[orphans] = crew[torch.arange(len(orphans)) % len(crew)]
         return homes_K
 

@@ -92,9 +92,10 @@ def _work(simulation: Simulation) -> Iterator[tuple[object, str, str]]:
     yield simulation.trainer, "train pool servers_own", "compute"
     yield simulation.trainer, "evaluate", "evaluate"
     yield simulation.clients, "get put", "load"
-    yield simulation.topology, "prepare start take take_sum only between finish skip", "server"
+    yield simulation.replica, "prepare open between finish skip", "server"
     yield simulation.ledger, "downloads download_of", "server"
     for codec in simulation.method.passes:
+        yield simulation.replica.way_of(codec), "take only", "server"
         yield codec, "compress", "encode"
         yield codec, "decompress add merge", "decode"
 

@@ -52,7 +52,7 @@ def restore(simulation: Simulation, folder: Path) -> tuple[Manifest, bytes]:
         schema.check_manifest(folder, described, simulation)
         server, ledger = _parts(folder / "state.safetensors", state)
         if comm.rank == 0:  # the others have the same
-            theta_D = simulation.topology.parameters()  # θ₀: nothing has changed it yet
+            theta_D = simulation.replica.parameters()  # θ₀: nothing has changed it yet
             schema.check_metrics(folder / "metrics.jsonl", metrics, described, simulation)
             schema.check_state(folder / "state.safetensors", server, ledger, described, simulation, theta_D)
     with _agreed(comm):
@@ -257,7 +257,7 @@ def _load_part(path: Path, file: File, stores: dict[str, Kept]) -> None:
 
 def _take_over(simulation: Simulation, described: Manifest, server: State, ledger: State) -> None:
     """Nothing fails from here on."""
-    simulation.topology.load(server)
+    simulation.replica.load(server)
     for name, value in described.totals.model_dump().items():
         setattr(simulation, name, math.nan if value is None else value)
     simulation.lost = [*described.lost_ranks, *simulation.lost]

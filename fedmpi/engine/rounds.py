@@ -13,19 +13,19 @@ from torch import Tensor
 from fedmpi.comm.base import Comm, together
 from fedmpi.comm.placement import own_cpus
 from fedmpi.config import Config
-from fedmpi.engine import ordered, updates
+from fedmpi.engine import updates
 from fedmpi.engine.clients import cohort, place, survivors
 from fedmpi.engine.fingerprint import fingerprint
 from fedmpi.engine.ledger import Ledger
 from fedmpi.engine.manifest import Lost
 from fedmpi.engine.parts import load
+from fedmpi.engine.replica import Kind, Replica, sums_of
 from fedmpi.engine.status import SUMMED, Status
 from fedmpi.engine.store import Kept, fits_here, make_store, nobody
-from fedmpi.engine.sums import LARGEST
 from fedmpi.engine.timing import Clock
-from fedmpi.engine.topology import AllReduce, Workers
 from fedmpi.engine.trainer import Trainer, Update
 from fedmpi.errors import FedMPIError, NumericalError
+from fedmpi.meet.sums import LARGEST
 from fedmpi.message import Message
 from fedmpi.method import Compressor, Context, Round, State
 from fedmpi.ops.sums import from_fixed, to_fixed
@@ -77,8 +77,9 @@ class Simulation:
         self.memory = fits_here(config, comm, self.clients, peers)
         workers = config.mode == "data_parallel"
         self.rounds_per_epoch = self._passes_of_data() if workers else config.rounds_per_epoch
-        kind = Workers if workers else ordered.topology(config, self.method)
-        self.topology = kind(comm, self.method, parts.theta_D, config.reproducible, peers)
+        kind: Kind = "data_parallel" if workers else config.topology
+        sums = sums_of(config, self.method)
+        self.replica = Replica(comm, self.method, parts.theta_D, sums, peers, kind)
         self.trainer = Trainer(parts.model, self.spec, self.objective, config.local, config.seed, workers)
         steps = config.rounds * int(self.trainer.steps(self.partition.sizes.max()))
         # Not where a client's row of a batched product may have other last bits, nor where tracing takes longer.
@@ -110,13 +111,13 @@ class Simulation:
             home = self.home(clients)
             return nobody(clients) if home is None else (home == rank).nonzero()[:, 0]
 
-        return {"clients": Kept(self.clients, here, here), **self.topology.kept()}
+        return {"clients": Kept(self.clients, here, here), **self.replica.kept()}
 
     def home(self, clients: Tensor) -> Tensor | None:
         """The rank that keeps the state of each; None where they keep nothing and can train anywhere."""
         if self.clients.empty and self.config.mode == "federated":
             return None
-        workers = torch.tensor(self.topology.workers)
+        workers = torch.tensor(self.replica.workers)
         return workers[clients % len(workers)] if self.homes_K is None else self.homes_K[clients]
 
     def set_threads(self) -> None:
@@ -141,7 +142,7 @@ class Simulation:
             or len(self.method.passes) > 1
         )
         plain = up.additive and not up.counters and not up.init() and up.nbytes() is not None
-        return self.topology.fuses and plain and not single
+        return self.replica.fuses and plain and not single
 
     def _passes_of_data(self) -> int:
         """Rounds in which a rank sees all its samples once."""
@@ -162,25 +163,25 @@ class Simulation:
         started = time.monotonic()
         call, status = self.call(t), Status(self.counters, self.error)
         if t == 0 and self.method.server.samples:
-            theta_D, samples = self.topology.parameters(), self.method.server.samples
-            self.topology.prepare(self.trainer.servers_own(theta_D, self.data.train, samples, self.comm))
+            theta_D, samples = self.replica.parameters(), self.method.server.samples
+            self.replica.prepare(self.trainer.servers_own(theta_D, self.data.train, samples, self.comm))
         if self.clock:
             self.clock.start(t, call.clients)
         with status.watch():
             status.download += self.ledger.downloads(
-                call.called, self._served(call), self.method.server, self.topology.state
+                call.called, self._served(call), self.method.server, self.replica.state
             )
         call = self._in_time(call, status)
-        before = self.topology.state
+        before = self.replica.state
         sent_C = self._passes(call, status)
         if bool(sent_C.any()):
-            self.topology.finish()
+            self.replica.finish()
         else:
-            self.topology.skip(before, call.now)
+            self.replica.skip(before, call.now)
         line = self._account(call, status, sent_C)
         if (t + 1) % self.config.evaluate_every == 0 or t + 1 == self.config.rounds:
             self.accuracy, self.test_loss = self.trainer.evaluate(
-                self.topology.parameters(), self.data.test, self.config.test_batch, self.comm
+                self.replica.parameters(), self.data.test, self.config.test_batch, self.comm
             )
             line |= {"accuracy": self.accuracy, "test_loss": self.test_loss}
         return line | {"seconds": time.monotonic() - started}
@@ -202,7 +203,7 @@ class Simulation:
         workers = config.mode == "data_parallel"
         by_samples = self.method.server.weighted and config.sampling != "weighted" and not workers
         weights = (samples if by_samples else torch.ones_like(samples)).double()
-        placed = place(clients, samples, self.topology.workers, self.home(clients))
+        placed = place(clients, samples, self.replica.workers, self.home(clients))
         mine = placed.get(self.comm.rank, clients[:0])
         chunk = len(clients) if self._pools else self.chunk
         chunks = mine.split(chunk) if len(mine) else ()
@@ -219,15 +220,15 @@ class Simulation:
 
     def _served(self, call: _Call) -> Tensor:
         """The clients whose downloads this rank makes and counts."""
-        return call.called[self.topology.served(len(call.called))]
+        return call.called[self.replica.served(len(call.called))]
 
     def _passes(self, call: _Call, status: Status) -> Tensor:
         """Train this rank's clients and send their messages, in one pass or more over the same gradients. Returns whose
         message counts, bool, by positions in ``call.clients``."""
-        up, topology = self.method.up, self.topology
+        up, replica = self.method.up, self.replica
         kept: dict[int, tuple[Tensor, Update]] = {}  # from one pass to the next
         for codec in self.method.passes:
-            topology.start(codec, call.clients, call.weights, call.placed, call.now)
+            way = replica.open(codec, call.clients, call.weights, call.placed, call.now)
             sent: list[Tensor] = []
             with status.watch():
                 for chunk in call.chunks if self._fuses else ():
@@ -236,15 +237,15 @@ class Simulation:
                     positions, update = kept.pop(i) if i in kept else self._train(call, chunk, status)
                     if codec is not up:
                         kept[i] = positions, update
-                    ctx = Context(call.now, call.clients[positions], update.steps_C, topology.shared())
-                    sent.append(self._send(codec, update, positions, ctx, status))
+                    ctx = Context(call.now, call.clients[positions], update.steps_C, replica.shared())
+                    sent.append(self._send(call, update, positions, ctx, status))
             self._exchange(status, call.now.t)
             sent_C = self._counts(sent, len(call.clients))
             if not bool(sent_C.any()):
                 break
-            topology.only(sent_C)
+            way.only(sent_C)
             if codec is not up:
-                mean = Message({"mean": topology.between()[None]})
+                mean = Message({"mean": replica.between()[None]})
                 status.reset()
                 status.download += self.ledger.download_of(self._served(call), mean)
         return sent_C
@@ -272,7 +273,7 @@ class Simulation:
         self.simulated_seconds += sum(simulated.values())
         return {
             "round": call.now.t,
-            "loss": float(from_fixed(torch.tensor(total["loss"]))) / self.topology.share if sent else None,
+            "loss": float(from_fixed(torch.tensor(total["loss"]))) / self.replica.way.share if sent else None,
             "accuracy": None,
             "test_loss": None,
             "clients": sent,
@@ -301,14 +302,14 @@ class Simulation:
         Raises:
           NumericalError: one is not, with ``on_bad_update: stop``.
         """
-        topology, server, clients_C = self.topology, self.method.server, call.clients[positions]
+        replica, server, clients_C = self.replica, self.method.server, call.clients[positions]
         update = self.trainer.train(
-            topology.parameters(),
+            replica.parameters(),
             self.data.train,
             self.partition,
             clients_C,
             call.now.t,
-            server.frozen(topology.state),
+            server.frozen(replica.state),
         )
         finite_C = updates.finite(update)
         if not (self.rejects or bool(finite_C.all())):
@@ -336,11 +337,11 @@ class Simulation:
 
     def _send_sum(self, call: _Call, positions: Tensor, status: Status) -> Tensor:
         """Train some of this rank's clients and hand over one message for all of them; returns their positions."""
-        topology, up, clients_C = self.topology, self.method.up, call.clients[positions]
+        replica, up, clients_C = self.replica, self.method.up, call.clients[positions]
         weights_C = call.weights[positions]
         weight = weights_C.sum()
         if self._pools and len(positions) > 1:
-            theta_D, frozen_D = topology.parameters(), self.method.server.frozen(topology.state)
+            theta_D, frozen_D = replica.parameters(), self.method.server.frozen(replica.state)
             g_D, loss_C = self.trainer.pool(
                 theta_D, self.data.train, self.partition, clients_C, weights_C / weight, call.now.t, frozen_D
             )
@@ -354,28 +355,26 @@ class Simulation:
         else:
             _, (g_CD, loss_C, _) = self._train(call, positions, status)
             g_D = (weights_C / weight).float() @ g_CD
-        assert isinstance(topology, AllReduce)
-        ctx = Context(call.now, clients_C[:1], torch.ones(1, dtype=torch.int64), topology.shared())
+        ctx = Context(call.now, clients_C[:1], torch.ones(1, dtype=torch.int64), replica.shared())
         message, _ = up.compress(g_D[None], {}, ctx)
-        topology.take_sum(message, weight[None], ctx)
+        replica.way.take(weight[None], message, {}, ctx)
         status.upload += self.ledger.upload_of(clients_C, message)
         status.loss += int(to_fixed(loss_C * weights_C).sum())
         return positions
 
-    def _send(
-        self, codec: Compressor, update: Update, positions: Tensor, ctx: Context, status: Status
-    ) -> Tensor:
+    def _send(self, call: _Call, update: Update, positions: Tensor, ctx: Context, status: Status) -> Tensor:
         """Compress some of this rank's clients' gradients and hand the messages over; returns the positions of those
         whose message counts."""
         if not len(positions):
             return positions
-        before = self.clients.get(ctx.clients_C)
+        way, before = self.replica.way, self.clients.get(ctx.clients_C)
+        codec = way.up
         message, after = codec.compress(update.g_CD, before, ctx)
         if not self.rejects:
             updates.check_fits_float32(message, ctx.round.t)
         else:
-            weights_C = self.topology.weights[positions]
-            fits_C = updates.fits(codec, message, before, after, ctx, self.topology.largest() / weights_C)
+            weights_C = call.weights[positions]
+            fits_C = updates.fits(codec, message, before, after, ctx, way.largest() / weights_C)
             rows = fits_C.nonzero()[:, 0]
             if len(rows) < len(positions):
                 message, update, positions = message.select(rows), update.select(rows), positions[rows]
@@ -385,12 +384,12 @@ class Simulation:
             return positions
         if self.observe:
             self.observe(Sent(codec, update, before, message, ctx))
-        self.topology.take(positions, message, before, ctx)
+        way.take(call.weights[positions], message, before, ctx)
         status.upload += self.ledger.uploads(ctx.clients_C, message)
         if codec is self.method.up:
             self.clients.put(ctx.clients_C, after)
             status.count(codec.count(message))
-            status.loss += int(to_fixed(update.loss_C * self.topology.weights[positions]).sum())
+            status.loss += int(to_fixed(update.loss_C * call.weights[positions]).sum())
         return positions
 
     @property

@@ -139,7 +139,7 @@ def _train(faults: Faults, lines: bytes | None, display: Display, claim: Claim) 
             if simulation.error is not None:
                 raise simulation.error
             if record:
-                record.finish(result, simulation.spec.views(simulation.topology.parameters()))
+                record.finish(result, simulation.spec.views(simulation.replica.parameters()))
         comm.settle()  # from here on nobody is needed any more
     return result
 

@@ -32,7 +32,7 @@ def summary(of: Simulation) -> dict[str, Any]:
         "messages": of.participations,
         **of.counts,
         **({} if of.clock is None else {"simulated_seconds": of.simulated_seconds}),
-        **of.method.server.facts(of.topology.state),
+        **of.method.server.facts(of.replica.state),
         "ranks": of.comm.size,
         "topology": of.config.topology,
         "comm": of.comm.name,

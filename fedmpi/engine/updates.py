@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fedmpi.config import Config
-from fedmpi.engine.sums import LARGEST
 from fedmpi.engine.trainer import Update
 from fedmpi.errors import NumericalError
+from fedmpi.meet.sums import LARGEST
 from fedmpi.message import Message
 from fedmpi.method import Compressor, Context, State, believed
 from fedmpi.tasks.partitions import Partition

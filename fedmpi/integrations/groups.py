@@ -14,15 +14,16 @@ from torch import Tensor
 
 from fedmpi import methods, random
 from fedmpi.comm.base import Comm
-from fedmpi.engine import exchange as exchanges
 from fedmpi.integrations.settings import Settings, Shapes
+from fedmpi.meet import ways
+from fedmpi.meet.ways import End, GatherWay, Held, OwnerWay, Roster, Way
 from fedmpi.message import Message, concat, from_bytes, to_bytes
-from fedmpi.method import Compressor, Context, Round, State, believed
+from fedmpi.method import Compressor, Round, State, believed
 from fedmpi.methods.base import Options, Setup
 from fedmpi.ops import fast
 from fedmpi.spec import Spec
 
-_Result = tuple[Tensor | None, tuple[State, State, State]]
+_Result = tuple[Tensor | None, tuple[State, State]]
 
 
 class Group:
@@ -44,9 +45,13 @@ class Group:
         self._borrowed = False
         self.state: State = {}
         self.memory: State = {}
-        self.peers: State = {}
         self.seconds = dict.fromkeys(("encode", "wire", "decode"), 0.0)
         self.payload = 0
+
+    @property
+    def peers(self) -> Held:
+        """What this rank keeps of all ranks as a receiver."""
+        return Held({})
 
     def memory_D(self) -> Tensor:
         """Where gradients are gathered."""
@@ -84,7 +89,7 @@ class Group:
     @property
     def kept_bytes(self) -> int:
         """Bytes that this rank keeps between steps."""
-        return sum(v.nbytes for part in (self.state, self.memory, self.peers) for v in part.values())
+        return sum(v.nbytes for part in (self.state, self.memory, self.peers.state) for v in part.values())
 
     def reset(self) -> None:
         """Forget all that was kept between steps."""
@@ -118,6 +123,11 @@ class Group:
 
 class Exact(Group):
     """Averaged as they are, in an all-reduce that other groups' messages need not wait for."""
+
+    @property
+    def peers(self) -> Held:
+        """What this rank keeps of all ranks as a receiver."""
+        return Held({})
 
     def memory_D(self) -> Tensor:
         self._all = torch.zeros(self.spec.size + 1)  # and whether it is usable: 0, or how many ranks' is not
@@ -159,7 +169,7 @@ class Compressed(Group):
         comm: Comm,
         settings: Settings,
         owner: int | None = None,
-        room: float = exchanges.GATHER_BYTES,
+        room: float = ways.GATHER_BYTES,
     ) -> None:
         super().__init__(shapes, comm)
         self.settings = settings
@@ -169,9 +179,9 @@ class Compressed(Group):
         self.method = methods.build(options, self.spec, setup)
         self.plain = methods.build("dense", self.spec, setup)
         self.decoder, up = self.method.directions(), self.method.up
-        self.ways = {codec: exchanges.build(comm, codec) for codec in self.method.passes[:-1]}
-        self.ways[up] = exchanges.build(comm, up, settings.exchange, owner=owner, room=room, packed=True)
-        self.ways[self.plain.up] = exchanges.build(comm, self.plain.up, "sum")
+        self.ways = {codec: ways.build(comm, codec) for codec in self.method.passes[:-1]}
+        self.ways[up] = ways.build(comm, up, settings.exchange, owner=owner, room=room, packed=True)
+        self.ways[self.plain.up] = ways.build(comm, self.plain.up, "sum")
         for way in self.ways.values():
             way.reuse = True  # a mean is copied, or decoded, before the next step
         self.reset()
@@ -179,8 +189,15 @@ class Compressed(Group):
     def reset(self) -> None:
         self.state: State = {name: value[None].clone() for name, value in self.method.up.init().items()}
         self.memory = self.decoder.memory()
-        self.peers = self.ways[self.method.up].init()
-        self._after = self.state, self.memory, self.peers
+        way = self.ways[self.method.up]
+        way.peers = Held(way.init())
+        self._after = self.state, self.memory
+
+    @property
+    def peers(self) -> Held:
+        peers = self.ways[self.method.up].peers
+        assert isinstance(peers, Held)
+        return peers
 
     def start(self, step: int, exact: bool) -> None:
         now = Round(self.seed, step, 1.0, self.settings.steps_per_epoch)
@@ -198,46 +215,44 @@ class Compressed(Group):
         return mean_D is not None
 
     def _exactly(self, now: Round) -> Callable[[], _Result]:
-        kept = self.state, self.memory, self.peers
-        end, _ = self._send(self.plain.up, {}, {}, self._context(now, {}))
-        return lambda: (end()[0], kept)
+        kept = self.state, self.memory
+        end, _ = self._send(self.plain.up, {}, Roster.of_ranks(self.comm, now, {}))
+        return lambda: (end(), kept)
 
     def _compressed(self, now: Round) -> Callable[[], _Result]:
         decoder, (*early, up) = self.decoder, self.method.passes
-        state, memory, before = self.state, self.memory, (self.state, self.memory, self.peers)
+        state, memory, before = self.state, self.memory, (self.state, self.memory)
         for index, codec in enumerate(early):
-            end, state = self._send(codec, state, {}, self._context(now, decoder.shared(memory)), index > 0)
-            mean_S, _ = end()
+            roster = Roster.of_ranks(self.comm, now, decoder.shared(memory))
+            end, state = self._send(codec, state, roster, checked=index > 0)
+            mean_S = end()
             if mean_S is None:
                 return lambda: (None, before)
             memory = decoder.between(memory, index, mean_S, now)
-        end, after = self._send(
-            up, state, self.peers, self._context(now, decoder.shared(memory)), checked=bool(early)
-        )
+        roster = Roster.of_ranks(self.comm, now, decoder.shared(memory))
+        end, after = self._send(up, state, roster, checked=bool(early))
 
         def decoded() -> _Result:
-            mean_S, peers = end()
+            mean_S = end()
             if mean_S is None:
                 return None, before
             started = perf_counter()
             g_D, kept = decoder.direction(memory, mean_S, now, self.flat_D)
             self.seconds["decode"] += perf_counter() - started
-            return g_D, (after, kept, peers)
+            return g_D, (after, kept)
 
         return decoded
 
-    def _context(self, now: Round, shared: State) -> Context:
-        return Context(now, torch.tensor([self.comm.rank]), torch.ones(1, dtype=torch.int64), shared)
-
     def _send(
-        self, codec: Compressor, state: State, peers: State, ctx: Context, checked: bool = False
-    ) -> tuple[Callable[[], exchanges.Mean], State]:
+        self, codec: Compressor, state: State, roster: Roster, checked: bool = False
+    ) -> tuple[End, State]:
         """Compress and send; what waits for the mean, and the state afterwards.
 
         Args:
           checked: all ranks' gradients are finite.
         """
-        way, g_1D = self.ways[codec], self.flat_D[None]
+        way, g_1D, here = self.ways[codec], self.flat_D[None], torch.tensor([self.comm.rank])
+        ctx = roster.ctx(here)
         started, wired = perf_counter(), way.wire
         usable = checked or codec.tells or _finite(self.flat_D)
         message, after = codec.compress(g_1D if usable else torch.zeros_like(g_1D), state, ctx)
@@ -247,11 +262,13 @@ class Compressed(Group):
             usable = usable and all(
                 a.isfinite().all() for a in message.arrays.values() if a.is_floating_point()
             )
-        end = way.begin(message, state, peers, ctx, usable)
+        way.open(roster)
+        way.take(roster.weights[here], message, state, ctx, usable)
+        end = way.send()
         self._spent("encode", way, started, wired)
         self.payload += int(message.nbytes()[0])
 
-        def ended() -> exchanges.Mean:
+        def ended() -> Tensor | None:
             started, wired = perf_counter(), way.wire
             mean = end()
             self._spent("decode", way, started, wired)
@@ -259,27 +276,29 @@ class Compressed(Group):
 
         return ended, after
 
-    def _spent(self, what: str, way: exchanges.Exchange, started: float, wired: float) -> None:
+    def _spent(self, what: str, way: Way, started: float, wired: float) -> None:
         wire = way.wire - wired
         self.seconds["wire"] += wire
         self.seconds[what] += perf_counter() - started - wire
 
     def commit(self) -> None:
         old = self.state.get("residual")
-        self.state, self.memory, self.peers = self._after
+        self.state, self.memory = self._after
+        self.peers.commit()
         if old is not None and old is not self.state["residual"]:
             fast.give_back(old)  # for the next step's: fresh memory costs more than all that is done with it
 
     def rollback(self) -> None:
-        self._after = self.state, self.memory, self.peers
+        self._after = self.state, self.memory
+        self.peers.rollback()
 
     def believe(self) -> None:
         way, up = self.ways[self.method.up], self.method.up
-        if not up.init_peer() or not isinstance(way, exchanges.GatherExchange):
+        if not up.init_peer() or not isinstance(way, (GatherWay, OwnerWay)):
             return
         frames = self.comm.allgather(to_bytes(Message(believed(up, self.state))))
         if way.init():
-            self.peers = concat([from_bytes(frame) for frame in frames]).arrays
+            way.peers = Held(concat([from_bytes(frame) for frame in frames]).arrays)
         self.rollback()
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from fedmpi import methods
 from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm
-from fedmpi.engine import exchange as exchanges
 from fedmpi.errors import ConfigError
 from fedmpi.integrations.groups import Compressed, Exact, Group
 from fedmpi.integrations.modules import sparse_gradient
 from fedmpi.integrations.settings import Settings, Shapes
 from fedmpi.integrations.state import load, saved
+from fedmpi.meet import ways
 from fedmpi.methods.base import Options
 from fedmpi.ops import bits
 
@@ -62,7 +62,7 @@ class Reducer:
                 )
             parts = self.settings.parts(compressed, comm.size) if separable else [compressed]
             for i, part in enumerate(parts):
-                owner, room = i % comm.size if separable else None, exchanges.GATHER_BYTES / len(parts)
+                owner, room = i % comm.size if separable else None, ways.GATHER_BYTES / len(parts)
                 self.groups.append(Compressed(part, self.options, comm, self.settings, owner, room))
         if exact:
             self.groups.append(Exact(exact, comm))

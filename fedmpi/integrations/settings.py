@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field
 
-from fedmpi.engine.exchange import Way
+from fedmpi.meet.ways import Name
 from fedmpi.validation import Strict, checked
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -35,7 +35,7 @@ class Settings(Strict):
         description="parameters that are compressed and sent together, in MB of float32; a larger one goes alone, or "
         "with a few small ones; methods whose numbers count over the whole model (k, dim, a sketch) take all in one",
     )
-    exchange: Way = Field(
+    exchange: Name = Field(
         "auto", description="how messages meet: sum, gather, merge, owner (fedmpi/engine/exchange.py)"
     )
 

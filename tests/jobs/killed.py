@@ -49,7 +49,7 @@ def train(saved: int) -> None:
 reference: list[Any] = []
 simulation = Simulation(values, solo())
 for t in range(values.rounds):
-    reference.append(simulation.topology.parameters())
+    reference.append(simulation.replica.parameters())
     simulation.round(t)
 folder.mkdir(exist_ok=True)
 for kill in range(kills):
@@ -74,6 +74,6 @@ for kill in range(kills):
     os.close(out)
     left = any((folder / "checkpoints").glob(".round-*"))
     simulation, _, done, said = start()
-    same = torch.equal(simulation.topology.parameters(), reference[done])
+    same = torch.equal(simulation.replica.parameters(), reference[done])
     kept = {"left": left, "saved": int(rest or 0), "start": done, "same": same, "said": said}
     print(json.dumps({"killed": killed, **kept}))

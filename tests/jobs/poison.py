@@ -19,7 +19,7 @@ simulation.data = simulation.data._replace(train=Split(x, train.y))
 try:
     for t in range(simulation.config.rounds):
         simulation.round(t)
-    digest = hashlib.sha256(simulation.topology.parameters().numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(simulation.replica.parameters().numpy().tobytes()).hexdigest()
     sys.stdout.write(f"rank {comm.rank}: rejected {simulation.counts['rejected']}, {digest}\n")
 except FedMPIError as error:
     sys.stdout.write(f"rank {comm.rank}: {error}\n")  # one write: lines of several ranks must not mix

@@ -19,7 +19,6 @@ from fedmpi.comm import Comm, connect
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.run import handshake
 from fedmpi.engine.summary import summary
-from fedmpi.engine.topology import Aggregator
 from fedmpi.method import State, believed
 
 
@@ -28,7 +27,7 @@ def outcome(values: dict[str, Any], comm: Comm) -> dict[str, Any]:
     simulation = Simulation(config.parse(values), comm)
     handshake(comm, simulation.config, simulation.spec)
     losses = [simulation.round(t)["loss"] for t in range(simulation.config.rounds)]
-    theta_D = simulation.topology.parameters()
+    theta_D = simulation.replica.parameters()
     digest = hashlib.sha256(theta_D.numpy().tobytes()).hexdigest()
     digests = comm.allgather(digest.encode())
     assert len(set(digests)) == 1, "ranks hold different parameters"
@@ -38,14 +37,14 @@ def outcome(values: dict[str, Any], comm: Comm) -> dict[str, Any]:
 
 def both_ends_agree(simulation: Simulation) -> None:
     """Where rank 0 aggregates: what it keeps of each client is what the client believes, by their hashes."""
-    topology, comm = simulation.topology, simulation.comm
-    if not isinstance(topology, Aggregator):
+    replica, comm = simulation.replica, simulation.comm
+    if replica.owner is None:
         return  # one copy serves both ends
     everybody = torch.arange(simulation.config.clients)
     belief = believed(simulation.method.up, simulation.clients.get(everybody))
     offers = [json.loads(part) for part in comm.gather(json.dumps(_hashes(belief, everybody)).encode())]
     if comm.rank == 0 and not simulation.clients.empty:
-        held = _hashes(topology.peers.get(everybody), everybody)
+        held = _hashes(replica.peers.get(everybody), everybody)
         homes = simulation.home(everybody)
         assert homes is not None
         for client, home in enumerate(homes.tolist()):

@@ -99,7 +99,7 @@ def write(self: Checkpoints, *arguments: Any) -> Any:
 
 
 def summary(of: Simulation) -> dict[str, Any]:
-    digest = hashlib.sha256(of.topology.parameters().numpy().tobytes()).digest()
+    digest = hashlib.sha256(of.replica.parameters().numpy().tobytes()).digest()
     assert len(set(of.comm.allgather(digest))) == 1, "ranks hold different parameters"
     both_ends_agree(of)
     return original[1](of)

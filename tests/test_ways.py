@@ -11,13 +11,15 @@ from torch import Tensor
 from fedmpi import methods
 from fedmpi.comm import run_ranks
 from fedmpi.comm.base import Comm
-from fedmpi.engine import exchange
 from fedmpi.engine.store import ClientStore
 from fedmpi.errors import ConfigError
+from fedmpi.meet import ways
+from fedmpi.meet.ways import Held
 from fedmpi.method import Compressor, Context, Method, Round, believed
 from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec
 
+from .meeting import met
 from .test_conformance import CASES, SPEC, gradients
 
 STEPS = 5
@@ -46,25 +48,27 @@ def _reference(up: Compressor, method: Method, ranks: int) -> list[Tensor]:
     return means
 
 
-def _exchanged(options: dict[str, Any], comm: Comm, way: exchange.Way, exact: bool) -> list[list[Tensor]]:
+def _exchanged(options: dict[str, Any], comm: Comm, way: ways.Name, exact: bool) -> list[list[Tensor]]:
     method = methods.build(options, SPEC, Setup(seed=1))
     results = []
     for up in method.passes:
         try:
-            ways = exchange.build(comm, up, way, exact)
+            built = ways.build(comm, up, way, exact)
         except ConfigError:
             return []
-        peers, means = ways.init(), []
+        means = []
         state = {name: value[None].clone() for name, value in method.up.init().items()}
         for t in range(STEPS):
             ctx = _context(method, t, torch.tensor([comm.rank]))
             message, after = up.compress(gradients(t)[comm.rank][None], state, ctx)
-            mean, same = ways.mean(message, state, peers, ctx, usable=comm.rank != 1)
-            assert mean is None
-            assert all(torch.equal(a, b) for a, b in zip(same.values(), peers.values(), strict=True))
-            mean, peers = ways.mean(message, state, peers, ctx)
+            assert isinstance(built.peers, Held)
+            kept = built.peers.state
+            assert met(built, message, state, ctx, usable=comm.rank != 1) is None
+            assert built.peers.state is kept
+            mean = met(built, message, state, ctx)
             assert mean is not None
-            if comm.rank == getattr(ways, "owner", comm.rank):
+            peers = built.peers.state
+            if comm.rank == getattr(built, "owner", comm.rank):
                 for name, value in believed(up, after).items():
                     assert name not in peers or torch.equal(peers[name][comm.rank], value[0])
             state = after
@@ -75,7 +79,7 @@ def _exchanged(options: dict[str, Any], comm: Comm, way: exchange.Way, exact: bo
 
 @pytest.mark.parametrize("way", ["auto", "sum", "gather", "merge", "owner"])
 @pytest.mark.parametrize("name", CASES)
-def test_every_method_by_every_way(name: str, way: exchange.Way) -> None:
+def test_every_method_by_every_way(name: str, way: ways.Name) -> None:
     ranks = 3
     options = CASES[name]
     answers = run_ranks(ranks, lambda comm: _exchanged(options, comm, way, exact=False))
@@ -117,7 +121,7 @@ def test_votes_travel_packed(ranks: int) -> None:
         ctx = Context(Round(0, 0, 1.0), torch.tensor([comm.rank]), torch.ones(1).long())
         message, _ = method.up.compress(torch.randn(1, n, generator=generator), {}, ctx)
         sent, received = comm.sent, comm.received
-        mean, _ = exchange.build(comm, method.up, "merge").mean(message, {}, {}, ctx)
+        mean = met(ways.build(comm, method.up, "merge"), message, {}, ctx)
         assert mean is not None
         return (
             method.directions().direction({}, mean, ctx.round)[0],
@@ -140,12 +144,12 @@ def test_ties_fall_alike_by_every_way() -> None:
     """Merged parts toss the coins that the whole vote would."""
     spec = Spec(("w",), ((1000,),))
 
-    def vote(comm: Comm, way: exchange.Way) -> Tensor:
+    def vote(comm: Comm, way: ways.Name) -> Tensor:
         method = methods.build("signsgd", spec, Setup())
         ctx = Context(Round(0, 5, 1.0), torch.tensor([comm.rank]), torch.ones(1).long())
         generator = torch.Generator().manual_seed(comm.rank)
         message, _ = method.up.compress(torch.randn(1, 1000, generator=generator), {}, ctx)
-        mean, _ = exchange.build(comm, method.up, way).mean(message, {}, {}, ctx)
+        mean = met(ways.build(comm, method.up, way), message, {}, ctx)
         assert mean is not None
         return method.directions().direction({}, mean, ctx.round)[0]
 
@@ -169,10 +173,10 @@ def test_the_way_that_sends_least_is_chosen() -> None:
             {"name": "intrinsic", "dim": 100},
             {"name": "lookback", "inner": {"name": "dense"}},
         ):
-            chosen.append(exchange.build(comm, methods.build(options, spec, Setup()).up).name)
+            chosen.append(ways.build(comm, methods.build(options, spec, Setup()).up).name)
         up = methods.build({"name": "lookback"}, spec, Setup()).up
-        chosen.append(exchange.build(comm, up, room=1000).name)
-        chosen.append(exchange.build(comm, up, room=1000, owner=1).name)
+        chosen.append(ways.build(comm, up, room=1000).name)
+        chosen.append(ways.build(comm, up, room=1000, owner=1).name)
         return chosen
 
     expected = ["sum", "merge", "merge", "gather", "sum", "sum", "gather", "sum", "owner"]
