@@ -24,24 +24,7 @@ from fedmpi.tasks.data import INSTALLED, default_folder, load
 from fedmpi.tasks.fetch import PUBLISHED, Published, Unpacked, fetch
 from fedmpi.tasks.readers.idx import STEMS, find_idx, read_idx
 
-
-def idx(array: np.ndarray) -> bytes:
-    """An independent writer of the format."""
-    return (
-        struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
-    )
-
-
-def images_and_labels(seed: int = 0) -> dict[str, bytes]:
-    rng = np.random.default_rng(seed)
-    arrays = [
-        rng.integers(0, 256, (30, 28, 28)),
-        np.arange(30) % 10,
-        rng.integers(0, 256, (12, 28, 28)),
-        np.arange(12) % 10,
-    ]
-    return {stem: idx(array) for stem, array in zip(STEMS, arrays, strict=True)}
-
+from .formats import idx, images_and_labels
 
 arrays = st.lists(st.integers(1, 5), min_size=1, max_size=4).flatmap(
     lambda shape: st.binary(min_size=int(np.prod(shape)), max_size=int(np.prod(shape))).map(

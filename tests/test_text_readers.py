@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,14 @@ from fedmpi.errors import ConfigError, DataError
 from fedmpi.tasks.data import Data, load
 from fedmpi.tasks.dataset import IGNORE, PAD
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "bad", "film", "i", "like", "tea", "."]
+from .formats import WORDS, personachat, words
 
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
     """A BERT tokenizer of a dozen words."""
-    transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    folder = tmp_path / "tokenizer"
-    transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(folder)
-    (folder / "config.json").write_text('{"model_type": "bert"}')
-    return folder
+    pytest.importorskip("transformers", reason="the extra hf is not installed")
+    return words(tmp_path / "tokenizer")
 
 
 def rows(data: Data) -> list[list[str]]:
@@ -95,20 +90,8 @@ class TestMovieReviews:
 
 
 class TestPersonaChat:
-    FILE = "personachat_self_original.json"
-
-    def write(self, folder: Path, **changes: Any) -> Path:
-        def dialogue(persona: str) -> dict[str, Any]:
-            turn = {"history": ["bad film", "i like"], "candidates": ["tea tea", "a good film"]}
-            return {"personality": [persona], "utterances": [turn | changes]}
-
-        people = ["i like tea .", "i like film .", "i like tea ."]
-        content = {"train": [dialogue(p) for p in people], "valid": [dialogue("film")]}
-        (folder / self.FILE).write_text(json.dumps(content))
-        return folder / self.FILE
-
     def test_only_the_reply_is_a_target(self, tmp_path: Path, tokenizer: Path) -> None:
-        self.write(tmp_path)
+        personachat(tmp_path)
         got = load("personachat", tmp_path, tokenizer=str(tokenizer), history=1)
         assert rows(got)[0] == [
             "i",
@@ -137,14 +120,14 @@ class TestPersonaChat:
         "changes", [{"history": []}, {"candidates": []}, {"candidates": [3]}, {"history": 4}]
     )
     def test_wrong_dialogues(self, tmp_path: Path, tokenizer: Path, changes: dict[str, Any]) -> None:
-        path = self.write(tmp_path, **changes)
+        path = personachat(tmp_path, **changes)
         with pytest.raises(
             DataError, match=rf"{path}: train, dialogue 0: expected personality and utterances"
         ):
             load("personachat", tmp_path, tokenizer=str(tokenizer))
 
     def test_truncated_and_foreign(self, tmp_path: Path, tokenizer: Path) -> None:
-        path = self.write(tmp_path)
+        path = personachat(tmp_path)
         path.write_text(path.read_text()[:50])
         with pytest.raises(DataError, match=f"{path}: expected JSON"):
             load("personachat", tmp_path, tokenizer=str(tokenizer))
