@@ -73,8 +73,8 @@ class TestMovieReviews:
         (tmp_path / self.FILE).write_text("\n".join([*lines, "20\t0.0\tfilm\r"]) + "\n")
         got = load("movie-reviews", tmp_path, tokenizer=str(tokenizer))
         assert (len(got.train.y), len(got.test.y)) == (16, 4), "a rating of 0 is left out"
-        for words, label in zip(rows(got), got.train.y.tolist(), strict=True):
-            assert words == ["[CLS]", "a", "good" if label else "bad", "film", "[SEP]"]
+        for said, label in zip(rows(got), got.train.y.tolist(), strict=True):
+            assert said == ["[CLS]", "a", "good" if label else "bad", "film", "[SEP]"]
         again = load("movie-reviews", tmp_path, tokenizer=str(tokenizer), neutral=2)
         assert set(again.train.y.tolist()) == {0}
 

@@ -14,8 +14,9 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,7 +62,7 @@ class Format(NamedTuple):
     loss: str
     meant: Reading
     shape: tuple[int, ...] | None = None  # of a sample
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
     optional: tuple[str, ...] = ()  # what may be away: parts of paths
     weight: int = 10
 
@@ -417,7 +418,7 @@ def _fill(path: Path, rng: random.Random) -> bool:
 
 def _huge(path: Path, rng: random.Random) -> bool:
     """A file of zeros that takes no room on the disk."""
-    os.truncate(path, 1 << rng.choice((36, 40, 42)))
+    os.truncate(path, 1 << rng.choice((31, 40) if path.suffix == ".gz" else (36, 40, 42)))
     return True
 
 
@@ -440,10 +441,11 @@ def _odd(rng: random.Random) -> Any:
     deep: Any = 1
     for _ in range(rng.choice((2, 300))):
         deep = [deep]
-    return rng.choice(
-        (None, True, False, [], {}, "", deep, [[]], {"x": 1}, rng.choice(NUMBERS), rng.choice(NUMBERS))
-        + (rng.choice(WORDS), rng.choice(WORDS), float(rng.choice(FLOATS)), float(rng.choice(FLOATS)))
+    kinds: tuple[tuple[Any, ...], ...] = (
+        *((None, True, False, [], {}, "", deep, [[]], {"x": 1}), NUMBERS, WORDS),
+        tuple(map(float, FLOATS)),
     )
+    return rng.choice(rng.choice(kinds))
 
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:

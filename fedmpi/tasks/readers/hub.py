@@ -123,7 +123,10 @@ def _inputs(options: HubOptions, places: Places, columns: list[list[Any]]) -> li
         ]
         return list(normalised(*(torch.from_numpy(p).permute(0, 3, 1, 2) for p in pixels)))
     try:
-        found = [torch.tensor(np.asarray(column, dtype=np.float32)) for column in columns]
+        arrays = [np.asarray(column) for column in columns]
+        if kinds := [a.dtype.name for a in arrays if a.dtype.kind not in "iuf"]:
+            raise TypeError(f"values of {kinds[0]}")
+        found = [torch.tensor(a.astype(np.float32)) for a in arrays]
         for x in found:
             if x.shape[1:] != found[0].shape[1:] or not bool(x.isfinite().all()):
                 raise ValueError("lists of other lengths, or NaN or infinity among them")

@@ -8,11 +8,17 @@ from typing import Any
 
 from fedmpi.errors import DataError
 
+_LARGEST = (
+    4 << 30
+)  # bytes of a file that is read whole; the largest in use, COCO's annotations, have 0.5 billion
+
 
 def regular(path: Path) -> Path:
-    """``path``; DataError when it is a pipe or a device, which would never end."""
+    """``path``; DataError when it is a pipe or a device, which would never end, or a file that no memory holds."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise DataError(f"{path}: expected a plain file, got a pipe or a device")
+    if path.is_file() and (length := path.stat().st_size) > _LARGEST:
+        raise DataError(f"{path}: expected at most {_LARGEST} bytes, got {length}")
     return path
 
 
