@@ -6,13 +6,10 @@ Checkpoints have their own tests of the same (tests/test_manifest.py), data sets
 from __future__ import annotations
 
 import ast
-import json
 import os
 import random
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +26,7 @@ from fedmpi.errors import DataError, MessageError
 from fedmpi.message import Message, from_bytes, to_bytes
 
 from .conftest import SMALL
-from .jobs import fuzz
+from .jobs import fuzz_messages as fuzz
 
 PACKAGE = Path(__file__).parent.parent / "fedmpi"
 TARGETS = fuzz.targets(fuzz.SPECS[:1])
@@ -38,30 +35,15 @@ TARGETS = fuzz.targets(fuzz.SPECS[:1])
 @settings(deadline=None, max_examples=400)
 @given(st.sampled_from(TARGETS), st.integers(0, 2**32))
 def test_a_damaged_message_is_refused_or_decodes(target: fuzz.Target, seed: int) -> None:
-    assert fuzz.receive(target, fuzz.mutated(target, TARGETS, random.Random(seed))) in ("taken", "refused")
+    fuzz.receive(target, fuzz.mutated(target, TARGETS, random.Random(seed)))
 
 
 def test_frames_as_they_are_are_taken() -> None:
-    assert all(fuzz.receive(target, target.frame) == "taken" for target in TARGETS)
+    assert all(fuzz.receive(target, target.frame) is None for target in TARGETS)
     assert len({target.name for target in TARGETS}) > 40
     for target in TARGETS:
         fields, values = fuzz.anatomy(target.frame)
         assert sum(map(len, values)) < len(target.frame) - len(fields)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_a_hundred_thousand_damaged_messages(seed: int) -> None:
-    """In a process that may not take 256 MiB more than it has, and is killed if one input takes too long."""
-    command = [sys.executable, "-m", "tests.jobs.fuzz", "60000", str(seed)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=PACKAGE.parent, env=env, capture_output=True, text=True, check=False, timeout=290
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads(done.stdout)
-    assert seen["taken"] + seen["refused"] == 60_000
-    assert min(seen["taken"], seen["refused"]) > 5_000
 
 
 def test_rows_without_bytes_cannot_be_many() -> None:

@@ -190,7 +190,7 @@ def sst2(folder: Path) -> None:
 
 def sst2_meant(folder: Path, data: Data) -> None:
     for split, part in ((data.train, "train"), (data.test, "dev")):
-        rows = (folder / f"{part}.tsv").read_text().rstrip().split("\n")[1:]
+        rows = (folder / f"{part}.tsv").read_bytes().decode().rstrip().split("\n")[1:]
         assert all(row.count("\t") == 1 and row.split("\t")[0].strip() for row in rows), "other columns"
         _agrees(split.y, [int(row.split("\t")[1]) for row in rows], "labels")
 

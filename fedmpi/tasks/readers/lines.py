@@ -41,8 +41,9 @@ def inside(folder: Path, name: object, listed: Path) -> Path:
 def text_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 file without blank ones at its end; DataError if it cannot be read."""
     try:
-        # Not splitlines(): it also breaks at characters that stand inside sentences (U+0085, U+2028).
-        lines = regular(path).read_text(encoding="utf-8").split("\n")
+        # Not splitlines() or read_text(): they also break at characters that stand inside sentences (U+0085, U+2028, a
+        # carriage return alone).
+        lines = regular(path).read_bytes().decode("utf-8").replace("\r\n", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected UTF-8 text, got {type(error).__name__}: {error}") from error
     while lines and not lines[-1].strip():
