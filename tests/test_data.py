@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.server
+import os
 import struct
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from fedmpi.tasks import fetch as fetch_module
 from fedmpi.tasks.data import INSTALLED, default_folder, load
 from fedmpi.tasks.fetch import PUBLISHED, Published, Unpacked, fetch
 from fedmpi.tasks.readers.idx import STEMS, find_idx, read_idx
+from fedmpi.tasks.verify import fault
 
 from .formats import idx, images_and_labels
 
@@ -109,6 +111,16 @@ class TestReadIdx:
         with pytest.raises(DataError, match="got more"):
             read_idx(scratch)
         assert unpacked == 8 + 5 + 1
+
+    def test_what_follows_a_gzip_file_is_not_gone_through(self, scratch: Path) -> None:
+        """gzip skips zeros behind a member a byte a step: hours, for a file that takes no room on the disk."""
+        scratch.write_bytes(gzip.compress(idx(np.zeros(5))))
+        os.truncate(scratch, 1 << 31)
+        with pytest.raises(
+            DataError, match=r"expected at most 65541 bytes for dimensions \[5\], got 2147483648"
+        ):
+            read_idx(scratch)
+        assert "expected at most 65546 bytes, got 2147483648" in str(fault(scratch, Unpacked(10, "")))
 
     def test_missing_and_unreadable(self, tmp_path: Path) -> None:
         for path in (tmp_path / "none", tmp_path):

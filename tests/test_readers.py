@@ -339,3 +339,148 @@ def test_a_label_is_a_whole_number(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"the label 1\.7"):
         load("femnist", tmp_path)
+
+
+def changed(path: Path, change: Callable[[Any], Any]) -> None:
+    """The file's JSON after ``change``, which works in place."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def other_size(folder: Path, name: str) -> tuple[Path, str]:
+    """A set one of whose pictures has another size than what lies beside it is for."""
+    if name == "coco":
+        return folder / "train2017" / "a.jpg", "8 × 8"
+    if name == "celeba":
+        return folder / "img_align_celeba" / "000003.jpg", "178 × 218"
+    return folder / "VOCdevkit" / "VOC2012" / "JPEGImages" / "b.jpg", "16 × 8"
+
+
+@pytest.mark.parametrize("name", ["coco", "celeba", "voc"])
+def test_masks_and_landmarks_are_of_pictures_of_their_size(name: str, tmp_path: Path) -> None:
+    {"coco": coco, "celeba": celeba, "voc": voc}[name](tmp_path)
+    path, size = other_size(tmp_path, name)
+    picture(path, 16, 16)
+    with pytest.raises(DataError, match=f"{path}: expected a picture of {size} pixels.* got 16 × 16"):
+        load(name, tmp_path, size=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "file"),
+    [
+        ("femnist", leaf, "train/all_data_0.json"),
+        ("celeba", celeba, "list_eval_partition.txt"),
+        ("coco", coco, "annotations/instances_val2017.json"),
+        ("voc", voc, "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt"),
+    ],
+)
+def test_a_file_that_no_memory_holds(
+    name: str, build: Callable[[Path], Any], file: str, tmp_path: Path
+) -> None:
+    build(tmp_path)
+    os.truncate(tmp_path / file, 1 << 42)  # of zeros, which take no room on the disk
+    with pytest.raises(DataError, match=rf"{tmp_path / file}: expected at most 4294967296 bytes, got 4398"):
+        load(name, tmp_path)
+
+
+def test_memory_that_runs_out_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def read(options: Any, places: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setitem(DATA, "mnist", DATA["mnist"]._replace(read=read))
+    with pytest.raises(DataError, match=r"mnist: the files in .* MemoryError"):
+        load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda c: c["users"].pop(),
+            r"expected users to be those of user_data, got \['f1'\] and \['f1', 'f2'\]",
+        ),
+        (lambda c: c["user_data"].pop("f2"), r"expected users to be .* got \['f1', 'f2'\] and \['f1'\]"),
+        (lambda c: c["num_samples"].append(3), r"expected num_samples \[3, 3\], got \[3, 3, 3\]"),
+        (lambda c: c["user_data"]["f2"]["x"][1].__setitem__(5, "0.5"), "user f2: .* pixels of float, str"),
+        (lambda c: c["user_data"]["f2"]["x"][1].__setitem__(5, True), "user f2: .* pixels of bool, float"),
+        (
+            lambda c: c["user_data"]["f2"]["x"].__setitem__(slice(0, 2), []),
+            "user f2: .* one each, got 1 images and 3 labels",
+        ),
+        (
+            lambda c: c["user_data"]["f2"].__setitem__(
+                "x", [[v for row in c["user_data"]["f2"]["x"] for v in row]]
+            ),
+            r"user f2: .* got ValueError: the picture \[",
+        ),
+    ],
+)
+def test_leaf_says_the_same_twice(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+    path = leaf(tmp_path)
+    changed(path, change)
+    with pytest.raises(DataError, match=f"{path}: {message}"):
+        load("femnist", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "key", "value", "message"),
+    [
+        (1, "iscrowd", "no", "'no' instead of a whole number"),
+        (1, "iscrowd", 2, "iscrowd 2, expected 0 or 1"),
+        (1, "segmentation", {"counts": [8, 8, 48], "size": [4, 16]}, r"runs of size \[4, 16\]"),
+        (1, "segmentation", [], r"the segmentation \[\], expected at least one polygon"),
+        (1, "segmentation", {}, "KeyError: 'counts'"),
+    ],
+)
+def test_coco_annotations_mean_one_thing(
+    index: int, key: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    path = coco(tmp_path)
+    changed(path, lambda content: content["annotations"][index].__setitem__(key, value))
+    with pytest.raises(DataError, match=f"{path}: annotation 2: .*{message}"):
+        load("coco", tmp_path, size=8)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "list_landmarks_align_celeba.txt",
+            (" 19\n", " 1_9\n"),
+            "line 4: expected a name and 10 whole numbers",
+        ),
+        (
+            "list_landmarks_align_celeba.txt",
+            (" 19\n", " 437\n"),
+            "line 4: expected landmarks of a picture of 178",
+        ),
+        ("list_landmarks_align_celeba.txt", ("  10 ", "  -179 "), "line 4: expected landmarks of a picture"),
+        (
+            "list_eval_partition.txt",
+            ("000004.jpg", "000014.jpg"),
+            "expected the pictures .*, got '000004.jpg' in",
+        ),
+    ],
+)
+def test_celebas_lists_fit_its_pictures(
+    file: str, change: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    celeba(tmp_path)
+    path = tmp_path / file
+    assert change[0] in path.read_text()
+    path.write_text(path.read_text().replace(*change, 1))
+    with pytest.raises(DataError, match=f"{path}.*{message}"):
+        load("celeba", tmp_path, size=8)
+
+
+def test_a_picture_counts_once(tmp_path: Path) -> None:
+    voc(tmp_path / "voc")
+    path = tmp_path / "voc" / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "train.txt"
+    path.write_text("a\nb\na\n")
+    with pytest.raises(DataError, match=f"{path}: expected each picture once, got 'a' again"):
+        load("voc", tmp_path / "voc", size=8)
+    path = coco(tmp_path / "coco")
+    changed(path, lambda content: content["images"].append({**content["images"][0], "id": 5}))
+    with pytest.raises(DataError, match=f"{path}: expected images, .*a picture's file twice"):
+        load("coco", tmp_path / "coco", size=8)

@@ -44,6 +44,9 @@ class TestSst2:
             ("", "expected a line"),
             ("sentence\tlabel\na film\t2\n", "line 2: expected a sentence, a tab and 0 or 1"),
             ("sentence\tlabel\na film\t1\na fil", "line 3: expected a sentence"),
+            ("sentence\tlabel\na\tfilm\t1\n", "line 2: expected a sentence"),
+            ("sentence\tlabel\n \t1\n", "line 2: expected a sentence"),
+            ("sentence\tlabel\na\t1\rfilm\t1\n", "line 2: expected a sentence"),
         ],
     )
     def test_damaged(self, tmp_path: Path, tokenizer: Path, content: str, message: str) -> None:
@@ -78,7 +81,10 @@ class TestMovieReviews:
         again = load("movie-reviews", tmp_path, tokenizer=str(tokenizer), neutral=2)
         assert set(again.train.y.tolist()) == {0}
 
-    @pytest.mark.parametrize("line", ["1\t1.5", "1\tx\tfilm", "1\t4.5\tfilm", "1\tnan\tfilm", "1\t1\t ", ""])
+    @pytest.mark.parametrize(
+        "line",
+        ["1\t1.5", "1\tx\tfilm", "1\t4.5\tfilm", "1\tnan\tfilm", "1\t1\t ", "", "1\t1_0\tfilm", "1\t٣\tfilm"],
+    )
     def test_damaged(self, tmp_path: Path, tokenizer: Path, line: str) -> None:
         (tmp_path / self.FILE).write_text(f"0\t1\tfilm\n{line}\n2\t1\tfilm\n")
         with pytest.raises(DataError, match=rf"{self.FILE}, line 2: expected a number, a rating in -4 to 4"):
@@ -117,7 +123,15 @@ class TestPersonaChat:
         assert rows(short)[0] == ["[SEP]", "a", "good"]
 
     @pytest.mark.parametrize(
-        "changes", [{"history": []}, {"candidates": []}, {"candidates": [3]}, {"history": 4}]
+        "changes",
+        [
+            {"history": []},
+            {"candidates": []},
+            {"candidates": [3]},
+            {"history": 4},
+            {"history": "tea"},
+            {"candidates": "tea"},
+        ],
     )
     def test_wrong_dialogues(self, tmp_path: Path, tokenizer: Path, changes: dict[str, Any]) -> None:
         path = personachat(tmp_path, **changes)
@@ -191,3 +205,15 @@ class TestHub:
         with pytest.raises(DataError, match=message) as error:
             load("hub", tmp_path, dataset=str(tables), tokenizer="x")
         assert str(tables) in str(error.value)
+
+    def test_words_are_no_numbers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        tables = tmp_path / "tables"
+        tables.mkdir()
+        for part in ("train", "test"):
+            (tables / f"{part}.json").write_text(
+                '{"text": ["1", "2"], "label": 0}\n{"text": ["3", "4"], "label": 1}\n'
+            )
+        with pytest.raises(DataError, match=r"text: expected pictures, sentences or lists .* values of str"):
+            load("hub", tmp_path, dataset=str(tables))

@@ -6,6 +6,7 @@ Checkpoints have their own tests of the same (tests/test_manifest.py), data sets
 from __future__ import annotations
 
 import ast
+import math
 import os
 import random
 import shutil
@@ -17,18 +18,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmpi import config
+from fedmpi import config, methods
 from fedmpi.analysis.report import report
 from fedmpi.comm import solo
+from fedmpi.engine.downloads import receive
 from fedmpi.engine.record import write_aside
 from fedmpi.engine.run import run
 from fedmpi.errors import DataError, MessageError
 from fedmpi.message import Message, from_bytes, to_bytes
+from fedmpi.methods.base import Setup
+from fedmpi.ops import bits
 
 from .conftest import SMALL
 from .jobs import fuzz_messages as fuzz
 
 PACKAGE = Path(__file__).parent.parent / "fedmpi"
+SPEC = fuzz.SPECS[0]
 TARGETS = fuzz.targets(fuzz.SPECS[:1])
 
 
@@ -44,6 +49,23 @@ def test_frames_as_they_are_are_taken() -> None:
     for target in TARGETS:
         fields, values = fuzz.anatomy(target.frame)
         assert sum(map(len, values)) < len(target.frame) - len(fields)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 3.4e38])
+def test_a_download_is_finite(number: float) -> None:
+    """What is not, and what leads to parameters that are not, is refused before a client takes it."""
+    method = methods.build({"name": "signsgd"}, SPEC, Setup(seed=1))
+    theta = torch.tensor([-3e38, 3e38] * (SPEC.size // 2 + 1))[: SPEC.size]
+    view, signs = method.server.view(theta), torch.zeros(1, 1, bits.nbytes(SPEC.size), dtype=torch.uint8)
+    arrays = {"signs": signs, "lr": torch.tensor([[number]])}
+    rows = {"rows": torch.zeros(1, 0, method.server.rows, dtype=torch.uint8)} if method.server.skips else {}
+    frame = to_bytes(Message(arrays | rows))
+    with pytest.raises(
+        MessageError, match=r"download: .* has a NaN or an infinity, expected finite numbers"
+    ) as error:
+        receive(method.server, view, frame, 1)
+    assert ("array 'lr'" in str(error.value)) == (number != 3.4e38)
+    assert torch.equal(view["theta"], theta)
 
 
 def test_rows_without_bytes_cannot_be_many() -> None:
