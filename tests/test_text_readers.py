@@ -217,3 +217,15 @@ class TestHub:
             )
         with pytest.raises(DataError, match=r"text: expected pictures, sentences or lists .* values of str"):
             load("hub", tmp_path, dataset=str(tables))
+
+    def test_what_would_not_end(self, tmp_path: Path) -> None:
+        pytest.importorskip("datasets", reason="the extra hf is not installed")
+        for name in ("train.csv", "test.csv"):
+            (tmp_path / name).write_text("text,label\na,1\n")
+        os.truncate(tmp_path / "test.csv", 1 << 42)
+        with pytest.raises(DataError, match=r"test\.csv: expected at most 4294967296 bytes"):
+            load("hub", tmp_path, dataset=str(tmp_path), tokenizer="x")
+        (tmp_path / "test.csv").unlink()
+        os.mkfifo(tmp_path / "test.csv")
+        with pytest.raises(DataError, match=r"test\.csv: expected a plain file, got a pipe or a device"):
+            load("hub", tmp_path, dataset=str(tmp_path), tokenizer="x", length=7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from fedmpi.errors import DataError
 from fedmpi.tasks.dataset import PAD, Data, Places, Split, normalised, numbered
 from fedmpi.tasks.hf import library
 from fedmpi.tasks.readers.images import ImageOptions
+from fedmpi.tasks.readers.lines import regular
 from fedmpi.tasks.readers.text import encoder, tokens
 
 
@@ -66,6 +68,8 @@ def _by_number(value: str) -> tuple[float, str]:
 
 def _columns(options: HubOptions, split: str) -> _Columns:
     datasets = library("datasets")
+    for path in sorted(Path(options.dataset).rglob("*")) if Path(options.dataset).is_dir() else ():
+        regular(path)  # the library would wait at a pipe, and goes through what no memory holds
     take = split if options.limit is None else f"{split}[:{options.limit}]"
     try:
         table = datasets.load_dataset(options.dataset, options.config, split=take)
