@@ -8,9 +8,9 @@ from typing import Any
 
 from fedmpi.errors import DataError
 
-_LARGEST = (
-    4 << 30
-)  # bytes of a file that is read whole; the largest in use, COCO's annotations, have 0.5 billion
+# Bytes of a file that is read whole; the largest in use, COCO's annotations, have 0.5 billion.
+_LARGEST = 4 << 30
+_LONGEST = 1024  # characters of a file's name, with its folders
 
 
 def regular(path: Path) -> Path:
@@ -29,7 +29,12 @@ def inside(folder: Path, name: object, listed: Path) -> Path:
       DataError: it is no name, or leads out of the folder (``..``, an absolute path, a link).
     """
     try:
-        if isinstance(name, str) and name and not Path(name).is_absolute() and ".." not in Path(name).parts:
+        if (
+            isinstance(name, str)
+            and 0 < len(name) <= _LONGEST
+            and not Path(name).is_absolute()
+            and ".." not in Path(name).parts
+        ):
             path = folder / name
             if path.resolve().is_relative_to(folder.resolve()):
                 return path
