@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fedmpi.engine.manifest import MANIFEST, Manifest
 from fedmpi.errors import CheckpointError, FedMPIError
-from fedmpi.method import Server, State
+from fedmpi.message import is_position, row_nbytes
+from fedmpi.method import Method, Server, State
 
 if TYPE_CHECKING:
     from fedmpi.engine.rounds import Simulation
@@ -40,10 +41,14 @@ def check_manifest(folder: Path, described: Manifest, simulation: Simulation) ->
                 f"{path}: totals.{name}.{negative[0]}: expected 0 or more, got {got[negative[0]]}"
             )
     for way in ("upload", "download"):
-        if totals.bytes[f"{way}_values"] > totals.bytes[way]:
+        least, most = _values_of(way, totals.bytes[way], simulation.method)
+        if not least <= (got_values := totals.bytes[f"{way}_values"]) <= most:
+            expected = (
+                f"at most {most}" if not least else f"{least}" if least == most else f"{least} to {most}"
+            )
             raise CheckpointError(
-                f"{path}: totals.bytes.{way}_values: expected at most {totals.bytes[way]}, the bytes in all, got "
-                f"{totals.bytes[f'{way}_values']}"
+                f"{path}: totals.bytes.{way}_values: expected {expected}, of {totals.bytes[way]} bytes in all, "
+                f"got {got_values}"
             )
     trained, most = sum(rank.trained for rank in described.ranks), described.round * config.cohort_size
     for name, value, limit in (
@@ -78,6 +83,22 @@ def check_manifest(folder: Path, described: Manifest, simulation: Simulation) ->
         if len(set(file.clients)) < len(file.clients) or before & set(file.clients):
             raise CheckpointError(f"{path}: files.{file_name}: expected each client once, got one twice")
         before.update(file.clients)
+
+
+def _values_of(way: str, total: int, method: Method) -> tuple[int, int]:
+    """How many of ``total`` bytes can be of values, not of positions: the least and the most."""
+    rule = method.server.downloads()
+    if way == "download":
+        return (0 if rule is None or any(map(is_position, rule)) else total), total
+    layouts = [codec.layout() for codec in (method.first, method.up) if codec is not None]
+    if not any(is_position(name) for layout in layouts for name in layout):
+        return total, total
+    row = row_nbytes(layouts[0]) if len(layouts) == 1 else None
+    if not row:
+        return 0, total
+    values = row_nbytes({name: field for name, field in layouts[0].items() if not is_position(name)})
+    assert values is not None, "no array of the layout is ragged"
+    return total // row * values, total // row * values
 
 
 def check_metrics(path: Path, data: bytes, described: Manifest, simulation: Simulation) -> None:
