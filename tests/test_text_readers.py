@@ -84,7 +84,7 @@ class TestMovieReviews:
 
     @pytest.mark.parametrize(
         "line",
-        ["1\t1.5", "1\tx\tfilm", "1\t4.5\tfilm", "1\tnan\tfilm", "1\t1\t ", "", "1\t1_0\tfilm", "1\t٣\tfilm"],
+        ["1\t1.5", "1\tx\tfilm", "1\t4.5\tfilm", "1\tnan\tfilm", "1\t1\t ", "", "1\t0_1\tfilm", "1\t٣\tfilm"],
     )
     def test_damaged(self, tmp_path: Path, tokenizer: Path, line: str) -> None:
         (tmp_path / self.FILE).write_text(f"0\t1\tfilm\n{line}\n2\t1\tfilm\n")

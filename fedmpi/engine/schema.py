@@ -41,14 +41,10 @@ def check_manifest(folder: Path, described: Manifest, simulation: Simulation) ->
                 f"{path}: totals.{name}.{negative[0]}: expected 0 or more, got {got[negative[0]]}"
             )
     for way in ("upload", "download"):
-        least, most = _values_of(way, totals.bytes[way], simulation.method)
-        if not least <= (got_values := totals.bytes[f"{way}_values"]) <= most:
-            expected = (
-                f"at most {most}" if not least else f"{least}" if least == most else f"{least} to {most}"
-            )
+        if totals.bytes[f"{way}_values"] > totals.bytes[way]:
             raise CheckpointError(
-                f"{path}: totals.bytes.{way}_values: expected {expected}, of {totals.bytes[way]} bytes in all, "
-                f"got {got_values}"
+                f"{path}: totals.bytes.{way}_values: expected at most {totals.bytes[way]}, the bytes in all, got "
+                f"{totals.bytes[f'{way}_values']}"
             )
     trained, most = sum(rank.trained for rank in described.ranks), described.round * config.cohort_size
     for name, value, limit in (
@@ -144,6 +140,14 @@ def check_metrics(path: Path, data: bytes, described: Manifest, simulation: Simu
         if sums[name] != total:
             raise CheckpointError(
                 f"{path}: {name}: expected {total} in all, by the manifest, got {sums[name]}"
+            )
+    for way in ("upload", "download"):
+        total, got_values = described.totals.bytes[way], described.totals.bytes[f"{way}_values"]
+        least, most = _values_of(way, total, simulation.method)
+        if not least <= got_values <= most:
+            raise CheckpointError(
+                f"{path.parent / MANIFEST}: totals.bytes.{way}_values: expected "
+                f"{least if least == most else f'{least} to {most}'} of {total} bytes in all, got {got_values}"
             )
 
 

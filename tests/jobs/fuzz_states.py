@@ -182,6 +182,8 @@ def load(
     if refusal is None:
         if mine["measuring"] and method["name"] == "auto":
             assert (after["step"], after["measuring"]) == (mine["step"], True)
+        elif mine["ranks"] != RANKS:  # what each rank kept starts afresh, which a warning says
+            assert (after["step"], after["ranks"]) == (mine["step"], RANKS)
         else:
             assert same(after, {**mine, "measuring": after["measuring"]}), "something else was loaded"
     return refusal, f"{refusal} {step(job, comm.rank, 7)}"
