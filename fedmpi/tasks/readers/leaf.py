@@ -49,13 +49,13 @@ def _users(path: Path) -> list[tuple[str, Tensor, Tensor]]:
     # LEAF writes the names and counts beside the samples: what was cut off does not go unseen.
     counts = {user: len(labels) for user, _, labels in found}
     names = content.get("users", [*counts])
-    if not isinstance(names, list) or names != [*counts]:
+    if not isinstance(names, list) or sorted(map(str, names)) != sorted(counts):  # in any order
         raise DataError(
             f"{path}: expected users to be those of user_data, got {names!r:.80} and {[*counts]!r:.80}"
         )
-    told = content.get("num_samples", [*counts.values()])
-    if told != [*counts.values()]:
-        raise DataError(f"{path}: expected num_samples {[*counts.values()]!r:.80}, got {told!r:.80}")
+    expected = [counts[str(name)] for name in names]
+    if (told := content.get("num_samples", expected)) != expected:
+        raise DataError(f"{path}: expected num_samples {expected!r:.80}, got {told!r:.80}")
     return found
 
 
