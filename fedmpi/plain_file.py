@@ -40,9 +40,11 @@ def read_plain(path: Path, most: int | None = None, links: bool = True) -> bytes
         if most is not None and there.st_size > most:
             raise NotPlainError(path, f"{there.st_size:,} bytes")
         data = bytearray()
-        limit = there.st_size if most is None else most
+        limit = there.st_size if most is None else most + 1  # files of the kernel say 0 bytes
         while len(data) < limit and (chunk := os.read(file, min(limit - len(data), 1 << 24))):
             data += chunk
+        if most is not None and len(data) > most:
+            raise NotPlainError(path, f"more than {most:,} bytes")
     finally:
         os.close(file)
     return bytes(data)

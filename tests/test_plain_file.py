@@ -30,6 +30,9 @@ def test_pipes_devices_folders_and_long_files(tmp_path: Path) -> None:
             read_plain(path)
     with pytest.raises(NotPlainError, match="5 bytes"):
         read_plain(tmp_path / "file", 4)
+    if (endless := Path("/proc/self/maps")).exists():  # says that it is empty
+        with pytest.raises(NotPlainError, match="more than 10 bytes"):
+            read_plain(endless, 10)
     with pytest.raises(OSError, match="symbolic link"):
         read_plain(tmp_path / "link", links=False)
 
