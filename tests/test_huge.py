@@ -267,3 +267,5 @@ def test_finite_looks_at_entries() -> None:
             assert not finite(odd)
             assert finite_rows(odd).tolist() == [True, False, True]
     assert finite_rows(torch.tensor([1.0, math.inf])).tolist() == [True, False]
+    for shape in ((0,), (0, 3), (2, 0), (2, 0, 3)):
+        assert finite_rows(torch.zeros(shape)).tolist() == [True] * shape[0]

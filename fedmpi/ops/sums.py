@@ -76,7 +76,7 @@ def finite_rows(x_C: Tensor) -> Tensor:
     """:func:`finite` of each of C tensors, bool ``(C,)``."""
     if not x_C.is_floating_point():
         return torch.ones(len(x_C), dtype=torch.bool)
-    rows_CN = x_C.reshape(len(x_C), -1) if x_C.ndim else x_C
+    rows_CN = x_C.flatten(1) if x_C.ndim > 1 else x_C[:, None]
     good_C = rows_CN.sum(1).isfinite()
     return good_C if bool(good_C.all()) else rows_CN.isfinite().all(1)
 
