@@ -153,7 +153,7 @@ def test_a_drop_in_leaves_a_step_that_overflows_out_on_all_ranks(name: str) -> N
 
     def main(comm: Comm, way: str) -> list[Any]:
         reducer, found = Reducer(shapes, CASES[name], comm, exact_below=30, exchange=way), []
-        for step, g_CD in enumerate((3e38 * ONES, 3e38 * ONES, one_huge(3e38), draw())):
+        for step, g_CD in enumerate((LARGEST * ONES, LARGEST * ONES, one_huge(3e38), draw())):
             skipped, g_D = reducer.skipped, g_CD[comm.rank] if comm.rank < CLIENTS else g_CD[0]
             parameters = {n: torch.nn.Parameter(torch.zeros(shape)) for n, shape in shapes.items()}
             for parameter, g in zip(parameters.values(), g_D.split(SPEC.sizes), strict=True):
