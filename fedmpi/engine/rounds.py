@@ -28,7 +28,7 @@ from fedmpi.engine.trainer import Trainer, Update
 from fedmpi.errors import FedMPIError, NumericalError
 from fedmpi.message import Message
 from fedmpi.method import Compressor, Context, Round, State
-from fedmpi.ops.sums import from_fixed, to_fixed
+from fedmpi.ops.sums import finite, from_fixed, to_fixed
 
 _CHUNK_VALUES = 1 << 22  # gradients of so many numbers are held at a time
 _MANY = 200  # steps of a run; fewer are done before clients' steps at once are ready
@@ -339,7 +339,7 @@ class Simulation:
             g_D, loss_C = self.trainer.pool(
                 theta_D, self.data.train, self.partition, clients_C, weights_C / weight, call.now.t, frozen_D
             )
-            if not bool(g_D.sum().isfinite() & (loss_C.abs() <= LARGEST).all()):
+            if not (finite(g_D) and bool((loss_C.abs() <= LARGEST).all())):
                 for position in positions.split(1):
                     self._train(call, position, status)  # names the client
                 raise NumericalError(
@@ -352,6 +352,7 @@ class Simulation:
         assert isinstance(topology, AllReduce)
         ctx = Context(call.now, clients_C[:1], torch.ones(1, dtype=torch.int64), topology.shared())
         message, _ = up.compress(g_D[None], {}, ctx)
+        updates.check_fits_float32(message, {}, call.now.t)
         topology.take_sum(message, weight[None], ctx)
         status.upload += self.ledger.upload_of(clients_C, message)
         status.loss += int(to_fixed(loss_C * weights_C).sum())
@@ -367,7 +368,7 @@ class Simulation:
         before = self.clients.get(ctx.clients_C)
         message, after = codec.compress(update.g_CD, before, ctx)
         if not self.rejects:
-            updates.check_fits_float32(message, ctx.round.t)
+            updates.check_fits_float32(message, after, ctx.round.t)
         else:
             weights_C = self.topology.weights[positions]
             fits_C = updates.fits(codec, message, before, after, ctx, self.topology.largest() / weights_C)

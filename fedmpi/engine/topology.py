@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fedmpi.engine.downloads import receive
 from fedmpi.engine.exchange import build as build_exchange
 from fedmpi.engine.store import ClientStore, Kept, everybody, nobody
 from fedmpi.engine.sums import Sum, largest_term
+from fedmpi.engine.updates import check_server
 from fedmpi.message import Message, concat, from_bytes, to_bytes
 from fedmpi.method import Compressor, Context, Method, Round, State, believed
 
@@ -94,6 +96,16 @@ class Topology(ABC):
         up = self.up
         return Sum(up.size, integer=up.integer, exact=self.exact, terms=len(self.clients))
 
+    def _after(self, rule: Callable[[State, Tensor, Round], State], mean_S: Tensor) -> State:
+        """The state after a ``rule`` of the server.
+
+        Raises:
+          NumericalError: it overflows.
+        """
+        state = rule(self.state, mean_S, self.now)
+        check_server(state, self.state, mean_S, self.now.t)
+        return state
+
     @abstractmethod
     def prepare(self, g_D: Tensor) -> None:
         """The server's own gradient, before round 0."""
@@ -157,11 +169,11 @@ class AllReduce(Topology):
 
     def between(self) -> Tensor:
         mean_S = self._mean()
-        self.state = self.method.server.first(self.state, mean_S, self.now)
+        self.state = self._after(self.method.server.first, mean_S)
         return mean_S
 
     def finish(self) -> None:
-        self.state = self.method.server.finish(self.state, self._mean(), self.now)
+        self.state = self._after(self.method.server.finish, self._mean())
 
     def skip(self, state: State, round: Round) -> None:
         self.state = self.method.server.skip(state, round)
@@ -244,15 +256,18 @@ class Aggregator(Topology):
     def take(self, positions: Tensor, message: Message, before: State, ctx: Context) -> None:
         self._outbox.append(message)
 
-    def _gather(self) -> Tensor | None:
-        """The sum of all ranks' messages on rank 0."""
+    def _gather(self, use: Callable[[Tensor], None] = lambda mean_S: None) -> Tensor | None:
+        """The mean of all ranks' messages on rank 0, and ``use`` of it there; an error of either is everybody's."""
         inbox = self.comm.gather(to_bytes(concat(self._outbox)) if self._outbox else b"")
         total = self.sum() if self.comm.rank == 0 else None
         with together(self.comm, "aggregating"):  # a message that cannot be read must end the senders, too
             for rank, frame in enumerate(inbox):
                 assert total is not None  # only rank 0 got frames
                 self._absorb(total, frame, self.placed.get(rank, self.clients[:0]))
-        return total.value(self.share) if total else None
+            mean_S = total.value(self.share) if total else None
+            if mean_S is not None:
+                use(mean_S)
+        return mean_S
 
     def _absorb(self, total: Sum, frame: bytes, positions: Tensor) -> None:
         if not len(positions):
@@ -271,14 +286,16 @@ class Aggregator(Topology):
         mean_S = self._gather()
         sent = b"" if mean_S is None else to_bytes(Message({"mean": mean_S[None]}))
         mean_S = from_bytes(self.comm.broadcast(sent)).arrays["mean"][0]
-        self.state = self.method.server.first(self.state, mean_S, self.now)
+        self.state = self._after(self.method.server.first, mean_S)
         return mean_S
 
     def finish(self) -> None:
-        mean_S, version = self._gather(), int(self.state["version"])
-        if mean_S is not None:
-            self.state = self.method.server.finish(self.state, mean_S, self.now)
+        version = int(self.state["version"])
+        self._gather(self._finish)
         self._publish(version)
+
+    def _finish(self, mean_S: Tensor) -> None:
+        self.state = self._after(self.method.server.finish, mean_S)
 
     def skip(self, state: State, round: Round) -> None:
         version = int(state["version"])

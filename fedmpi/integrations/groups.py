@@ -20,6 +20,7 @@ from fedmpi.message import Message, concat, from_bytes, to_bytes
 from fedmpi.method import Compressor, Context, Round, State, believed
 from fedmpi.methods.base import Options, Setup
 from fedmpi.ops import fast
+from fedmpi.ops.sums import finite
 from fedmpi.spec import Spec
 
 _Result = tuple[Tensor | None, tuple[State, State, State]]
@@ -102,7 +103,8 @@ class Group:
         """Replace this rank's gradients by all ranks' mean; what is kept changes only with :meth:`commit`.
 
         Returns:
-          False when a rank's gradient is not finite: the mean is NaN then, on every rank.
+          False when a rank's gradient is not finite, or what comes of it overflows: the mean is NaN then, on every
+          rank.
         """
         raise NotImplementedError
 
@@ -127,7 +129,7 @@ class Exact(Group):
         return False
 
     def start(self, step: int, exact: bool) -> None:
-        usable = _finite(self.flat_D)
+        usable = finite(self.flat_D)
         if not usable:
             self.flat_D.zero_()
         self.flat_D.mul_(1 / self.comm.size)
@@ -143,7 +145,7 @@ class Exact(Group):
         summed()
         self.seconds["wire"] += perf_counter() - started
         self.payload += self.flat_D.nbytes
-        if float(self._all[-1]) == 0:
+        if float(self._all[-1]) == 0 and finite(self.flat_D):
             return True
         self.flat_D.fill_(math.nan)
         return False
@@ -192,11 +194,13 @@ class Compressed(Group):
         end, self._end = self._end, None  # with the messages and the state before, which it holds
         assert end is not None
         mean_D, self._after = end()
-        if mean_D is None:
+        # What messages decode to and what servers keep may overflow too. Both are the same on every rank.
+        if mean_D is None or not all(map(finite, (mean_D, *self._after[1].values()))):
             self.flat_D.fill_(math.nan)
-        elif mean_D.data_ptr() != self.flat_D.data_ptr():
+            return False
+        if mean_D.data_ptr() != self.flat_D.data_ptr():
             self.flat_D.copy_(mean_D)
-        return mean_D is not None
+        return True
 
     def _exactly(self, now: Round) -> Callable[[], _Result]:
         kept = self.state, self.memory, self.peers
@@ -210,7 +214,7 @@ class Compressed(Group):
             ctx = self._context(now, server.shared(memory))
             end, state = self._send(first, state, {}, ctx)
             mean_S, _ = end()
-            if mean_S is None:
+            if mean_S is None or not finite(mean_S):
                 return lambda: (None, before)
             memory = server.first(memory, mean_S, now)
         ctx = self._context(now, server.shared(memory))
@@ -240,14 +244,14 @@ class Compressed(Group):
         """
         way, g_1D = self.ways[codec], self.flat_D[None]
         started, wired = perf_counter(), way.wire
-        usable = checked or codec.tells or _finite(self.flat_D)
+        usable = checked or codec.tells or finite(self.flat_D)
         message, after = codec.compress(g_1D if usable else torch.zeros_like(g_1D), state, ctx)
         if codec.tells and not checked:
             usable = bool(message.finite)
-        if codec is not self.plain.up:  # finite gradients may make a message that is not: their sums overflow
-            usable = usable and all(
-                a.isfinite().all() for a in message.arrays.values() if a.is_floating_point()
-            )
+        if (
+            codec is not self.plain.up
+        ):  # finite gradients may make a message, or leave a residual, that overflows
+            usable = usable and all(map(finite, (*message.arrays.values(), *after.values())))
         end = way.begin(message, state, peers, ctx, usable)
         self._spent("encode", way, started, wired)
         self.payload += int(message.nbytes()[0])
@@ -282,8 +286,3 @@ class Compressed(Group):
         if way.init():
             self.peers = concat([from_bytes(frame) for frame in frames]).arrays
         self.rollback()
-
-
-def _finite(x_D: Tensor) -> bool:
-    """No infinity or NaN: such a sum has neither. One that overflows is looked at in float64, where none can."""
-    return math.isfinite(float(x_D.sum())) or math.isfinite(float(x_D.sum(dtype=torch.float64)))
