@@ -53,7 +53,8 @@ class ScaledSign(Compressor):
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
         signs_CB = bits.pack_signs(g_CD, ctx.keys("scaled sign"))  # the keys decide what the sign of 0 is
-        return Message({"signs": signs_CB, "scale": g_CD.abs().mean(1)}), state
+        size_C = g_CD.abs().mean(1, dtype=torch.float64)  # a float32 sum of large entries overflows
+        return Message({"signs": signs_CB, "scale": size_C.float()}), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         return bits.unpack_signs(message.arrays["signs"], self.size, message.arrays["scale"]), peer

@@ -29,6 +29,11 @@ POSITIONS = ("index", "map")
 """Names (after any prefix) of arrays that only say where values belong."""
 
 
+def is_position(name: str) -> bool:
+    """Whether the array ``name`` only says where values belong."""
+    return name.rpartition(".")[2] in POSITIONS
+
+
 class Field(NamedTuple):
     """What a receiver expects of one array: its dtype, the shape of one row, and whether rows are ragged."""
 
@@ -77,7 +82,7 @@ class Message(NamedTuple):
           positions: count arrays that say where values belong (``index``, ``map``), too. The
             papers' tables leave them out.
         """
-        kept = (a for n, a in self.arrays.items() if positions or n.rpartition(".")[2] not in POSITIONS)
+        kept = (a for n, a in self.arrays.items() if positions or not is_position(n))
         return sum(array.nbytes for array in kept)
 
     def select(self, index: Tensor) -> Message:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
-import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator
 
 from fedmpi import strict_yaml
 from fedmpi.errors import ConfigError
+from fedmpi.plain_file import NotPlainError, read_plain
 
 _LARGEST = 1 << 20  # bytes of a YAML file
 _LONGEST = 200  # characters of what was got, in a sentence
@@ -33,15 +33,9 @@ def read_yaml(path: Path, argument: str) -> Any:
         line's ``argument``.
     """
     try:
-        there = path.stat()
-        if not stat.S_ISREG(there.st_mode):  # a device may have no end, a pipe no writer
-            what = "a folder" if stat.S_ISDIR(there.st_mode) else "a device or pipe"
-            raise ConfigError(f"{argument}: expected a file, got {path}, {what}")
-        if there.st_size > _LARGEST:
-            raise ConfigError(
-                f"{argument}: expected a file of at most 1 MiB, got {path} of {there.st_size:,} bytes"
-            )
-        return strict_yaml.parse(path.read_text(encoding="utf-8"))
+        return strict_yaml.parse(read_plain(path, _LARGEST).decode("utf-8"))
+    except NotPlainError as error:
+        raise ConfigError(f"{argument}: expected a file of at most 1 MiB, got {path}, {error.what}") from None
     except strict_yaml.NotYaml as error:
         where = f"{path}, line {error.line}" if error.line else f"{path}"
         raise ConfigError(f"{argument}: {where}: {'not YAML: ' if error.syntax else ''}{error}") from None

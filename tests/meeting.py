@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedmpi.meet.ways import Held, Roster, Way
+from fedmpi.meet.base import Held, Roster, Way
 from fedmpi.message import Message
 from fedmpi.method import Context, State
 

@@ -11,7 +11,6 @@ from fedmpi.errors import ConfigError
 from fedmpi.methods import METHODS
 
 from .conftest import SMALL
-from .jobs.fuzz_configs import fuzz
 
 HUGE = 2**62
 
@@ -78,14 +77,3 @@ def test_a_methods_absurd_number_is_refused(name: str, key: str) -> None:
 def test_more_ranks_than_threads_can_be_had() -> None:
     with pytest.raises(ConfigError, match="--local-ranks: expected at most 1,024"):
         run_ranks(1_000_000, lambda comm: comm.rank)
-
-
-def test_odd_configurations_are_refused_or_read_as_what_they_say() -> None:
-    ends = fuzz(200, 1)
-    assert ends["read"] > 5
-    assert ends["refused"] > 50
-
-
-@pytest.mark.slow
-def test_many_odd_configurations_are_refused_or_read_as_what_they_say() -> None:
-    assert fuzz(5000, 2).total() == 5000

@@ -26,6 +26,7 @@ NUMERICS = (
         "ways",
         "fetchsgd",
         "halves",
+        "huge",
         "intrinsic",
         "kernels",
     ),
@@ -66,6 +67,7 @@ def test_sums_in_another_order_pass() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a suite of its own
 @pytest.mark.parametrize("order", ["AUTO", "COMPATIBLE"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_numerics_pass_under_each_capability(capability: str, order: str) -> None:

@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fedmpi.cli import main
-from fedmpi.comm import connect, run_ranks
+from fedmpi.comm import Comm, connect, run_ranks
+from fedmpi.comm.agree import agree
 from fedmpi.comm.launcher import Launch, launcher
 from fedmpi.comm.rendezvous import slurm_host
 from fedmpi.comm.torch import TorchComm, _choose
@@ -47,6 +49,19 @@ def slurm(rank: int, size: int) -> dict[str, str]:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_collectives_of_threads(ranks: int) -> None:
     run_ranks(ranks, check, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("one", "two"), [(1, 1.0), (1, True), (0, False), ([1, 2], [1, 2.0]), (None, "None"), (0.0, -0.0)]
+)
+def test_equal_values_of_two_types_are_a_disagreement(one: Any, two: Any) -> None:
+    def main(comm: Comm) -> str:
+        agree(comm, {"same": [1, None, float("nan")], "lr": two if comm.rank else one})
+        return ""
+
+    with pytest.raises(CommError, match=re.escape(f"disagree on lr: rank 0 has {one!r}, rank 1 has {two!r}")):
+        run_ranks(2, main, timeout=60)
+    run_ranks(2, lambda comm: agree(comm, {"lr": one, "none": float("nan")}), timeout=60)
 
 
 @pytest.mark.mpi

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.server
+import os
 import struct
 import threading
 from collections.abc import Iterator
@@ -23,25 +24,9 @@ from fedmpi.tasks import fetch as fetch_module
 from fedmpi.tasks.data import INSTALLED, default_folder, load
 from fedmpi.tasks.fetch import PUBLISHED, Published, Unpacked, fetch
 from fedmpi.tasks.readers.idx import STEMS, find_idx, read_idx
+from fedmpi.tasks.verify import fault
 
-
-def idx(array: np.ndarray) -> bytes:
-    """An independent writer of the format."""
-    return (
-        struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
-    )
-
-
-def images_and_labels(seed: int = 0) -> dict[str, bytes]:
-    rng = np.random.default_rng(seed)
-    arrays = [
-        rng.integers(0, 256, (30, 28, 28)),
-        np.arange(30) % 10,
-        rng.integers(0, 256, (12, 28, 28)),
-        np.arange(12) % 10,
-    ]
-    return {stem: idx(array) for stem, array in zip(STEMS, arrays, strict=True)}
-
+from .formats import idx, images_and_labels
 
 arrays = st.lists(st.integers(1, 5), min_size=1, max_size=4).flatmap(
     lambda shape: st.binary(min_size=int(np.prod(shape)), max_size=int(np.prod(shape))).map(
@@ -126,6 +111,16 @@ class TestReadIdx:
         with pytest.raises(DataError, match="got more"):
             read_idx(scratch)
         assert unpacked == 8 + 5 + 1
+
+    def test_what_follows_a_gzip_file_is_not_gone_through(self, scratch: Path) -> None:
+        """gzip skips zeros behind a member a byte a step: hours, for a file that takes no room on the disk."""
+        scratch.write_bytes(gzip.compress(idx(np.zeros(5))))
+        os.truncate(scratch, 1 << 31)
+        with pytest.raises(
+            DataError, match=r"expected at most 65541 bytes for dimensions \[5\], got 2147483648"
+        ):
+            read_idx(scratch)
+        assert "expected at most 65546 bytes, got 2147483648" in str(fault(scratch, Unpacked(10, "")))
 
     def test_missing_and_unreadable(self, tmp_path: Path) -> None:
         for path in (tmp_path / "none", tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import JOBS, find_mpi, torchrun
+from .conftest import JOBS, find_mpi, one_mpi, torchrun
 from .jobs import ddp_checks
 
 FULL = "FEDMPI_FULL" in os.environ
@@ -117,3 +117,17 @@ def test_the_same_job_under_mpirun(openmpi: Any) -> None:
     assert report["ranks"] == 2
     assert report["stats"]["method"] == "signsgd"
     assert report["accuracy"] > 0.8
+
+
+@pytest.mark.slow
+@one_mpi
+@pytest.mark.parametrize("who", ["one", "all"])
+def test_an_error_on_one_rank_of_mpi_ends_all_and_one_on_all_is_each_ones(mpi: Any, who: str) -> None:
+    done = mpi(2, str(JOBS / "one_fails.py"), who)
+    said = "parameter weight has sparse gradients, expected dense ones"
+    if who == "one":
+        assert done.returncode
+        assert done.stderr.count(f"rank 1 failed: ConfigError: model: {said}") == 1, done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(said) == 2

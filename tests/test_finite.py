@@ -76,8 +76,8 @@ def test_a_message_of_huge_gradients_is_finite_or_refused(name: str) -> None:
     for g_CD in (torch.full((2, SPEC.size), 3e38), torch.full((2, SPEC.size), 1e-42)):
         message, _ = codec.compress(g_CD, state, ctx)
         if all(a.isfinite().all() for a in message.arrays.values() if a.is_floating_point()):
-            check_fits_float32(message, 0)
+            check_fits_float32(message, {}, 0)
             continue
         assert float(g_CD[0, 0]) > 1, "denormals"
         with pytest.raises(NumericalError, match="beyond the largest float"):
-            check_fits_float32(message, 0)
+            check_fits_float32(message, {}, 0)

@@ -17,7 +17,7 @@ from fedmpi.integrations.job import Job
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.schema import Entry, differs, schema_of
 
-from .jobs.fuzz_states import AUTO, SETTINGS, SHAPES, fuzz, same, states, step
+from .jobs.fuzz_states import AUTO, SETTINGS, SHAPES, same, states, step
 
 TOPK = {"name": "topk", "ratio": 0.3, "feedback": True}
 FETCH = {"name": "fetchsgd", "k": 10, "rows": 3, "columns": 20}
@@ -214,12 +214,3 @@ def test_a_schema_is_declared_by_the_first_state() -> None:
         "server.signs: expected uint8 of shape (any, 2), got uint8 of shape (5, 3)"
     )
     assert differs({}, right, "client") == "client: expected nothing, got 'theta' besides"
-
-
-def test_damaged_states_are_refused_on_all_ranks_or_taken_whole() -> None:
-    fuzz(100, seed=1)
-
-
-@pytest.mark.slow
-def test_thousands_of_damaged_states() -> None:
-    fuzz(5400, seed=2)

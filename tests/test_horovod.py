@@ -59,7 +59,8 @@ def test_everything_else_works_without_it(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.horovod
 @pytest.mark.mpi
 @pytest.mark.parametrize(
-    ("ranks", "checks"), [(2, CHECKS), pytest.param(4, ON_FOUR_RANKS, marks=pytest.mark.slow)]
+    ("ranks", "checks"),
+    [(1, ("one_rank",)), (2, CHECKS), pytest.param(4, ON_FOUR_RANKS, marks=pytest.mark.slow)],
 )
 def test_real_ranks(horovod: Any, openmpi: Mpi, ranks: int, checks: tuple[str, ...]) -> None:
     mpi = copy.copy(openmpi)

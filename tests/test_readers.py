@@ -18,23 +18,7 @@ from fedmpi.errors import DataError
 from fedmpi.tasks.data import DATA, load
 from fedmpi.tasks.dataset import IGNORE
 
-RNG = np.random.default_rng(5)
-
-
-def cifar(folder: Path, names: dict[str, int], classes: tuple[int, ...]) -> np.ndarray:
-    """Files of so many records; returns the records of the first file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    first = None
-    for name, count in names.items():
-        labels = np.stack([np.arange(count) % n for n in classes], 1)
-        records = np.concatenate((labels, RNG.integers(0, 256, (count, 3072))), 1).astype(np.uint8)
-        (folder / name).write_bytes(records.tobytes())
-        first = records if first is None else first
-    assert first is not None
-    return first
-
-
-CIFAR_10 = {f"data_batch_{i}.bin": 20 for i in range(1, 6)} | {"test_batch.bin": 10}
+from .formats import CIFAR_10, RNG, celeba, cifar, coco, idx, image_folder, leaf, picture, voc
 
 
 class TestCifar:
@@ -85,18 +69,6 @@ class TestCifar:
             load("cifar-10", tmp_path)
 
 
-def leaf(folder: Path, **changes: Any) -> Path:
-    for part, users in (("train", ("f1", "f2")), ("test", ("f1",))):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        data = {
-            user: {"x": (RNG.integers(0, 256, (3, 784)) / 255).tolist(), "y": [0, 61, 5], **changes}
-            for user in users
-        }
-        content = {"users": list(data), "num_samples": [3] * len(data), "user_data": data}
-        (folder / part / "all_data_0.json").write_text(json.dumps(content))
-    return folder / "train" / "all_data_0.json"
-
-
 class TestFemnist:
     def test_writers_are_groups(self, tmp_path: Path) -> None:
         leaf(tmp_path)
@@ -120,29 +92,6 @@ class TestFemnist:
         path.write_text(path.read_text()[:-3])
         with pytest.raises(DataError, match=f"{path}: expected JSON, got JSONDecodeError"):
             load("femnist", tmp_path)
-
-
-def picture(path: Path, width: int = 20, height: int = 16, mode: str = "RGB") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    depth = (3,) if mode == "RGB" else ()
-    Image.fromarray(RNG.integers(0, 256, (height, width, *depth)).astype(np.uint8), mode).save(path)
-
-
-def celeba(folder: Path) -> None:
-    names = [f"{i:06}.jpg" for i in range(1, 7)]
-    for name in names:
-        picture(folder / "img_align_celeba" / name, 178, 218)
-    head = " ".join(
-        f"{where}_{axis}"
-        for where in ("lefteye", "righteye", "nose", "leftmouth", "rightmouth")
-        for axis in "xy"
-    )
-    rows = [f"{name}  {' '.join(str(10 * i + j) for j in range(10))}" for i, name in enumerate(names)]
-    (folder / "list_landmarks_align_celeba.txt").write_text("\n".join(["6", head, *rows]) + "\n")
-    parts = zip(names, "000122", strict=True)
-    (folder / "list_eval_partition.txt").write_text("".join(f"{name} {part}\n" for name, part in parts))
-    people = zip(names, (7, 9, 7, 1, 2, 3), strict=True)
-    (folder / "identity_CelebA.txt").write_text("".join(f"{name} {who}\n" for name, who in people))
 
 
 class TestCelebA:
@@ -189,21 +138,6 @@ class TestCelebA:
             load("celeba", tmp_path, size=8)
 
 
-def voc(folder: Path) -> None:
-    root = folder / "VOCdevkit" / "VOC2012"
-    (root / "ImageSets" / "Segmentation").mkdir(parents=True)
-    (root / "SegmentationClass").mkdir()
-    for part, names in (("train", ("a", "b")), ("val", ("c",))):
-        (root / "ImageSets" / "Segmentation" / f"{part}.txt").write_text("\n".join(names) + "\n")
-        for name in names:
-            picture(root / "JPEGImages" / f"{name}.jpg", 16, 8)
-            mask = Image.new("P", (16, 8))
-            mask.putpalette(list(range(256)) * 3)
-            mask.paste(20, (0, 0, 8, 8))
-            mask.paste(255, (8, 0, 12, 8))
-            mask.save(root / "SegmentationClass" / f"{name}.png")
-
-
 class TestVoc:
     def test_classes_a_pixel(self, tmp_path: Path) -> None:
         voc(tmp_path)
@@ -238,32 +172,6 @@ class TestVoc:
         path.write_text("")
         with pytest.raises(DataError, match=rf"{path}: expected the names of pictures"):
             load("voc", tmp_path, size=8)
-
-
-def coco(folder: Path, **changes: Any) -> Path:
-    for part, name in (("train2017", "a.jpg"), ("val2017", "b.jpg")):
-        picture(folder / part / name, 8, 8)
-        runs = {"counts": [8, 8, 48], "size": [8, 8]}  # the second column
-        annotations = [
-            {
-                "id": 1,
-                "image_id": 4,
-                "category_id": 18,
-                "iscrowd": 0,
-                "segmentation": [[4, 0, 7, 0, 7, 7, 4, 7]],
-            },
-            {"id": 2, "image_id": 4, "category_id": 3, "iscrowd": 0, "segmentation": runs} | changes,
-            {"id": 3, "image_id": 4, "category_id": 3, "iscrowd": 1, "segmentation": {"counts": [0, 8, 56]}},
-        ]
-        content = {
-            "images": [{"id": 4, "file_name": name, "width": 8, "height": 8}],
-            "categories": [{"id": 18, "name": "dog"}, {"id": 3, "name": "car"}],
-            "annotations": annotations,
-        }
-        path = folder / "annotations" / f"instances_{part}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content))
-    return folder / "annotations" / "instances_train2017.json"
 
 
 class TestCoco:
@@ -311,10 +219,7 @@ class TestCoco:
 
 class TestImageFolder:
     def test_a_folder_a_class(self, tmp_path: Path) -> None:
-        for part, count in (("train", 3), ("test", 1)):
-            for name in ("cat", "ant"):
-                for i in range(count):
-                    picture(tmp_path / part / name / f"{i}.png")
+        image_folder(tmp_path)
         got = load("image-folder", tmp_path, size=8)
         assert got.train.y.tolist() == [0, 1, 0, 1, 0, 1]
         assert (got.shape, got.classes, len(got.test.y)) == ((3, 8, 8), 2, 2)
@@ -338,8 +243,6 @@ class TestImageFolder:
 
 
 def test_emnist_is_turned_upright(tmp_path: Path) -> None:
-    from .test_data import idx
-
     images = RNG.integers(0, 256, (26, 28, 28))
     for part in ("train", "test"):
         (tmp_path / f"emnist-letters-{part}-images-idx3-ubyte").write_bytes(idx(images))
@@ -386,7 +289,7 @@ def test_a_wrong_folder_says_what_was_expected(name: str, tmp_path: Path) -> Non
     assert str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "link.jpg", "a\0b.jpg"])
+@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "link.jpg", "a\0b.jpg", "[" * 20_000])
 def test_a_list_names_nothing_outside_its_folder(name: str, tmp_path: Path) -> None:
     picture(tmp_path / "secret.jpg", 178, 218)
     annotations = coco(tmp_path / "coco")
@@ -436,3 +339,148 @@ def test_a_label_is_a_whole_number(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"the label 1\.7"):
         load("femnist", tmp_path)
+
+
+def changed(path: Path, change: Callable[[Any], Any]) -> None:
+    """The file's JSON after ``change``, which works in place."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def other_size(folder: Path, name: str) -> tuple[Path, str]:
+    """A set one of whose pictures has another size than what lies beside it is for."""
+    if name == "coco":
+        return folder / "train2017" / "a.jpg", "8 × 8"
+    if name == "celeba":
+        return folder / "img_align_celeba" / "000003.jpg", "178 × 218"
+    return folder / "VOCdevkit" / "VOC2012" / "JPEGImages" / "b.jpg", "16 × 8"
+
+
+@pytest.mark.parametrize("name", ["coco", "celeba", "voc"])
+def test_masks_and_landmarks_are_of_pictures_of_their_size(name: str, tmp_path: Path) -> None:
+    {"coco": coco, "celeba": celeba, "voc": voc}[name](tmp_path)
+    path, size = other_size(tmp_path, name)
+    picture(path, 16, 16)
+    with pytest.raises(DataError, match=f"{path}: expected a picture of {size} pixels.* got 16 × 16"):
+        load(name, tmp_path, size=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "file"),
+    [
+        ("femnist", leaf, "train/all_data_0.json"),
+        ("celeba", celeba, "list_eval_partition.txt"),
+        ("coco", coco, "annotations/instances_val2017.json"),
+        ("voc", voc, "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt"),
+    ],
+)
+def test_a_file_that_no_memory_holds(
+    name: str, build: Callable[[Path], Any], file: str, tmp_path: Path
+) -> None:
+    build(tmp_path)
+    os.truncate(tmp_path / file, 1 << 42)  # of zeros, which take no room on the disk
+    with pytest.raises(DataError, match=rf"{tmp_path / file}: expected at most 4294967296 bytes, got 4398"):
+        load(name, tmp_path)
+
+
+def test_memory_that_runs_out_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def read(options: Any, places: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setitem(DATA, "mnist", DATA["mnist"]._replace(read=read))
+    with pytest.raises(DataError, match=r"mnist: the files in .* MemoryError"):
+        load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda c: c["users"].pop(),
+            r"expected users to be those of user_data, got \['f1'\] and \['f1', 'f2'\]",
+        ),
+        (lambda c: c["user_data"].pop("f2"), r"expected users to be .* got \['f1', 'f2'\] and \['f1'\]"),
+        (lambda c: c["num_samples"].append(3), r"expected num_samples \[3, 3\], got \[3, 3, 3\]"),
+        (lambda c: c["user_data"]["f2"]["x"][1].__setitem__(5, "0.5"), "user f2: .* pixels of float, str"),
+        (lambda c: c["user_data"]["f2"]["x"][1].__setitem__(5, True), "user f2: .* pixels of bool, float"),
+        (
+            lambda c: c["user_data"]["f2"]["x"].__setitem__(slice(0, 2), []),
+            "user f2: .* one each, got 1 images and 3 labels",
+        ),
+        (
+            lambda c: c["user_data"]["f2"].__setitem__(
+                "x", [[v for row in c["user_data"]["f2"]["x"] for v in row]]
+            ),
+            r"user f2: .* got ValueError: the picture \[",
+        ),
+    ],
+)
+def test_leaf_says_the_same_twice(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+    path = leaf(tmp_path)
+    changed(path, change)
+    with pytest.raises(DataError, match=f"{path}: {message}"):
+        load("femnist", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "key", "value", "message"),
+    [
+        (1, "iscrowd", "no", "'no' instead of a whole number"),
+        (1, "iscrowd", 2, "iscrowd 2, expected 0 or 1"),
+        (1, "segmentation", {"counts": [8, 8, 48], "size": [4, 16]}, r"runs of size \[4, 16\]"),
+        (1, "segmentation", [], r"the segmentation \[\], expected at least one polygon"),
+        (1, "segmentation", {}, "KeyError: 'counts'"),
+    ],
+)
+def test_coco_annotations_mean_one_thing(
+    index: int, key: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    path = coco(tmp_path)
+    changed(path, lambda content: content["annotations"][index].__setitem__(key, value))
+    with pytest.raises(DataError, match=f"{path}: annotation 2: .*{message}"):
+        load("coco", tmp_path, size=8)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "list_landmarks_align_celeba.txt",
+            (" 19\n", " 1_9\n"),
+            "line 4: expected a name and 10 whole numbers",
+        ),
+        (
+            "list_landmarks_align_celeba.txt",
+            (" 19\n", " 437\n"),
+            "line 4: expected landmarks of a picture of 178",
+        ),
+        ("list_landmarks_align_celeba.txt", ("  10 ", "  -179 "), "line 4: expected landmarks of a picture"),
+        (
+            "list_eval_partition.txt",
+            ("000004.jpg", "000014.jpg"),
+            "expected the pictures .*, got '000004.jpg' in",
+        ),
+    ],
+)
+def test_celebas_lists_fit_its_pictures(
+    file: str, change: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    celeba(tmp_path)
+    path = tmp_path / file
+    assert change[0] in path.read_text()
+    path.write_text(path.read_text().replace(*change, 1))
+    with pytest.raises(DataError, match=f"{path}.*{message}"):
+        load("celeba", tmp_path, size=8)
+
+
+def test_a_picture_counts_once(tmp_path: Path) -> None:
+    voc(tmp_path / "voc")
+    path = tmp_path / "voc" / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "train.txt"
+    path.write_text("a\nb\na\n")
+    with pytest.raises(DataError, match=f"{path}: expected each picture once, got 'a' again"):
+        load("voc", tmp_path / "voc", size=8)
+    path = coco(tmp_path / "coco")
+    changed(path, lambda content: content["images"].append({**content["images"][0], "id": 5}))
+    with pytest.raises(DataError, match=f"{path}: expected images, .*a picture's file twice"):
+        load("coco", tmp_path / "coco", size=8)

@@ -287,6 +287,10 @@ def test_metrics_are_those_of_the_rounds_behind(change: Any, match: str, folder:
         ),
         (lambda body: body["totals"]["bytes"].pop("upload"), "totals.bytes: expected upload, .*, got "),
         (lambda body: body["totals"]["bytes"].update(upload=10**9), "upload_bytes: expected 1000000000 "),
+        (
+            lambda body: body["totals"]["bytes"].update(upload_values=1),
+            r"totals.bytes.upload_values: expected \d+ of \d+ bytes in all, got 1$",
+        ),
         (lambda body: body["totals"].update(called=9), "totals.called: expected at most 8, got 9"),
         (lambda body: body["ranks"][0].update(trained=10**6), "ranks.trained: expected at most 8"),
         (lambda body: body["ranks"].clear(), "ranks: expected at least one"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,14 @@ from fedmpi.errors import ConfigError, DataError
 from fedmpi.tasks.data import Data, load
 from fedmpi.tasks.dataset import IGNORE, PAD
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "bad", "film", "i", "like", "tea", "."]
+from .formats import WORDS, personachat, words
 
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
     """A BERT tokenizer of a dozen words."""
-    transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    folder = tmp_path / "tokenizer"
-    transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(WORDS)}).save_pretrained(folder)
-    (folder / "config.json").write_text('{"model_type": "bert"}')
-    return folder
+    pytest.importorskip("transformers", reason="the extra hf is not installed")
+    return words(tmp_path / "tokenizer")
 
 
 def rows(data: Data) -> list[list[str]]:
@@ -49,6 +45,9 @@ class TestSst2:
             ("", "expected a line"),
             ("sentence\tlabel\na film\t2\n", "line 2: expected a sentence, a tab and 0 or 1"),
             ("sentence\tlabel\na film\t1\na fil", "line 3: expected a sentence"),
+            ("sentence\tlabel\na\tfilm\t1\n", "line 2: expected a sentence"),
+            ("sentence\tlabel\n \t1\n", "line 2: expected a sentence"),
+            ("sentence\tlabel\na\t1\rfilm\t1\n", "line 2: expected a sentence"),
         ],
     )
     def test_damaged(self, tmp_path: Path, tokenizer: Path, content: str, message: str) -> None:
@@ -78,12 +77,15 @@ class TestMovieReviews:
         (tmp_path / self.FILE).write_text("\n".join([*lines, "20\t0.0\tfilm\r"]) + "\n")
         got = load("movie-reviews", tmp_path, tokenizer=str(tokenizer))
         assert (len(got.train.y), len(got.test.y)) == (16, 4), "a rating of 0 is left out"
-        for words, label in zip(rows(got), got.train.y.tolist(), strict=True):
-            assert words == ["[CLS]", "a", "good" if label else "bad", "film", "[SEP]"]
+        for said, label in zip(rows(got), got.train.y.tolist(), strict=True):
+            assert said == ["[CLS]", "a", "good" if label else "bad", "film", "[SEP]"]
         again = load("movie-reviews", tmp_path, tokenizer=str(tokenizer), neutral=2)
         assert set(again.train.y.tolist()) == {0}
 
-    @pytest.mark.parametrize("line", ["1\t1.5", "1\tx\tfilm", "1\t4.5\tfilm", "1\tnan\tfilm", "1\t1\t ", ""])
+    @pytest.mark.parametrize(
+        "line",
+        ["1\t1.5", "1\tx\tfilm", "1\t4.5\tfilm", "1\tnan\tfilm", "1\t1\t ", "", "1\t0_1\tfilm", "1\t٣\tfilm"],
+    )
     def test_damaged(self, tmp_path: Path, tokenizer: Path, line: str) -> None:
         (tmp_path / self.FILE).write_text(f"0\t1\tfilm\n{line}\n2\t1\tfilm\n")
         with pytest.raises(DataError, match=rf"{self.FILE}, line 2: expected a number, a rating in -4 to 4"):
@@ -95,20 +97,8 @@ class TestMovieReviews:
 
 
 class TestPersonaChat:
-    FILE = "personachat_self_original.json"
-
-    def write(self, folder: Path, **changes: Any) -> Path:
-        def dialogue(persona: str) -> dict[str, Any]:
-            turn = {"history": ["bad film", "i like"], "candidates": ["tea tea", "a good film"]}
-            return {"personality": [persona], "utterances": [turn | changes]}
-
-        people = ["i like tea .", "i like film .", "i like tea ."]
-        content = {"train": [dialogue(p) for p in people], "valid": [dialogue("film")]}
-        (folder / self.FILE).write_text(json.dumps(content))
-        return folder / self.FILE
-
     def test_only_the_reply_is_a_target(self, tmp_path: Path, tokenizer: Path) -> None:
-        self.write(tmp_path)
+        personachat(tmp_path)
         got = load("personachat", tmp_path, tokenizer=str(tokenizer), history=1)
         assert rows(got)[0] == [
             "i",
@@ -134,17 +124,25 @@ class TestPersonaChat:
         assert rows(short)[0] == ["[SEP]", "a", "good"]
 
     @pytest.mark.parametrize(
-        "changes", [{"history": []}, {"candidates": []}, {"candidates": [3]}, {"history": 4}]
+        "changes",
+        [
+            {"history": []},
+            {"candidates": []},
+            {"candidates": [3]},
+            {"history": 4},
+            {"history": "tea"},
+            {"candidates": "tea"},
+        ],
     )
     def test_wrong_dialogues(self, tmp_path: Path, tokenizer: Path, changes: dict[str, Any]) -> None:
-        path = self.write(tmp_path, **changes)
+        path = personachat(tmp_path, **changes)
         with pytest.raises(
             DataError, match=rf"{path}: train, dialogue 0: expected personality and utterances"
         ):
             load("personachat", tmp_path, tokenizer=str(tokenizer))
 
     def test_truncated_and_foreign(self, tmp_path: Path, tokenizer: Path) -> None:
-        path = self.write(tmp_path)
+        path = personachat(tmp_path)
         path.write_text(path.read_text()[:50])
         with pytest.raises(DataError, match=f"{path}: expected JSON"):
             load("personachat", tmp_path, tokenizer=str(tokenizer))
@@ -208,3 +206,27 @@ class TestHub:
         with pytest.raises(DataError, match=message) as error:
             load("hub", tmp_path, dataset=str(tables), tokenizer="x")
         assert str(tables) in str(error.value)
+
+    def test_words_are_no_numbers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        tables = tmp_path / "tables"
+        tables.mkdir()
+        for part in ("train", "test"):
+            (tables / f"{part}.json").write_text(
+                '{"text": ["1", "2"], "label": 0}\n{"text": ["3", "4"], "label": 1}\n'
+            )
+        with pytest.raises(DataError, match=r"text: expected pictures, sentences or lists .* values of str"):
+            load("hub", tmp_path, dataset=str(tables))
+
+    def test_what_would_not_end(self, tmp_path: Path) -> None:
+        pytest.importorskip("datasets", reason="the extra hf is not installed")
+        for name in ("train.csv", "test.csv"):
+            (tmp_path / name).write_text("text,label\na,1\n")
+        os.truncate(tmp_path / "test.csv", 1 << 42)
+        with pytest.raises(DataError, match=r"test\.csv: expected at most 4294967296 bytes"):
+            load("hub", tmp_path, dataset=str(tmp_path), tokenizer="x")
+        (tmp_path / "test.csv").unlink()
+        os.mkfifo(tmp_path / "test.csv")
+        with pytest.raises(DataError, match=r"test\.csv: expected a plain file, got a pipe or a device"):
+            load("hub", tmp_path, dataset=str(tmp_path), tokenizer="x", length=7)

@@ -14,7 +14,7 @@ from fedmpi.comm.base import Comm
 from fedmpi.engine.store import ClientStore
 from fedmpi.errors import ConfigError
 from fedmpi.meet import ways
-from fedmpi.meet.ways import Held
+from fedmpi.meet.base import Held
 from fedmpi.method import Compressor, Context, Method, Round, believed
 from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec

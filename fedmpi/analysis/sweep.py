@@ -22,12 +22,12 @@ from fedmpi.analysis import grid, plots
 from fedmpi.analysis.grid import Job
 from fedmpi.analysis.page import Page, png, text_table
 from fedmpi.analysis.report import LEFT, RATIOS, columns_for, table
-from fedmpi.analysis.runs import Run, load, words
+from fedmpi.analysis.runs import Run, Summary, load, parse, read, words
 from fedmpi.comm import Comm, together
 from fedmpi.comm.groups import split
 from fedmpi.engine.record import write_aside, writing
 from fedmpi.engine.run import run
-from fedmpi.errors import ConfigError, FedMPIError, Stopped
+from fedmpi.errors import ConfigError, DataError, FedMPIError, Stopped
 
 _ERROR = "error.txt"
 _KEPT = (  # of a run's summary, in the results
@@ -136,8 +136,8 @@ def _state(job: Job, group: Comm) -> str:
     if group.rank:
         return group.broadcast(b"").decode()
     same = False
-    with suppress(OSError, ValueError):  # a damaged run is run again
-        same = strict_yaml.parse((job.folder / "config.yaml").read_text()) == job.config.plain()
+    with suppress(DataError, strict_yaml.NotYaml):  # a damaged run is run again
+        same = strict_yaml.parse(read(job.folder / "config.yaml")) == job.config.plain()
     state = "new" if not same else "finished" if (job.folder / "summary.json").is_file() else "begun"
     return group.broadcast(state.encode()).decode()
 
@@ -201,17 +201,26 @@ def _conclude(todo: list[Job], out: Path, made_by: str) -> tuple[str, dict[str, 
 def failures(jobs: Sequence[Job]) -> dict[str, str]:
     """The messages of those that failed, by name."""
     return {
-        job.name: (job.folder / _ERROR).read_text()
+        job.name: read(job.folder / _ERROR)
         for job in jobs
         if not (job.folder / "summary.json").is_file() and (job.folder / _ERROR).is_file()
     }
+
+
+def _summary(job: Job) -> dict[str, Any]:
+    """What a run's summary.json says; DataError where it is damaged."""
+    path = job.folder / "summary.json"
+    text = read(path)
+    parse(Summary, text, str(path))
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 def points(done: Sequence[Job]) -> list[dict[str, Any]]:
     """The results: for each point what its runs came to, a list over seeds."""
     found: dict[str, dict[str, Any]] = {}
     for job in done:
-        summary = json.loads((job.folder / "summary.json").read_text())
+        summary = _summary(job)
         point = found.setdefault(
             job.label,
             {
@@ -263,7 +272,7 @@ def _curves(done: list[Job]) -> dict[str, bytes]:
     for key in sorted(keys):
         lines: dict[str, dict[float, list[float]]] = {}
         for job in done:
-            accuracy = json.loads((job.folder / "summary.json").read_text())["accuracy"]
+            accuracy = _summary(job)["accuracy"]
             others = {k: v for k, v in job.values.items() if k != key}
             name = ", ".join([job.case, *(f"{k.rpartition('.')[2]}={v}" for k, v in others.items())])
             if _number(job.values.get(key)) and accuracy == accuracy:

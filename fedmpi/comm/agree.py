@@ -31,7 +31,8 @@ def agree(comm: Comm, mine: Mapping[str, Any]) -> None:
             offers[0].keys() | offer.keys(), key=lambda path: (not path.endswith("name"), path)
         ):
             first, other = offers[0].get(path, "nothing"), offer.get(path, "nothing")
-            if first != other:
+            # As text: 1 is not 1.0, nor true.
+            if json.dumps(first, sort_keys=True) != json.dumps(other, sort_keys=True):
                 raise CommError(
                     f"ranks disagree on {path}: rank 0 has {first!r}, rank {rank} has {other!r}; "
                     "start all ranks with the same configuration and versions"

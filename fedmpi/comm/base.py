@@ -220,6 +220,11 @@ class Comm(ABC):
     def abort(self) -> None:
         """End all ranks because this one failed alone. Under MPI it does not return."""
 
+    def fail(self, why: str) -> None:  # noqa: B027 (threads end each other, Horovod finds out by itself)
+        """Let the others, who may be waiting for this rank, know that it cannot go on. Where the library allows it,
+        theirs raise LostError with ``why``, and this end is of no use any more; under MPI all ranks are ended, unless
+        all of them fail."""
+
 
 def _as_bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)

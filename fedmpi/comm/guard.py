@@ -13,28 +13,35 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PATIENCE = 300.0  # seconds, where nobody says how long; and the least for ranks that are there, but slow
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # which launchers and Slurm send to every process
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 _LOCAL = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 _JOBS = (("PMIX_NAMESPACE",), ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+_LAUNCHERS = ("prterun", "mpirun", "mpiexec")  # of one job each, unlike the daemons prte and prted
 
 
 @contextmanager
 def guarded(size: int, timeout: float | None) -> Iterator[None]:
-    """Within, this process waits for ``size`` ranks to connect; after ``timeout`` seconds it is ended, with a sentence,
-    if one of them has ended or is stopped."""
+    """Within, this process waits for ``size`` ranks to connect. It is ended, with a sentence, if after ``timeout``
+    seconds (default: 300) one of them has ended or is stopped, or if after 300 seconds (``timeout``, if that is more)
+    they have not connected, whatever holds them up."""
     theirs, ours = os.pipe()  # closed with this process, whatever ends it
-    arguments = [str(os.getpid()), str(size), str(timeout or "")]
+    variable = next((name for name in _RANKS if os.environ.get(name, "").isdigit()), "")
+    arguments = [str(os.getpid()), str(size), str(timeout or ""), variable, os.environ.get(variable, "")]
+    command = [sys.executable, "-I", "-S", __file__, *arguments]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # inherited: it never hears of them
     try:
-        process = subprocess.Popen([sys.executable, "-I", "-S", __file__, *arguments], stdin=theirs, env={})
+        process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, env={})
     except OSError:  # no more processes: the launch may go well all the same
         os.close(ours)
         ours, process = -1, None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     os.close(theirs)
     try:
         yield
@@ -48,61 +55,101 @@ def _first(environ: Mapping[str, str], names: tuple[str, ...]) -> int | None:
     return next((int(environ[name]) for name in names if environ.get(name, "").isdigit()), None)
 
 
-def _look(pid: str) -> tuple[dict[str, str], str, int]:
-    """A process's variables, its state (T: stopped) and its parent.
+def _here(environ: Mapping[str, str]) -> int | None:
+    """How many of the job's ranks are on this machine, if its launcher says so."""
+    said = _first(environ, _LOCAL)
+    if said is not None:
+        return said
+    counts: list[int] = []  # Slurm's "2(x3),1": three nodes of two, one of one
+    for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        count, _, times = part.removesuffix(")").partition("(x")
+        if not count.isdigit() or (times and not times.isdigit()):
+            return None
+        counts += [int(count)] * int(times or 1)
+    node = _first(environ, ("SLURM_NODEID",))
+    return counts[node] if node is not None and node < len(counts) else None
+
+
+def _stat(pid: int) -> tuple[str, str, int]:
+    """A process's name, its state (T: stopped, Z: ended) and its parent.
+
+    Raises:
+      OSError: it is gone.
+    """
+    name, _, rest = (Path("/proc") / str(pid) / "stat").read_text(errors="replace").rpartition(")")
+    state, parent = rest.split()[:2]
+    return name.partition("(")[2], state, int(parent)
+
+
+def _environ(pid: int) -> dict[str, str]:
+    """A process's variables.
 
     Raises:
       OSError: it is gone, or another user's.
     """
-    folder = Path("/proc") / pid
-    words = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
-    state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-    return dict(word.partition("=")[::2] for word in words if "=" in word), state, int(parent)
+    words = (Path("/proc") / str(pid) / "environ").read_bytes().decode(errors="replace").split("\0")
+    return dict(word.partition("=")[::2] for word in words if "=" in word)
 
 
-def _starter(pid: int) -> int:
-    """The nearest process above that is no rank: MPICH's proxy, which all ranks of this machine are below, with a shell
-    between or not.
+def _starter(pid: int, variable: str) -> int:
+    """The nearest process above without the ranks' ``variable``: the launcher, which all ranks of this machine are
+    below, with a shell between or not.
 
     Raises:
-      OSError: one of them is gone, or another user's.
+      OSError: it is not to be seen from here, in a container for instance, and then neither are the other ranks.
     """
     while True:
-        environ, _, parent = _look(str(pid))
-        if "PMI_RANK" not in environ:
+        try:
+            below = variable in _environ(pid)
+        except PermissionError:  # Slurm's is root's
+            below = False
+        if not below:
             return pid
-        pid = parent
+        pid = _stat(pid)[2]
 
 
-def _siblings(me: int) -> dict[int, dict[int, str]]:
-    """The processes of this job's ranks on this machine: for each rank their states by number."""
-    own, _, _ = _look(str(me))
+def _siblings(me: int, variable: str) -> tuple[dict[int, dict[int, str]], bool]:
+    """The processes of this job's ranks on this machine: for each rank their states by number; and whether these are
+    all: a process below the launcher that has written over its variables may be a rank.
+
+    Raises:
+      OSError: they are not to be seen from here.
+    """
+    if Path("/proc/self").readlink().name != str(os.getpid()):
+        raise OSError("/proc is another namespace's")
+    own, starter = _environ(me), _starter(me, variable)
+    if starter == me:
+        raise OSError("this process is no rank that others could know")
     job = next((names for names in _JOBS if all(name in own for name in names)), ())
-    starter = None if job else _starter(me)
     found: dict[int, dict[int, str]] = {}
-    for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():  # noqa: PTH112, PTH208 (names, not paths)
+    whole = True
+    for entry in os.listdir("/proc"):  # noqa: PTH208 (names, not paths)
         if not entry.isdigit():
             continue
         with suppress(OSError, ValueError):
-            environ, state, _ = _look(entry)
-            rank = _first(environ, _RANKS)
-            if rank is None or state in "ZX":
+            pid = int(entry)
+            _, state, parent = _stat(pid)
+            if state in "ZX":
                 continue
-            if (
+            environ = _environ(pid)
+            rank = _first(environ, (variable,))
+            if rank is None:
+                whole &= parent != starter or "PATH" in environ
+            elif (
                 all(environ.get(name) == own[name] for name in job)
                 if job
-                else _starter(int(entry)) == starter
+                else _starter(pid, variable) == starter
             ):
-                found.setdefault(rank, {})[int(entry)] = state
-    return found
+                found.setdefault(rank, {})[pid] = state
+    return found, whole
 
 
-def _missing(me: int, size: int) -> tuple[str, list[int], int]:
+def _missing(me: int, size: int, variable: str) -> tuple[str, list[int], int]:
     """Who will not come, as words ("" if nobody is known to), the stopped processes, and the rank that says so."""
-    ranks = _siblings(me)
-    stopped = {rank: [pid for pid, state in by.items() if state in "Tt"] for rank, by in ranks.items()}
+    ranks, whole = _siblings(me, variable)
+    stopped = {rank: [pid for pid, state in by.items() if state == "T"] for rank, by in ranks.items()}
     said = [f"rank {rank} is stopped" for rank, pids in sorted(stopped.items()) if pids]
-    here = _first(_look(str(me))[0], _LOCAL)
+    here = _here(_environ(me)) if whole else None
     if here == size:
         said += [f"rank {rank} has ended" for rank in range(size) if rank not in ranks]
     elif here is not None and len(ranks) < here:
@@ -117,34 +164,62 @@ def _wait(seconds: float) -> None:
         os._exit(0)
 
 
-def _watch(me: int, size: int, timeout: float | None) -> None:
-    began = time.monotonic()
-    _wait(timeout or PATIENCE)
+def _watch(me: int, size: int, timeout: float | None, variable: str, mine: int) -> None:
+    waited = 0.0  # the time in which this process and its rank could run: a job may be suspended
+    soon, late = timeout or PATIENCE, max(timeout or 0, PATIENCE)
     stopped: list[int] = []
-    who, speaker, seen = "", 0, ""
+    who, speaker, seen = "", mine, ""
     while True:
-        with suppress(OSError):
-            who, stopped, speaker = _missing(me, size)
+        pause = min(1.0, soon - waited) if waited < soon else 1.0
+        _wait(pause)
+        if _is_stopped(me):  # with all others, it may be, and does not wait
+            seen = ""
+            continue
+        waited += pause
+        if waited < soon:
+            continue
+        try:
+            who, stopped, speaker = _missing(me, size, variable)
+        except OSError:  # nobody can be seen: each speaks for itself
+            who, stopped, speaker = "", [], mine
         if who and who == seen:  # twice: nobody was only about to end as it should
             break
-        if timeout is not None and time.monotonic() - began > max(timeout, PATIENCE):
+        if waited >= late:
             break
         seen = who
-        _wait(1)
-    mine = _first(_look(str(me))[0], _RANKS)
     if mine != speaker:
         _wait(1.5)
-    elif mine is not None:
-        what = who or "not all have come, though none of this machine has ended or is stopped"
+    else:
+        what = who or "not all have come, though none of this machine is known to have ended or to be stopped"
         sys.stderr.write(
-            f"fedmpi: rank {mine} of {size} has waited for {time.monotonic() - began:.0f} s for the ranks to connect: "
+            f"fedmpi: rank {mine} of {size} has waited for {waited:.0f} s for the ranks to connect: "
             f"{what}; ending all ranks\n"
         )
         sys.stderr.flush()
-    for pid in [*stopped, me]:  # while MPI_Init runs, no handler of Python's does
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    victims = [*stopped, me]  # while MPI_Init runs, no handler of Python's does
+    with suppress(OSError):
+        launcher = _starter(me, variable)
+        _end(stopped, signal.SIGKILL)  # or the launcher waits for them
+        if mine == speaker and _stat(launcher)[0] in _LAUNCHERS:
+            # With ULFM a rank's end is neither the others' nor the job's, which would end with 0.
+            _end([launcher], signal.SIGTERM)
+            _wait(1)
+    _end(victims, signal.SIGKILL)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return _stat(pid)[1] == "T"
+    except OSError:  # no Linux: nobody knows
+        return False
+
+
+def _end(processes: list[int], number: int) -> None:
+    for pid in processes:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
 
 
 if __name__ == "__main__":
-    _watch(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]) if sys.argv[3] else None)
+    _me, _size, _timeout, _variable, _rank = sys.argv[1:]
+    _watch(int(_me), int(_size), float(_timeout) if _timeout else None, _variable, int(_rank or 0))

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from time import monotonic, sleep
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,6 +22,8 @@ from fedmpi.comm.watchdog import Watchdog
 
 # Counts of most MPI calls are 32-bit.
 _CHUNK = 1 << 30
+_FAILED = 32000  # a tag of messages that say: this rank has failed
+_ALL_FAIL = 10.0  # seconds within which the others fail, too, if they do
 
 _Buffer: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -220,6 +223,24 @@ class MPIComm(Comm):
         except MPI.Exception:
             self._abandoned += pending  # with their buffers, into which MPI may still write
             raise
+
+    def fail(self, why: str) -> None:
+        """Ends all ranks, unless all have failed within some seconds, or ULFM lets the others know."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        if self.survives:
+            self._mpi.Revoke()
+        elif others:
+            empty = [np.empty(0, dtype=np.uint8) for _ in range(2)]
+            pending = [self._mpi.Irecv(empty[0], rank, _FAILED) for rank in others]
+            pending += [self._mpi.Isend(empty[1], rank, _FAILED) for rank in others]
+            until = monotonic() + _ALL_FAIL
+            while not MPI.Request.Testall(pending):
+                if monotonic() > until:
+                    sys.stderr.write(
+                        f"fedmpi: {self.name}: rank {self.rank} failed: {why}; ending all ranks\n"
+                    )
+                    self.abort()
+                sleep(0.01)
 
     def abort(self) -> None:
         sys.stdout.flush()

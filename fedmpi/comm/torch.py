@@ -10,7 +10,7 @@ import traceback
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +25,7 @@ from fedmpi.comm.rendezvous import Place, absent, brief, find, meet
 from fedmpi.errors import CommError
 
 TIMEOUT = 300.0
+_FAILED = "failed"  # where a group's store says why its first rank failed
 
 # What Gloo and NCCL add up, and what carries the types that they do not.
 _SUMS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8}
@@ -90,7 +91,8 @@ class TorchComm(Comm):
         if self.name != "gloo":
             return dist.new_group(None, timedelta(seconds=self._timeout), self.name) if whole else group
         _open.add(self)
-        return _private(group, self._timeout)
+        self._store, members = _private(group, self._timeout)
+        return members
 
     @classmethod
     def start(
@@ -133,12 +135,15 @@ class TorchComm(Comm):
             yield
         except RuntimeError as error:
             who = "a rank"
-            if self._place is not None and self.name == "gloo":
+            if self.name == "gloo":
                 # Connections close with the last reference to the group: then the others notice, too, and tell.
                 traceback.clear_frames(error.__traceback__)
                 self.close()
-                if missing := absent(self._place):
-                    who = f"rank {', '.join(map(str, missing))}"
+                if why := self._said():
+                    self._lost = f"{self.name}: rank {self.rank} of {self.size}, {what}: {why}"
+                    raise LostError(self._lost) from None
+            if self._place is not None and self.name == "gloo" and (missing := absent(self._place)):
+                who = f"rank {', '.join(map(str, missing))}"
             self._lost = (
                 f"{self.name}: rank {self.rank} of {self.size}, {what}: {who} ended or did not come "
                 f"within {self._timeout:g} s ({brief(error)})"
@@ -234,6 +239,22 @@ class TorchComm(Comm):
         self._works.clear()
         self._group = None
 
+    def fail(self, why: str) -> None:
+        """What the others raise says why (over Gloo, whose group is this end's own)."""
+        if self._lost or self.name != "gloo":
+            return
+        with suppress(RuntimeError):  # the store went with a rank
+            self._store.compare_set(_FAILED, "", f"rank {self.rank} failed: {why}")
+        self._lost = f"{self.name}: rank {self.rank} of {self.size} has failed before: {why}"
+        self.close()
+
+    def _said(self) -> str:
+        """Why the first rank that failed did."""
+        with suppress(RuntimeError):
+            if self._store.check([_FAILED]):
+                return str(self._store.get(_FAILED).decode())
+        return ""
+
     def abort(self) -> None:
         """End this process; the others find its connections closed."""
         sys.stdout.flush()
@@ -270,15 +291,15 @@ def _initialize(here: Place, backend: str, device: torch.device | None, timeout:
     _here = here
 
 
-def _private(group: dist.ProcessGroup | None, timeout: float) -> Any:
+def _private(group: dist.ProcessGroup | None, timeout: float) -> tuple[Any, Any]:
     """A Gloo group of the members of ``group``, started by them alone and unknown to torch, which counts the groups
-    that each rank has started. Their first rank names it."""
+    that each rank has started, and its store. Their first rank names it."""
     group = group or dist.group.WORLD
     assert group is not None
     name = [uuid.uuid4().hex]
     dist.broadcast_object_list(name, group_src=0, group=group)
     store = dist.distributed_c10d.PrefixStore(f"fedmpi/{name[0]}", dist.distributed_c10d._get_default_store())
-    return dist.ProcessGroupGloo(store, group.rank(), group.size(), timedelta(seconds=timeout))
+    return store, dist.ProcessGroupGloo(store, group.rank(), group.size(), timedelta(seconds=timeout))
 
 
 @atexit.register

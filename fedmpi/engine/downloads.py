@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from fedmpi.errors import MessageError
 from fedmpi.message import Message, from_bytes
@@ -17,6 +20,7 @@ def receive(server: Server, view: State, frame: bytes, version: int) -> State:
     """
     message = from_bytes(frame, clients=1)
     _check_layout(server, message, len(frame))
+    _check_finite(message.arrays, "array ")
     try:
         new = server.reconcile(view, message, version)
     except (LookupError, RuntimeError, TypeError, ValueError, OverflowError) as error:
@@ -32,7 +36,17 @@ def receive(server: Server, view: State, frame: bytes, version: int) -> State:
             raise MessageError(f"download: {name} comes to {tuple(value.shape)}, expected {tuple(was.shape)}")
         if value.is_floating_point() and value.shape != was.shape:
             raise MessageError(f"download: {name} comes to {tuple(value.shape)}, expected {tuple(was.shape)}")
+    _check_finite({name: value for name, value in new.items() if value is not view[name]}, "")
     return new
+
+
+def _check_finite(values: Mapping[str, Tensor], what: str) -> None:
+    for name, value in values.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise MessageError(
+                f"download: {what}{name!r} has a NaN or an infinity, expected finite numbers; either it was changed on "
+                f"its way or the server's parameters have overflowed: then try a smaller server.lr or local.lr"
+            )
 
 
 def _check_layout(server: Server, message: Message, size: int) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from safetensors.torch import load, save
 
 from fedmpi.errors import CheckpointError
 from fedmpi.method import State
+from fedmpi.plain_file import NotPlainError, read_plain
 
 MANIFEST = "manifest.json"
 _LARGEST_MANIFEST = 1 << 30
@@ -174,20 +174,16 @@ def read(path: Path, expected: File | None = None) -> bytes:
       CheckpointError: it is not there, is not a plain file, or has another size or checksum.
     """
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{path}: expected a plain file")
-            size = status.st_size
-            if expected is not None and size != expected.bytes:
-                raise CheckpointError(
-                    f"{path}: expected {expected.bytes} bytes, got {size} (truncated or foreign)"
-                )
-            if expected is None and size > _LARGEST_MANIFEST:
-                raise CheckpointError(f"{path}: expected at most {_LARGEST_MANIFEST} bytes, got {size}")
-            data = file.read(size)
+        data = read_plain(path, _LARGEST_MANIFEST if expected is None else expected.bytes, links=False)
+    except NotPlainError as error:
+        size = f"{expected.bytes} bytes" if expected else f"at most {_LARGEST_MANIFEST} bytes"
+        raise CheckpointError(f"{path}: expected a plain file of {size}, got {error.what}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: expected a plain file: {error.strerror or error}") from None
+    if expected is not None and len(data) != expected.bytes:
+        raise CheckpointError(
+            f"{path}: expected {expected.bytes} bytes, got {len(data)} (truncated or foreign)"
+        )
     digest = hashlib.sha256(data).hexdigest()
     if expected is not None and digest != expected.sha256:
         raise CheckpointError(f"{path}: expected SHA-256 {expected.sha256}, got {digest} (damaged)")

@@ -3,19 +3,23 @@ every round."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fedmpi.comm.base import Comm
+from fedmpi.comm.base import Comm, together
 from fedmpi.config import Config
 from fedmpi.engine.downloads import receive
 from fedmpi.engine.store import ClientStore, Kept, everybody, nobody
+from fedmpi.engine.updates import check_server
 from fedmpi.errors import ConfigError
 from fedmpi.meet import ways
+from fedmpi.meet.base import Held, Roster, Way
 from fedmpi.meet.sums import Sums
-from fedmpi.meet.ways import Held, OwnerWay, Roster, SumWay, Way
+from fedmpi.meet.ways import OwnerWay, SumWay
 from fedmpi.message import Message, from_bytes, to_bytes
 from fedmpi.method import Compressor, Method, Round, State
 
@@ -143,27 +147,45 @@ class Replica:
     def way_of(self, codec: Compressor) -> Way:
         return self._ways[codec]
 
-    def _mean(self) -> Tensor | None:
-        mean_S = self.way.send()()
-        if isinstance(self.way.peers, Held):
-            self.way.peers.commit()
-        return mean_S
+    def _aggregate(self, use: Callable[[Tensor], None]) -> None:
+        """The mean of the open pass, and what is done with it where this rank gets it. An error that an owner has
+        alone is everybody's: a message that cannot be read must end the senders, too."""
+        end = self.way.send()
+        with nullcontext() if self.owner is None else together(self.comm, "aggregating"):
+            mean_S = end()
+            if isinstance(self.way.peers, Held):
+                self.way.peers.commit()
+            if mean_S is not None:
+                use(mean_S)
+
+    def _step(self, rule: Callable[[State, Tensor, Round], State], mean_S: Tensor) -> None:
+        """Take over the state after a ``rule`` of the server.
+
+        Raises:
+          NumericalError: it overflows.
+        """
+        now = self.way.roster.now
+        state = rule(self.state, mean_S, now)
+        check_server(state, self.state, mean_S, now.t)
+        self.state = state
 
     def between(self) -> Tensor:
         """A pass that is not the last is over: make its mean known to all ranks, and return it ``(S,)``."""
-        mean_S = self._mean()
+        means: list[Tensor] = []
+        self._aggregate(means.append)
+        mean_S = means[0] if means else None
         if self.owner is not None:
             sent = b"" if mean_S is None else to_bytes(Message({"mean": mean_S[None]}))
             mean_S = from_bytes(self.comm.broadcast(sent, self.owner)).arrays["mean"][0]
         assert mean_S is not None  # every message was usable
-        self.state = self.method.server.between(self.state, self._index, mean_S, self.way.roster.now)
+        index, server = self._index, self.method.server
+        self._step(lambda state, mean_S, now: server.between(state, index, mean_S, now), mean_S)
         return mean_S
 
     def finish(self) -> None:
         """All have sent: aggregate, and bring this rank's parameters up to date."""
-        mean_S, version = self._mean(), int(self.state["version"])
-        if mean_S is not None:
-            self.state = self.method.server.finish(self.state, mean_S, self.way.roster.now)
+        version = int(self.state["version"])
+        self._aggregate(lambda mean_S: self._step(self.method.server.finish, mean_S))
         self._publish(version)
 
     def skip(self, state: State, round: Round) -> None:

@@ -28,7 +28,7 @@ from fedmpi.errors import FedMPIError, NumericalError
 from fedmpi.meet.sums import LARGEST
 from fedmpi.message import Message
 from fedmpi.method import Compressor, Context, Round, State
-from fedmpi.ops.sums import from_fixed, to_fixed
+from fedmpi.ops.sums import finite, from_fixed, to_fixed
 
 _CHUNK_VALUES = 1 << 22  # gradients of so many numbers are held at a time
 _MANY = 200  # steps of a run; fewer are done before clients' steps at once are ready
@@ -72,14 +72,12 @@ class Simulation:
         self.spec, self.method = parts.spec, parts.method
         self.fingerprint = fingerprint(self.data, self.partition)
         up = self.method.up
-        self.clients, peers = (make_store(init, config) for init in (up.init, up.init_peer))
-        self.stores = self.clients, peers
+        self.stores = self.clients, peers = make_store(up.init, config), make_store(up.init_peer, config)
         self.memory = fits_here(config, comm, self.clients, peers)
         workers = config.mode == "data_parallel"
         self.rounds_per_epoch = self._passes_of_data() if workers else config.rounds_per_epoch
         kind: Kind = "data_parallel" if workers else config.topology
-        sums = sums_of(config, self.method)
-        self.replica = Replica(comm, self.method, parts.theta_D, sums, peers, kind)
+        self.replica = Replica(comm, self.method, parts.theta_D, sums_of(config, self.method), peers, kind)
         self.trainer = Trainer(parts.model, self.spec, self.objective, config.local, config.seed, workers)
         steps = config.rounds * int(self.trainer.steps(self.partition.sizes.max()))
         # Not where a client's row of a batched product may have other last bits, nor where tracing takes longer.
@@ -338,14 +336,13 @@ class Simulation:
     def _send_sum(self, call: _Call, positions: Tensor, status: Status) -> Tensor:
         """Train some of this rank's clients and hand over one message for all of them; returns their positions."""
         replica, up, clients_C = self.replica, self.method.up, call.clients[positions]
-        weights_C = call.weights[positions]
-        weight = weights_C.sum()
+        weight = (weights_C := call.weights[positions]).sum()
         if self._pools and len(positions) > 1:
             theta_D, frozen_D = replica.parameters(), self.method.server.frozen(replica.state)
             g_D, loss_C = self.trainer.pool(
                 theta_D, self.data.train, self.partition, clients_C, weights_C / weight, call.now.t, frozen_D
             )
-            if not bool(g_D.sum().isfinite() & (loss_C.abs() <= LARGEST).all()):
+            if not (finite(g_D) and bool((loss_C.abs() <= LARGEST).all())):
                 for position in positions.split(1):
                     self._train(call, position, status)  # names the client
                 raise NumericalError(
@@ -357,6 +354,7 @@ class Simulation:
             g_D = (weights_C / weight).float() @ g_CD
         ctx = Context(call.now, clients_C[:1], torch.ones(1, dtype=torch.int64), replica.shared())
         message, _ = up.compress(g_D[None], {}, ctx)
+        updates.check_fits_float32(message, {}, call.now.t)
         replica.way.take(weight[None], message, {}, ctx)
         status.upload += self.ledger.upload_of(clients_C, message)
         status.loss += int(to_fixed(loss_C * weights_C).sum())
@@ -367,11 +365,10 @@ class Simulation:
         whose message counts."""
         if not len(positions):
             return positions
-        way, before = self.replica.way, self.clients.get(ctx.clients_C)
-        codec = way.up
+        way, codec, before = self.replica.way, self.replica.way.up, self.clients.get(ctx.clients_C)
         message, after = codec.compress(update.g_CD, before, ctx)
         if not self.rejects:
-            updates.check_fits_float32(message, ctx.round.t)
+            updates.check_fits_float32(message, after, ctx.round.t)
         else:
             weights_C = call.weights[positions]
             fits_C = updates.fits(codec, message, before, after, ctx, way.largest() / weights_C)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fedmpi.engine.manifest import MANIFEST, Manifest
 from fedmpi.errors import CheckpointError, FedMPIError
-from fedmpi.method import Server, State
+from fedmpi.message import is_position, row_nbytes
+from fedmpi.method import Method, Server, State
 
 if TYPE_CHECKING:
     from fedmpi.engine.rounds import Simulation
@@ -80,6 +81,22 @@ def check_manifest(folder: Path, described: Manifest, simulation: Simulation) ->
         before.update(file.clients)
 
 
+def _values_of(way: str, total: int, method: Method) -> tuple[int, int]:
+    """How many of ``total`` bytes can be of values, not of positions: the least and the most."""
+    rule = method.server.downloads()
+    if way == "download":
+        return (0 if rule is None or any(map(is_position, rule)) else total), total
+    layouts = [codec.layout() for codec in method.passes]
+    if not any(is_position(name) for layout in layouts for name in layout):
+        return total, total
+    row = row_nbytes(layouts[0]) if len(layouts) == 1 else None
+    if not row:
+        return 0, total
+    values = row_nbytes({name: field for name, field in layouts[0].items() if not is_position(name)})
+    assert values is not None, "no array of the layout is ragged"
+    return total // row * values, total // row * values
+
+
 def check_metrics(path: Path, data: bytes, described: Manifest, simulation: Simulation) -> None:
     """The lines of metrics: each round once, with the fields that this run writes, which add up to the totals.
 
@@ -123,6 +140,14 @@ def check_metrics(path: Path, data: bytes, described: Manifest, simulation: Simu
         if sums[name] != total:
             raise CheckpointError(
                 f"{path}: {name}: expected {total} in all, by the manifest, got {sums[name]}"
+            )
+    for way in ("upload", "download"):
+        total, got_values = described.totals.bytes[way], described.totals.bytes[f"{way}_values"]
+        least, most = _values_of(way, total, simulation.method)
+        if not least <= got_values <= most:
+            raise CheckpointError(
+                f"{path.parent / MANIFEST}: totals.bytes.{way}_values: expected "
+                f"{least if least == most else f'{least} to {most}'} of {total} bytes in all, got {got_values}"
             )
 
 

@@ -19,6 +19,8 @@ from fedmpi.errors import NumericalError
 from fedmpi.meet.sums import LARGEST
 from fedmpi.message import Message
 from fedmpi.method import Compressor, Context, State, believed
+from fedmpi.ops.sums import finite as finite_numbers
+from fedmpi.ops.sums import finite_rows
 from fedmpi.tasks.partitions import Partition
 
 
@@ -36,7 +38,7 @@ def counters(config: Config, partition: Partition) -> tuple[str, ...]:
 
 def finite(update: Update) -> Tensor:
     """The clients that computed numbers, bool ``(C,)``: a loss up to 2^22 and a finite gradient."""
-    return (update.loss_C.abs() <= LARGEST) & update.g_CD.sum(1).isfinite()
+    return (update.loss_C.abs() <= LARGEST) & finite_rows(update.g_CD)
 
 
 def fits(
@@ -51,9 +53,9 @@ def fits(
     decoded_CS, _ = codec.decompress(message, believed(codec, before), ctx)
     good_C = (decoded_CS.double().abs() <= largest_C[:, None]).all(1)
     for value in after.values():
-        good_C &= _finite_rows(value)
+        good_C &= finite_rows(value)
     for name, array in message.arrays.items():
-        rows = _finite_rows(array)
+        rows = finite_rows(array)
         if name in message.lengths:
             owners = torch.arange(len(good_C)).repeat_interleave(message.lengths[name])
             good_C[owners[~rows]] = False
@@ -62,18 +64,33 @@ def fits(
     return good_C
 
 
-def check_fits_float32(message: Message, t: int) -> None:
-    """Raises NumericalError when a message of finite gradients has numbers that float32, or a half, cannot hold."""
+def check_fits_float32(message: Message, after: State, t: int) -> None:
+    """Raises NumericalError when a message of finite gradients, or what its clients keep ``after`` it, has numbers that
+    float32, or a half, cannot hold."""
     for name, array in message.arrays.items():
-        if array.is_floating_point() and not bool(array.isfinite().all()):
-            raise NumericalError(
-                f"round {t}: the message's {name} is beyond the largest {str(array.dtype).removeprefix('torch.')}, "
-                "though the gradients are finite; expected smaller gradients: lower local.lr, or set clip.norm"
+        if not finite_numbers(array):
+            raise _overflow(t, f"the message's {name}", array, "gradients")
+    for name, value in after.items():
+        if not finite_numbers(value):
+            raise _overflow(t, f"a client's {name}", value, "gradients")
+
+
+def check_server(state: State, before: State, mean_S: Tensor, t: int) -> None:
+    """Raises NumericalError when finite messages, of the mean ``(S,)``, took the server's state, or a view, beyond what
+    float32 holds. Ranks that hold the same find the same. What stands in the state ``before`` too is not looked at."""
+    for name, value in state.items():
+        if value is not before.get(name) and not finite_numbers(value):
+            decoded = "the mean of what the messages decode to"
+            raise _overflow(
+                t, f"the server's {name}" if finite_numbers(mean_S) else decoded, value, "messages"
             )
 
 
-def _finite_rows(value: Tensor) -> Tensor:
-    return value.flatten(1).isfinite().all(1) if value.ndim > 1 else value.isfinite()
+def _overflow(t: int, what: str, value: Tensor, of: str) -> NumericalError:
+    return NumericalError(
+        f"round {t}: {what} is beyond the largest {str(value.dtype).removeprefix('torch.')}, though the {of} are "
+        "finite; expected smaller gradients: lower local.lr, or set clip.norm"
+    )
 
 
 def clip(update: Update, norm: float) -> tuple[Update, int]:
@@ -81,4 +98,8 @@ def clip(update: Update, norm: float) -> tuple[Update, int]:
     norm_C: Tensor = torch.linalg.vector_norm(update.g_CD, dim=1, dtype=torch.float64)
     long_C = norm_C > norm
     factor_C = torch.where(long_C, norm / norm_C, 1.0)
-    return update._replace(g_CD=update.g_CD * factor_C.float()[:, None]), int(long_C.sum())
+    g_CD = update.g_CD * factor_C.float()[:, None]
+    tiny_C = factor_C < torch.finfo(torch.float32).tiny  # a factor that a float32 holds few bits of, or none
+    if bool(tiny_C.any()):
+        g_CD[tiny_C] = (update.g_CD[tiny_C] * factor_C[tiny_C, None]).float()
+    return update._replace(g_CD=g_CD), int(long_C.sum())

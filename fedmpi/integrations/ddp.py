@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fedmpi.comm.base import Comm
+from fedmpi.comm.base import Comm, together
 from fedmpi.errors import ConfigError
 from fedmpi.integrations.job import AnyMethod, Job
 from fedmpi.integrations.modules import hookable, shapes_of, trained
@@ -72,7 +72,7 @@ class State:
         self._left: list[set[str]] = []
         self._waiting: list[_Bucket] = []
         self._sent: list[int] = []  # groups that are to be decoded
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -117,6 +117,13 @@ class State:
 
     def hook(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Called by DDP in each backward pass, in the same order on all ranks."""
+        try:
+            return self._hook(bucket)
+        except BaseException as error:  # after what is under way, which the others take part in
+            self._worker.submit(self._break, error)
+            raise
+
+    def _hook(self, bucket: Any) -> torch.futures.Future[Tensor]:
         if self._job.alone:
             return self._keep(bucket)
         if bucket.index() == 0:
@@ -183,12 +190,17 @@ class State:
                     if not waiting.groups:
                         self._answer(waiting)
         except Exception as error:
-            # The pass cannot be finished: whoever waits gets the error, and backward() raises it. Nor can another one:
-            # ranks may have stopped at different places.
-            self._error = error
-            for waiting in self._waiting:
-                waiting.future.set_exception(error)  # type: ignore[arg-type]
-            self._waiting.clear()
+            self._break(error)
+
+    def _break(self, error: BaseException) -> None:
+        """The pass cannot be finished: whoever waits gets the error, the other ranks as well, and backward() raises it.
+        Nor can another one: ranks may have stopped at different places."""
+        self._error = self._error or error
+        self._sent.clear()
+        for waiting in self._waiting:
+            waiting.future.set_exception(error)  # type: ignore[arg-type]
+        self._waiting.clear()
+        self._job.failed(error)
 
     def _fill(self, bucket: _Bucket) -> None:
         scale = self._scaler.get_scale() if self._scaler else 1.0
@@ -268,8 +280,10 @@ def attach(
     ddp = hookable(ddp)
     if getattr(ddp, "_fedmpi", None) is not None:
         raise ConfigError("ddp: it has a fedmpi hook already; attach one once, after wrapping the model")
-    parameters = trained(ddp.module, set(ddp.parameters_to_ignore))
-    job = Job(shapes_of(parameters), method, among(ddp.process_group, comm), settings)
+    ranks = among(ddp.process_group, comm)
+    with together(ranks, "looking at its parameters"):
+        parameters = trained(ddp.module, set(ddp.parameters_to_ignore))
+    job = Job(shapes_of(parameters), method, ranks, settings)
     group = (ddp.process_group or dist.group.WORLD) if comm == "group" else None
     state = State(job, {p: name for name, p in parameters.items()}, scaler, group)
     try:

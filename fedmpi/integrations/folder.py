@@ -19,6 +19,7 @@ import torch
 from fedmpi.comm.base import together
 from fedmpi.errors import CheckpointError, ConfigError
 from fedmpi.integrations.job import Job
+from fedmpi.plain_file import NotPlainError, read_plain
 
 T = TypeVar("T")
 _NAME = re.compile(r"fedmpi-rank(\d+)\.pt")
@@ -86,10 +87,12 @@ def _load(job: Job, folder: Path) -> bool:
     path = path_of(folder, comm.rank)
     data, state, wrong = b"", None, ""
     try:
-        data = path.read_bytes()
+        data = read_plain(path)
         state = _parsed(data)
     except (FileNotFoundError, NotADirectoryError):
         pass
+    except NotPlainError as error:
+        wrong = f"{path}: expected a plain file, got {error.what}"
     except OSError as error:
         wrong = f"{path}: cannot be read: {error.strerror or error}"
     except ConfigError as error:

@@ -16,11 +16,13 @@ from fedmpi import methods, random
 from fedmpi.comm.base import Comm
 from fedmpi.integrations.settings import Settings, Shapes
 from fedmpi.meet import ways
-from fedmpi.meet.ways import End, GatherWay, Held, OwnerWay, Roster, Way
+from fedmpi.meet.base import End, Held, Roster, Way
+from fedmpi.meet.ways import GatherWay, OwnerWay
 from fedmpi.message import Message, concat, from_bytes, to_bytes
 from fedmpi.method import Compressor, Round, State, believed
 from fedmpi.methods.base import Options, Setup
 from fedmpi.ops import fast
+from fedmpi.ops.sums import finite
 from fedmpi.spec import Spec
 
 _Result = tuple[Tensor | None, tuple[State, State]]
@@ -107,7 +109,8 @@ class Group:
         """Replace this rank's gradients by all ranks' mean; what is kept changes only with :meth:`commit`.
 
         Returns:
-          False when a rank's gradient is not finite: the mean is NaN then, on every rank.
+          False when a rank's gradient is not finite, or what comes of it overflows: the mean is NaN then, on every
+          rank.
         """
         raise NotImplementedError
 
@@ -137,7 +140,7 @@ class Exact(Group):
         return False
 
     def start(self, step: int, exact: bool) -> None:
-        usable = _finite(self.flat_D)
+        usable = finite(self.flat_D)
         if not usable:
             self.flat_D.zero_()
         self.flat_D.mul_(1 / self.comm.size)
@@ -153,7 +156,7 @@ class Exact(Group):
         summed()
         self.seconds["wire"] += perf_counter() - started
         self.payload += self.flat_D.nbytes
-        if float(self._all[-1]) == 0:
+        if float(self._all[-1]) == 0 and finite(self.flat_D):
             return True
         self.flat_D.fill_(math.nan)
         return False
@@ -208,11 +211,13 @@ class Compressed(Group):
         end, self._end = self._end, None  # with the messages and the state before, which it holds
         assert end is not None
         mean_D, self._after = end()
-        if mean_D is None:
+        # What messages decode to and what servers keep may overflow too. Both are the same on every rank.
+        if mean_D is None or not all(map(finite, (mean_D, *self._after[1].values()))):
             self.flat_D.fill_(math.nan)
-        elif mean_D.data_ptr() != self.flat_D.data_ptr():
+            return False
+        if mean_D.data_ptr() != self.flat_D.data_ptr():
             self.flat_D.copy_(mean_D)
-        return mean_D is not None
+        return True
 
     def _exactly(self, now: Round) -> Callable[[], _Result]:
         kept = self.state, self.memory
@@ -226,7 +231,7 @@ class Compressed(Group):
             roster = Roster.of_ranks(self.comm, now, decoder.shared(memory))
             end, state = self._send(codec, state, roster, checked=index > 0)
             mean_S = end()
-            if mean_S is None:
+            if mean_S is None or not finite(mean_S):
                 return lambda: (None, before)
             memory = decoder.between(memory, index, mean_S, now)
         roster = Roster.of_ranks(self.comm, now, decoder.shared(memory))
@@ -254,14 +259,14 @@ class Compressed(Group):
         way, g_1D, here = self.ways[codec], self.flat_D[None], torch.tensor([self.comm.rank])
         ctx = roster.ctx(here)
         started, wired = perf_counter(), way.wire
-        usable = checked or codec.tells or _finite(self.flat_D)
+        usable = checked or codec.tells or finite(self.flat_D)
         message, after = codec.compress(g_1D if usable else torch.zeros_like(g_1D), state, ctx)
         if codec.tells and not checked:
             usable = bool(message.finite)
-        if codec is not self.plain.up:  # finite gradients may make a message that is not: their sums overflow
-            usable = usable and all(
-                a.isfinite().all() for a in message.arrays.values() if a.is_floating_point()
-            )
+        if (
+            codec is not self.plain.up
+        ):  # finite gradients may make a message, or leave a residual, that overflows
+            usable = usable and all(map(finite, (*message.arrays.values(), *after.values())))
         way.open(roster)
         way.take(roster.weights[here], message, state, ctx, usable)
         end = way.send()
@@ -300,8 +305,3 @@ class Compressed(Group):
         if way.init():
             way.peers = Held(concat([from_bytes(frame) for frame in frames]).arrays)
         self.rollback()
-
-
-def _finite(x_D: Tensor) -> bool:
-    """No infinity or NaN: such a sum has neither. One that overflows is looked at in float64, where none can."""
-    return math.isfinite(float(x_D.sum())) or math.isfinite(float(x_D.sum(dtype=torch.float64)))

@@ -103,11 +103,16 @@ class Compression:
         self.step = 0
         self._over = False
 
+    @staticmethod
+    def _alone() -> bool:
+        """One rank has nothing to average, and what it keeps is its own gradient."""
+        return bool(hvd.is_initialized() and hvd.size() == 1)
+
     def compress(self, tensor: Tensor) -> tuple[Tensor, _Sent | None]:
         """What Horovod is to average, and what :meth:`decompress` needs. Called by Horovod."""
         if self._over:
             self.step, self._over = self.step + 1, False
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or self._alone():
             return tensor, None
         now = Round(self._settings.seed, self.step, 1.0, self._settings.steps_per_epoch)
         # Client 0 on every rank: what is drawn from a client's key is drawn alike.
@@ -280,8 +285,7 @@ def _distributed(base: type[torch.optim.Optimizer]) -> Any:
             """Average the gradients now. Called by all ranks."""
             if not self._synchronized:
                 self._check()
-                scale = self._scaler.get_scale() if self._scaler else 1.0
-                self.compression.between_steps().average(self._named, scale)
+                self.compression.average(self._named, self._scaler)
                 self._synchronized = True
 
         def _check(self) -> None:

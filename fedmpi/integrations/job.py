@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from fedmpi.comm.base import Comm
+from torch import Tensor
+
+from fedmpi.comm.base import Comm, LostError, together
 from fedmpi.integrations import auto
 from fedmpi.integrations.modules import warn_of_nothing
 from fedmpi.integrations.reducer import Reducer
@@ -20,13 +22,14 @@ class Job:
     """One method's reducer, or the ones that ``auto`` tries."""
 
     def __init__(self, shapes: Shapes, method: AnyMethod, comm: Comm, settings: dict[str, Any]) -> None:
-        options = auto.parse(method)
+        with together(comm, "reading its method and settings"):
+            options, checked = auto.parse(method), Settings.of(**settings)
         self.alone = comm.size == 1  # nothing is to be averaged, and so nothing compressed
         self._auto: auto.Auto | None = None
         if isinstance(options, auto.AutoOptions):
             self._auto = auto.Auto(shapes, options, comm, settings)
         else:
-            warn_of_nothing(shapes, options, Settings.of(**settings))
+            warn_of_nothing(shapes, options, checked)
             self._reducer = Reducer(shapes, options, comm, **settings)
 
     @property
@@ -52,6 +55,25 @@ class Job:
     def run(self, task: Callable[[Job], T]) -> T:
         """``task`` of this job, between two steps."""
         return task(self)
+
+    def average(self, parameters: Mapping[str, Tensor], scaler: Any) -> None:
+        """A step of :meth:`Reducer.average`; what is raised on one rank is known to all.
+
+        Args: scaler: the job's GradScaler, or None.
+        """
+        if self.alone:
+            self.reducer.passed(0, last=True)
+            return
+        try:
+            self.between_steps().average(parameters, scaler.get_scale() if scaler else 1.0)
+        except BaseException as error:
+            self.failed(error)
+            raise
+
+    def failed(self, error: BaseException) -> None:
+        """A step cannot be finished here: the other ranks, which may wait, are told."""
+        if not isinstance(error, LostError):
+            self.reducer.comm.fail(f"{type(error).__name__}: {error}")
 
     def reset(self) -> None:
         """Begin anew. Called by all ranks."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fedmpi.comm.base import Comm
+from fedmpi.comm.base import Comm, together
 from fedmpi.errors import ConfigError
 from fedmpi.integrations.ddp import Scaler
 from fedmpi.integrations.job import AnyMethod, Job
@@ -56,22 +56,19 @@ class Sync:
             ignored, inner = set(inner.parameters_to_ignore), inner.module
         if not isinstance(inner, nn.Module):
             raise ConfigError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
-        self._parameters = trained(inner, ignored)
         self._scaler = scaler
         if isinstance(comm, str):
             comm = among(group, comm)
         elif group is not None:
             matching(comm, group)
+        with together(comm, "looking at its parameters"):
+            self._parameters = trained(inner, ignored)
         self._job = Job(shapes_of(self._parameters), method, comm, settings)
 
     def __call__(self) -> None:
         """Replace each parameter's gradient by the mean over all ranks. One that some ranks lack counts as zero there;
         one that all lack stays missing, as under DDP."""
-        scale = self._scaler.get_scale() if self._scaler else 1.0
-        if self._job.alone:
-            self._job.reducer.passed(0, last=True)
-        else:
-            self._job.between_steps().average(self._parameters, scale)
+        self._job.average(self._parameters, self._scaler)
 
     def stats(self) -> dict[str, Any]:
         """Steps, bytes and seconds so far on this rank."""

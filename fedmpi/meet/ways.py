@@ -29,161 +29,22 @@ Shape suffixes: N clients of a pass, C of them at a time, W ranks, S summed numb
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from time import perf_counter
-from typing import ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedmpi.comm.base import Comm, together
+from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError, MessageError
-from fedmpi.meet.sums import Sum, Sums
+from fedmpi.meet.base import End, Held, Peers, Roster, Way
+from fedmpi.meet.sums import Sums
 from fedmpi.message import Message, concat, from_bytes, from_rows, to_bytes, to_rows
-from fedmpi.method import Compressor, Context, Round, State, believed
+from fedmpi.method import Compressor, Context, State, believed
 
-T = TypeVar("T")
-End = Callable[[], Tensor | None]
 Name = Literal["auto", "sum", "gather", "merge", "owner"]
 GATHER_BYTES = 1 << 30  # of peers' state that "auto" lets a rank keep
 _CHUNK_VALUES = 1 << 24  # decoded numbers at a time when one rank decodes many clients
-
-
-class Roster(NamedTuple):
-    """Who sends in a pass, the same on every rank."""
-
-    now: Round
-    clients: Tensor
-    """Ids, int64 ``(N,)``."""
-    weights: Tensor
-    """Float64 ``(N,)``, with the sum 1."""
-    placed: Mapping[int, Tensor]
-    """Positions in ``clients`` of each rank's."""
-    shared: State
-    """What they know of the far end."""
-
-    @classmethod
-    def of_ranks(cls, comm: Comm, now: Round, shared: State) -> Roster:
-        """The ranks themselves, which all count the same; rank r is client r."""
-        ranks_W = torch.arange(comm.size)
-        weights_W = torch.full((comm.size,), 1 / comm.size, dtype=torch.float64)
-        return cls(now, ranks_W, weights_W, dict(enumerate(ranks_W[:, None])), shared)
-
-    def ctx(self, positions: Tensor) -> Context:
-        """The context of the messages of the clients at these positions."""
-        clients_C = self.clients[positions]
-        return Context(self.now, clients_C, torch.ones_like(clients_C), self.shared)
-
-
-class Peers(Protocol):
-    """What a receiver keeps of senders: a store of a federated run's clients, or :class:`Held`."""
-
-    def get(self, clients_C: Tensor, /) -> State: ...
-
-    def put(self, clients_C: Tensor, state: State, /) -> None: ...
-
-
-class Held:
-    """What this rank keeps of all W ranks, one tensor a name with a leading axis W; what is put counts once it is
-    :meth:`commit`-ted, so that a step can be taken back."""
-
-    def __init__(self, state: State) -> None:
-        self.state = self._next = state
-
-    def get(self, clients_C: Tensor, /) -> State:
-        return self.state
-
-    def put(self, clients_C: Tensor, state: State, /) -> None:
-        self._next = state
-
-    def commit(self) -> None:
-        self.state = self._next
-
-    def rollback(self) -> None:
-        self._next = self.state
-
-
-class Way(ABC):
-    """One way for one compressor.
-
-    Attributes:
-      peers: what this rank keeps of the senders whose messages it decodes for others; None where it keeps nothing.
-      wire: seconds spent in collectives so far.
-      reuse: a mean lies where the last one did.
-    """
-
-    name: ClassVar[str]
-    reuse = False
-
-    def __init__(self, comm: Comm, up: Compressor, sums: Sums, peers: Peers | None = None) -> None:
-        self.comm, self.up, self.sums, self.peers = comm, up, sums, peers
-        self.wire = 0.0
-        self._kept: Sum | None = None
-
-    def init(self) -> State:
-        """What this rank would keep of W ranks before their first messages; {} where it keeps nothing of them."""
-        return {}
-
-    def open(self, roster: Roster) -> None:
-        """A pass begins."""
-        self.roster, self.share = roster, 1.0
-
-    @abstractmethod
-    def take(
-        self, weights_C: Tensor, message: Message, before: State, ctx: Context, usable: bool = True
-    ) -> None:
-        """Messages of this rank.
-
-        Args:
-          weights_C: float64, what each counts; one message may stand for several clients, with their weights' sum.
-          message: some of the rank's clients'; the rank's own, where each has one.
-          before: the senders' state before they made it, with axis C; {} for a message that stands for several.
-          ctx: theirs.
-          usable: False: the pass is to come to nothing, on all ranks.
-        """
-
-    def only(self, sent_N: Tensor) -> None:
-        """Before :meth:`send`, on all ranks: of the roster only those (bool) sent a message that counts. Their weights
-        are renormalised."""
-        if not bool(sent_N.all()):
-            self.share = float(self.roster.weights[sent_N].sum())
-            placed = {rank: at[sent_N[at]] for rank, at in self.roster.placed.items()}
-            self.roster = self.roster._replace(placed=placed)
-
-    @abstractmethod
-    def send(self) -> End:
-        """Send what was taken. What comes back waits for the others, and returns the weighted mean ``(S,)`` (of an
-        integer method the sum, or its sign), the same on every rank; None where this rank does not get it, or where a
-        rank's message is not usable."""
-
-    def largest(self) -> float:
-        """The largest magnitude that a weighted number of a message may have."""
-        return self.sums.largest(self.up, len(self.roster.clients))
-
-    def _wait(self, collective: Callable[[], T]) -> T:
-        started = perf_counter()
-        result = collective()
-        self.wire += perf_counter() - started
-        return result
-
-    def _zero(self, flag: bool) -> Sum:
-        if self._kept is not None:
-            self._kept.clear()
-            return self._kept
-        total = self.sums(self.up, len(self.roster.clients), flag)
-        if self.reuse:
-            self._kept = total
-        return total
-
-    def _add(self, total: Sum, weights_C: Tensor, message: Message, peers: State, ctx: Context) -> State:
-        """Add messages' vectors to a sum; returns what their receiver keeps then."""
-        if total.floats:
-            rows_CS = total.total_S.expand(message.clients, -1)
-            return self.up.add(rows_CS, message, peers, ctx, weights_C.tolist())
-        v_CS, peers = self.up.decompress(message, peers, ctx)
-        total.add(v_CS, weights_C)
-        return peers
 
 
 class SumWay(Way):
@@ -366,7 +227,8 @@ class OwnerWay(Way):
 
     Args:
       owner: that rank.
-      answers: it sends the mean to all, each of which has one message; else any number, and it alone has the mean.
+      answers: it sends the mean to all, each of which has one message; else any number, and it alone has the mean, or
+        an error that it must tell the others.
     """
 
     name = "owner"
@@ -400,16 +262,11 @@ class OwnerWay(Way):
     def send(self) -> End:
         frame = to_bytes(concat(self._outbox)) if self._outbox and self._usable else b""
         inbox = self._wait(lambda: self.comm.gather(frame, self.owner))
-        here, mean_S = self.comm.rank == self.owner, None
+        here, answer = self.comm.rank == self.owner, b""
         if not self.answers:
-            with together(
-                self.comm, "aggregating"
-            ):  # a message that cannot be read must end the senders, too
-                mean_S = self._mean(inbox) if here else None
-            return lambda: mean_S
+            return lambda: self._mean(inbox) if here else None
         if here and all(inbox):
-            mean_S = self._mean(inbox)
-        answer = b"" if mean_S is None else to_bytes(Message({"mean": mean_S[None]}))
+            answer = to_bytes(Message({"mean": self._mean(inbox)[None]}))
         answer = self._wait(lambda: self.comm.broadcast(answer, self.owner))
         return lambda: from_bytes(answer).arrays["mean"][0] if answer else None
 

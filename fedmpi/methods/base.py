@@ -205,8 +205,3 @@ def apply_changes(theta_D: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
             raise MessageError(f"download: expected increasing indices below {len(theta_D)}")
         return theta_D.scatter(0, index_K, values_K)
     return values_K
-
-
-def finite(x: Tensor) -> bool:
-    """No infinity or NaN."""
-    return bool(x.isfinite().all())

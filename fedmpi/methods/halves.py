@@ -18,6 +18,7 @@ from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, Round, State
 from fedmpi.methods.base import Entry, FeedbackOptions, Mean, MeanServer, Setup
 from fedmpi.methods.feedback import Feedback
+from fedmpi.ops.sums import finite
 from fedmpi.spec import Spec
 
 
@@ -49,7 +50,10 @@ class Half(Compressor):
         return v_CD, peer
 
     def merge(self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None) -> Tensor:
-        return rows_WN.float().mean(0).to(self.dtype)
+        mean_N = rows_WN.float().mean(0)
+        if not finite(mean_N):  # bf16 reaches as far as float32, whose sums may overflow
+            mean_N = rows_WN.double().mean(0)
+        return mean_N.to(self.dtype)
 
 
 def _builder(dtype: torch.dtype) -> Callable[[HalfOptions, Spec, Setup], Method]:

@@ -28,9 +28,10 @@ from fedmpi import random
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Decoder, Method, Round, Server, State, nest, unnest
-from fedmpi.methods.base import Entry, Options, Setup, finite
+from fedmpi.methods.base import Entry, Options, Setup
 from fedmpi.ops import fast
 from fedmpi.ops.subspace import MATRICES, Embedding
+from fedmpi.ops.sums import finite
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
 

@@ -109,7 +109,9 @@ class ClusterServer(Server):
         v_S, moved, weight_K = mean_S.split([self.width, self.clusters * self.width, self.clusters])
         old_KS, hit_K = state["clusters.centroids"], weight_K > 0
         mean_KS = moved.view(self.clusters, self.width) / weight_K[:, None]
-        target_KS = torch.where((old_KS == 0).all(1, keepdim=True), mean_KS, (old_KS + mean_KS) / 2)
+        both_KS = old_KS + mean_KS
+        half_KS = torch.where(both_KS.isfinite(), both_KS / 2, old_KS / 2 + mean_KS / 2)
+        target_KS = torch.where((old_KS == 0).all(1, keepdim=True), mean_KS, half_KS)
         moved_K = torch.where(hit_K, state["version"] + 1, state["clusters.moved"])
         new = self.inner.finish(self._inner(state), v_S, round)
         return self._with(new, torch.where(hit_K[:, None], target_KS, old_KS), moved_K)

@@ -20,6 +20,7 @@ of all layers' P, Q = Σ M·R, S = Q and the dense parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -29,9 +30,10 @@ from torch import Tensor
 from fedmpi import random
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Decoder, Method, Round, Server, State, nest, unnest
-from fedmpi.methods.base import Entry, FeedbackOptions, Setup, finite, missed_rounds, remember
+from fedmpi.methods.base import Entry, FeedbackOptions, Setup, missed_rounds, remember
 from fedmpi.methods.lowrank import Layer, Layers, orthonormal, set_product, subtract_product
 from fedmpi.ops import fast
+from fedmpi.ops.sums import finite
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
 
@@ -76,10 +78,11 @@ class Factors:
         return torch.cat([p_P[:0], *columns])
 
     def warm(self, mean_S: Tensor) -> Tensor:
-        """The Q ``(Q,)`` that the next round starts from."""
+        """The Q ``(Q,)`` that the next round starts from. Its length is of no account: one far from 1, whose product
+        with gradients as large would overflow (or with as small ones vanish), is brought there by a power of two."""
         pairs = zip(self.right(mean_S), self.right(self.q0_Q), strict=True)
         columns = (torch.where((q_MR == 0).all(0), q0_MR, q_MR).flatten() for (_, q_MR), (_, q0_MR) in pairs)
-        return torch.cat([mean_S[:0], *columns])
+        return torch.cat([mean_S[:0], *map(_moderate, columns)])
 
     def product(self, p_P: Tensor, v_CS: Tensor, out: Tensor | None = None) -> Tensor:
         """P̂ Qᵀ and the dense parameters: ``(C, D)``; in ``out`` where that is given."""
@@ -95,6 +98,14 @@ class Factors:
         for (layer, p_NR), (_, q_CMR) in zip(self.left(p_P), self.right(v_CS), strict=True):
             subtract_product(layer.of(g_CD), p_NR, q_CMR)
         return g_CD
+
+
+def _moderate(q_N: Tensor) -> Tensor:
+    """q where its largest entry lies within 2^±32; else times the power of two that takes that below 1."""
+    largest = float(q_N.abs().amax())
+    if 2.0**-32 <= largest <= 2.0**32 or not math.isfinite(largest):
+        return q_N
+    return (q_N.double() * 2.0 ** -math.frexp(largest)[1]).float()
 
 
 class _Pass(Compressor):

@@ -5,6 +5,8 @@ Shape suffixes: C clients, S numbers of a vector, B blocks of them.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,23 @@ def _tree(x: Tensor) -> Tensor:
         low, high = x.chunk(2, -1)
         x = low + high
     return x[..., 0]
+
+
+def finite(x: Tensor) -> bool:
+    """No infinity or NaN. A finite sum has neither in it, and takes one pass at memory's speed; one that is not finite
+    may have overflowed, and then the entries are looked at."""
+    if not x.is_floating_point():
+        return True
+    return math.isfinite(float(x.sum())) or bool(x.isfinite().all())
+
+
+def finite_rows(x_C: Tensor) -> Tensor:
+    """:func:`finite` of each of C tensors, bool ``(C,)``."""
+    if not x_C.is_floating_point():
+        return torch.ones(len(x_C), dtype=torch.bool)
+    rows_CN = x_C.flatten(1) if x_C.ndim > 1 else x_C[:, None]
+    good_C = rows_CN.sum(1).isfinite()
+    return good_C if bool(good_C.all()) else rows_CN.isfinite().all(1)
 
 
 def to_fixed(values: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ def _load(name: str, places: Places, wanted: str) -> Data:
         ArithmeticError,
         AttributeError,
         LookupError,
+        MemoryError,
         OSError,
         RuntimeError,
         TypeError,

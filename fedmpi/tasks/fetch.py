@@ -21,9 +21,8 @@ from fedmpi.errors import DataError
 from fedmpi.tasks import choose
 from fedmpi.tasks.packages import PACKAGED, Packaged, fetch_package
 from fedmpi.tasks.readers.idx import find_idx
-from fedmpi.tasks.verify import CHUNK, Progress, Unpacked, fault, run_program
+from fedmpi.tasks.verify import CHUNK, PACKING, Progress, Unpacked, fault, run_program
 
-_PACKING = 1 << 16  # bytes that gzip may add to what does not pack
 _PATIENCE_S = 5.0  # for a connection and for each read
 
 
@@ -133,7 +132,7 @@ def _web(address: str) -> Callable[[Published, Path], None]:
                 urllib.request.urlopen(f"{address}/{stem}.gz", timeout=_PATIENCE_S) as answer,
                 (aside / f"{stem}.gz").open("wb") as out,
             ):
-                left = file.nbytes + _PACKING
+                left = file.nbytes + PACKING
                 while left > 0 and (chunk := answer.read(min(CHUNK, left))):
                     left -= out.write(chunk)
 

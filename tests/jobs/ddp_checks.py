@@ -8,6 +8,7 @@ Each check builds its own models; rank 0 writes {check: "" or what went wrong on
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import json
 import re
@@ -457,6 +458,70 @@ def a_parameter_that_is_in_no_bucket_is_named() -> None:
     p.requires_grad_(True)
     fedmpi.ddp.attach(module, "bf16", comm=COMM)
     refuses(ConfigError, f"no bucket has {frozen};", lambda: backward(module, 0))
+
+
+@check
+def an_error_on_one_rank_is_known_to_all() -> None:
+    """Anything that is raised in the hook, in the thread behind it, or in sync, on the last rank alone."""
+    if COMM != "group":
+        return  # under MPI it ends all ranks: tests/test_ddp.py
+    last = dist.get_world_size() - 1
+    mine = dist.get_rank() == last
+    said = "expected" if mine else f"rank {last} failed: "
+
+    module, state = hooked("signsgd", ddp={"bucket_cap_mb": 0.01}, group_mb=0.01)
+    steps(module, 1)
+    if mine:
+        state._names = {}
+    refuses(
+        KeyError if mine else RuntimeError, "" if mine else f"{said}KeyError", lambda: backward(module, 0)
+    )
+
+    module, state = hooked("signsgd", ddp={"bucket_cap_mb": 0.01}, group_mb=0.01)
+    if mine:
+        state._reducer = state._job.reducer
+        state._reducer.groups[1].start = lambda *_: 1 / 0
+    refuses(RuntimeError, "division by zero", lambda: backward(module, 0))
+
+    table = nn.Linear(40, 40)
+    average = fedmpi.sync(table, "signsgd", comm=COMM)
+    table.weight.grad = torch.ones(40, 40).to_sparse() if mine else torch.ones(40, 40)
+    kind = ConfigError if mine else CommError
+    refuses(kind, "parameter weight has sparse gradients", average)
+    refuses(kind, "weight has sparse gradients", average)
+
+    wrong = {"name": "topk", "ratio": 2.0} if mine else "bf16"
+    refuses(kind, "ratio", lambda: hooked(wrong))
+    bag = nn.Sequential(nn.Linear(3, 3), nn.EmbeddingBag(20, 8, sparse=mine))
+    refuses(kind, "1.weight has sparse gradients", lambda: fedmpi.sync(bag, "bf16", comm=COMM))
+
+
+@check
+def attachments_leave_nothing() -> None:
+    """Neither a group, nor threads, nor connections, once the modules are gone."""
+    if COMM != "group":
+        return
+    from fedmpi.comm.torch import _open
+
+    def held() -> tuple[int, int, int]:
+        gc.collect()
+        dist.barrier()
+        threads, files = (len(list(Path(f"/proc/self/{what}").iterdir())) for what in ("task", "fd"))
+        return len(_open), threads, files
+
+    def used(count: int) -> None:
+        for i in range(count):
+            module, _ = hooked("signsgd", nn.Linear(40, 40))
+            module(torch.ones(2, 40)).sum().backward()
+            if i % 5 == 0:
+                fedmpi.sync(module, "bf16", comm=COMM)()
+
+    used(2)
+    before = held()
+    used(50)
+    after = held()
+    assert after[0] == before[0]
+    assert all(b < a + 20 for a, b in zip(before, after, strict=True)), f"of 60 groups: {before}, {after}"
 
 
 COMM_CHECKS = (  # what depends on who carries the messages; the fast suite does only these over MPI

@@ -1,263 +1,149 @@
-"""Feeds damaged messages of every method to its receiver: ``python -m tests.jobs.fuzz INPUTS SEED``.
+"""Feeds damaged inputs of every kind to what reads them: ``python tests/jobs/fuzz.py [KIND ...] [--n N] [--seed S]``.
 
-Frames that clients really sent are changed where a frame has structure (counts, names, dtypes, shapes, row counts,
-values, indices) and where it has none, and go the way of a message to rank 0: from_bytes with the method's layout, one
-client after the other, decompress. Only MessageError may come of it, and what is accepted has its shape and finds its
-way into state of the right shape. The process may not take more than ROOM bytes beyond what it had.
-Prints what came, as JSON.
+Prints a line a kind: how many were tried, refused by a named error, rightly accepted, and wrong (a traceback, a crash,
+a hang, or accepted though it is not what was meant), then each that was wrong, with the command that tries it again.
+Exit code 1 if any was. Inputs run in a process of their own kind, so that a crash or a hang is counted, too; the inputs
+after it go on in another process.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
-import random
+import os
 import resource
-import struct
+import select
+import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+import tempfile
+import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import torch
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT)]
 
-from fedmpi import methods
-from fedmpi.errors import MessageError
-from fedmpi.message import Layout, from_bytes, to_bytes
-from fedmpi.method import Compressor, Context, Round, State, play
-from fedmpi.methods import METHODS
-from fedmpi.methods.base import FeedbackOptions, Setup
-from fedmpi.spec import Spec
+from tests.jobs.outcomes import Outcome, judge  # noqa: E402 (a script's own folder is no package)
 
-ROOM = 256 << 20
-CLIENTS = 3
-SPECS = (
-    Spec(("conv.weight", "conv.bias", "fc.weight"), ((3, 2, 3, 3), (3,), (9, 20))),
-    Spec(("w",), ((7, 30),)),  # nothing but a layer that factors, none that does not
-    Spec(("b",), ((1,),)),  # indices without bits
-)
-# What a length, a count or a dimension is replaced by.
-NUMBERS = (
-    0,
-    1,
-    2,
-    3,
-    7,
-    8,
-    127,
-    128,
-    255,
-    256,
-    2**15,
-    2**16 - 1,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**40,
-    2**63,
-    2**64 - 1,
-)
-# What four bytes of values are replaced by: NaN, infinities, the largest, a subnormal, zero, minus one, all bits.
-FLOATS = (float("nan"), float("inf"), -float("inf"), 3.4e38, 1e-45, 0.0, -1.0)
-WORDS = [*(struct.pack("<f", x) for x in FLOATS), b"\xff" * 4]
+KINDS = ("messages", "downloads", "checkpoints", "configs", "data", "states")
+FULL = {"messages": 75_000}  # inputs of a kind that costs little; of the others:
+EACH = 5_000
+ROOM = 4 << 30  # bytes that a process may take beyond what it has; kinds may allow less
+PATIENCE_S = 120.0  # for one input
+START_S = 600.0  # for a process's imports and its valid inputs
 
 
-class Target(NamedTuple):
-    """A receiver and a frame that it takes."""
-
-    name: str
-    up: Compressor
-    layout: Layout
-    peers: State
-    ctx: Context
-    frame: bytes
-    fields: list[int]  # where numbers of the frame's header start
-    values: list[range]  # where arrays lie
+def inputs(kind: str) -> int:
+    """How many inputs of a kind the full test tries."""
+    return FULL.get(kind, EACH)
 
 
-def options() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row's example, its variants, with and without error feedback, and under each wrapper."""
-    for name, entry in METHODS.items():
-        example = {"name": name, **entry.example}
-        yield name, example
-        for variant, more in entry.variants.items():
-            yield f"{name} {variant}", example | more
-        if issubclass(entry.options, FeedbackOptions):
-            yield f"{name} feedback", {**example, "feedback": not example.get("feedback", False)}
-        for wrapper, outer in METHODS.items():
-            if name in outer.wraps or (outer.wraps == "any" and not entry.wraps and not entry.two_passes):
-                yield f"{wrapper} over {name}", {"name": wrapper, **outer.example, "inner": example}
-
-
-def fitted(values: dict[str, Any], spec: Spec) -> dict[str, Any]:
-    """The same options for a small model."""
-    small = {
-        key: min(value, spec.size) if key in ("k", "dim", "r", "m") else value
-        for key, value in values.items()
-    }
-    return small | ({"inner": fitted(small["inner"], spec)} if "inner" in small else {})
-
-
-def targets(specs: tuple[Spec, ...] = SPECS) -> list[Target]:
-    found = []
-    for spec in specs:
-        for name, values in options():
-            try:
-                method = methods.build(fitted(values, spec), spec, Setup(seed=1))
-            except methods.ConfigError:
-                continue  # needs a larger model
-            found += list(_of(f"{name}, {spec.size} parameters", method))
-    return found
-
-
-def _of(name: str, method: methods.Method) -> Iterator[Target]:
-    """Frames of some rounds: first messages, later ones, those after a change of phase."""
-    server, up = method.server, method.up
-    state = server.init(torch.linspace(-1, 1, up.spec.size))
-    senders, peers = (_stacked(init()) for init in (up.init, up.init_peer))
-    generator = torch.Generator().manual_seed(5)
-    base = torch.randn(CLIENTS, up.spec.size, generator=generator)
-    for t in range(4):
-        g = base + 0.1 * torch.randn(base.shape, generator=generator)
-        now = Round(seed=1, t=t, lr=0.1, rounds_per_epoch=2)
-        passes = play(method, g, senders, state, now, peers=peers)
-        for one in passes if t != 1 else ():
-            frame, held = to_bytes(one.message), peers if one.codec is up else {}
-            yield Target(name, one.codec, one.codec.layout(), held, one.ctx, frame, *anatomy(frame))
-        last = passes[-1]
-        senders, peers, state = last.after, last.peers, server.finish(last.state, last.mean_S, now)
-
-
-def _stacked(state: State) -> State:
-    return {n: v.expand(CLIENTS, *v.shape).clone() for n, v in state.items()}
-
-
-def anatomy(frame: bytes) -> tuple[list[int], list[range]]:
-    """Where the numbers of a frame's header lie, and its arrays: a second reading of the format."""
-    fields, values, at = [4, 8], [], 10
-    (clients,) = struct.unpack_from("<I", frame, 4)
-    while at < len(frame):
-        fields.append(at)
-        at += 1 + frame[at]
-        code, ragged, ndim = frame[at : at + 3]
-        fields += [at, at + 1, at + 2, *(at + 3 + 8 * i for i in range(ndim))]
-        shape = struct.unpack_from(f"<{ndim}Q", frame, at + 3)
-        at += 3 + 8 * ndim
-        rows = clients
-        if ragged:
-            fields += [at + 4 * c for c in range(clients)]
-            rows = sum(struct.unpack_from(f"<{clients}i", frame, at))
-            at += 4 * clients
-        size = rows * (1, 1, 2, 4, 8, 2, 2, 4, 8)[code]
-        for n in shape:
-            size *= n
-        values.append(range(at, at + size))
-        at += size
-    return fields, values
-
-
-def _number(frame: bytearray, target: Target, others: list[Target], rng: random.Random) -> None:
-    at = rng.choice(target.fields)
-    width = rng.choice((1, 2, 4, 8))
-    frame[at : at + width] = (rng.choice(NUMBERS) % 256**width).to_bytes(width, "little")
-
-
-def _word(frame: bytearray, target: Target, others: list[Target], rng: random.Random) -> None:
-    array = rng.choice(target.values)
-    if len(array) >= 4:
-        at = rng.randrange(array.start, array.stop - 3)
-        at -= (at - array.start) % 4 if rng.random() < 0.8 else 0
-        frame[at : at + 4] = rng.choice(WORDS)
-
-
-def _array(frame: bytearray, target: Target, others: list[Target], rng: random.Random) -> None:
-    array = rng.choice(target.values)
-    fill = rng.choice((b"\0", b"\xff", None))
-    frame[array.start : array.stop] = rng.randbytes(len(array)) if fill is None else fill * len(array)
-
-
-def _bytes(frame: bytearray, target: Target, others: list[Target], rng: random.Random) -> None:
-    for _ in range(rng.randint(1, 8)):
-        frame[rng.randrange(len(frame))] ^= 1 << rng.randrange(8)
-
-
-def _cut(frame: bytearray, target: Target, others: list[Target], rng: random.Random) -> None:
-    a, b = sorted(rng.randrange(len(frame) + 1) for _ in range(2))
-    del frame[a : rng.choice((b, len(frame)))]
-
-
-def _insert(frame: bytearray, target: Target, others: list[Target], rng: random.Random) -> None:
-    at = rng.randrange(len(frame) + 1)
-    frame[at:at] = rng.randbytes(rng.randint(1, 40))
-
-
-def _splice(frame: bytearray, target: Target, others: list[Target], rng: random.Random) -> None:
-    other = rng.choice(others).frame
-    frame[rng.randrange(len(frame)) :] = other[rng.randrange(len(other)) :]
-
-
-def _foreign(frame: bytearray, target: Target, others: list[Target], rng: random.Random) -> None:
-    frame[:] = rng.choice(others).frame
-
-
-def _counts(frame: bytearray, target: Target, others: list[Target], rng: random.Random) -> None:
-    """Row counts move from one client to another: the frame's length stays right."""
-    a, b = rng.choice(target.fields), rng.choice(target.fields)
-    frame[a : a + 4], frame[b : b + 4] = frame[b : b + 4], frame[a : a + 4]
-
-
-MUTATIONS: tuple[Callable[[bytearray, Target, list[Target], random.Random], None], ...] = (
-    *(_number, _number, _word, _word, _array, _bytes, _cut, _insert, _splice, _foreign, _counts),
-)
-
-
-def mutated(target: Target, others: list[Target], rng: random.Random) -> bytes:
-    frame = bytearray(target.frame)
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        if frame:
-            rng.choice(MUTATIONS)(frame, target, others, rng)
-    return bytes(frame)
-
-
-def receive(target: Target, frame: bytes) -> str:
-    """What rank 0 does with a frame; "taken" or "refused". Anything else that comes out is a bug."""
-    try:
-        message = from_bytes(frame, target.layout, CLIENTS)
-        for client in range(CLIENTS):
-            rows = torch.tensor([client])
-            peer = {name: value[rows] for name, value in target.peers.items()}
-            v_1S, after = target.up.decompress(message.select(rows), peer, target.ctx.select(rows))
-            assert v_1S.shape == (1, target.up.size), "a vector of another shape"
-            assert {n: (v.shape, v.dtype) for n, v in after.items()} == {
-                n: (v.shape, v.dtype) for n, v in peer.items()
-            }, "a state of another shape"
-    except MessageError:
-        return "refused"
-    return "taken"
-
-
-def limit_memory() -> None:
+def limit_memory(room: int) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + ROOM
+    most = pages * resource.getpagesize() + room
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
-def fuzz(inputs: int, seed: int) -> Counter[str]:
-    torch.set_num_threads(1)
-    everything, rng, seen = targets(), random.Random(seed), Counter[str]()
-    for target in everything:
-        assert receive(target, target.frame) == "taken", target.name
-    limit_memory()
-    for i in range(inputs):
-        target = everything[i % len(everything)]
-        frame = mutated(target, everything, rng)
-        try:
-            seen[receive(target, frame)] += 1
-        except BaseException as error:
-            sys.stderr.write(f"{target.name}: {type(error).__name__}: {error}\n{frame.hex()}\n")
-            raise
-    return seen + Counter(receivers=len(everything))
+def child(kind: str, n: int, seed: int, first: int, out: int) -> None:
+    """Tries inputs and writes a line of JSON on the descriptor ``out`` when it is ready and after each."""
+    with os.fdopen(out, "w") as lines, tempfile.TemporaryDirectory() as folder:
+        module = importlib.import_module(f"tests.jobs.fuzz_{kind}")
+        attempt = module.prepare(Path(folder))
+        limit_memory(getattr(module, "ROOM", ROOM))
+        print("[]", file=lines, flush=True)
+        for number in range(first, first + n):
+            print(json.dumps(judge(attempt, seed, number)), file=lines, flush=True)
+
+
+def apart(kind: str, n: int, seed: int, first: int = 0, patience_s: float = PATIENCE_S) -> Outcome:
+    """``n`` inputs from number ``first`` on, in other processes.
+
+    Raises:
+      RuntimeError: a process ended before its first input.
+    """
+    outcome, end = Outcome(), first + n
+    while (number := first + outcome.tried) < end:
+        reading, writing = os.pipe()
+        words = ("--child", str(writing), kind, "--n", str(end - number), "--seed", str(seed), "--first")
+        with tempfile.TemporaryFile() as said, os.fdopen(reading, "rb", 0) as lines:
+            process = subprocess.Popen(
+                [sys.executable, __file__, *words, str(number)],
+                pass_fds=(writing,),
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+            )
+            os.close(writing)
+            how = _collect(lines, outcome, patience_s)
+            process.kill() if how == "hang" else None
+            code = process.wait()
+            said.seek(0)
+            last = said.read()[-1500:].decode(errors="replace").strip()
+        if how == "nothing":
+            raise RuntimeError(f"{kind}: the process ended with {code} before its first input: {last}")
+        if (number := first + outcome.tried) < end:
+            why = (
+                f"no end after {patience_s:.0f} s"
+                if how == "hang"
+                else f"the process ended with {code}: {last}"
+            )
+            outcome.add("wrong", f"input {number} of seed {seed}: {why}")
+    return outcome
+
+
+def _collect(lines: object, outcome: Outcome, patience_s: float) -> str:
+    """Reads verdicts until the other end closes (``end``; ``nothing`` if no line came) or says no more (``hang``)."""
+    rest, ready = b"", False
+    while True:
+        if not select.select([lines], [], [], patience_s if ready else START_S)[0]:
+            return "hang" if ready else "nothing"
+        chunk = lines.read(1 << 16)  # type: ignore[attr-defined]
+        if not chunk:
+            return "end" if ready else "nothing"
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            if ready:
+                outcome.add(*json.loads(line))
+            ready = True
+
+
+def row(kind: object, *columns: object) -> str:
+    return f"{kind!s:<12}" + "".join(f"{column!s:>14}" for column in columns)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="damaged inputs of every kind")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}; default: all")
+    parser.add_argument(
+        "--n", type=int, help=f"inputs of each kind; default: {EACH}, of messages {FULL['messages']}"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0, help="number of the first input")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.child is not None:
+        child(asked.kinds[0], asked.n, asked.seed, asked.first, asked.child)
+        return 0
+    if strange := set(asked.kinds) - set(KINDS):
+        parser.error(f"KIND: expected some of {', '.join(KINDS)}, got {', '.join(sorted(strange))}")
+    wrong = []
+    print(row("kind", "tried", "named error", "accepted", "wrong", "inputs/s"), flush=True)
+    for kind in asked.kinds or KINDS:
+        begun = time.monotonic()
+        outcome = apart(kind, asked.n or inputs(kind), asked.seed, asked.first)
+        rate = outcome.tried / (time.monotonic() - begun)
+        counts = outcome.tried, outcome.refused, outcome.taken, len(outcome.wrong)
+        print(row(kind, *counts, f"{rate:.0f}"), flush=True)
+        wrong += [(kind, why) for why in outcome.wrong]
+    for kind, why in wrong:
+        number = why.split()[1]
+        print(
+            f"\n{kind}, {why}\n  python tests/jobs/fuzz.py {kind} --n 1 --seed {asked.seed} --first {number}"
+        )
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    print(json.dumps(fuzz(*map(int, sys.argv[1:]))))
+    sys.exit(main())

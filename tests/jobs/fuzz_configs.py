@@ -1,16 +1,17 @@
-"""A fuzzer of configurations' texts: each is refused in a few sentences, or is read as what it says."""
+"""Texts of configurations, each refused in a few sentences or read as what it says; a kind of
+:mod:`tests.jobs.fuzz`."""
 
 from __future__ import annotations
 
 import random
-import tempfile
-from collections import Counter
 from pathlib import Path
 
 import yaml
 
 from fedmpi import config, strict_yaml
 from fedmpi.errors import FedMPIError
+
+from .outcomes import Attempt
 
 TEXT = (Path(__file__).parents[2] / "configs" / "quickstart.yaml").read_text()
 ODD = (
@@ -113,46 +114,36 @@ KEYS = (
     "",
     "seed",
 )
-COUNTED = 2_000  # characters of an error
 
 
-def fuzz(n: int, seed: int) -> Counter[str]:
-    """Read ``n`` mutations; how many were read and refused.
+def prepare(folder: Path) -> Attempt:
+    path = folder / "c.yaml"
 
-    Raises:
-      AssertionError: one ended otherwise; shows its text.
-    """
-    draw, ends = random.Random(seed), Counter[str]()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "c.yaml"
-        for i in range(n):
-            text = TEXT
-            for _ in range(draw.randint(1, 3)):
-                text = _mutated(text, draw)
-            path.write_bytes(text.encode("utf-8", "surrogatepass"))
-            try:
-                ends[_end(path, text)] += 1
-            except BaseException as error:
-                shown = text if len(text) < 3000 else f"{text[:1500]} … {text[-1500:]}"
-                raise AssertionError(
-                    f"text {i} of seed {seed}: {type(error).__name__}: {error}\n{shown}"
-                ) from error
-    return ends
+    def attempt(draw: random.Random) -> FedMPIError | None:
+        text = TEXT
+        for _ in range(draw.randint(1, 3)):
+            text = _mutated(text, draw)
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        try:
+            return _read(path, text)
+        except BaseException as error:
+            shown = text if len(text) < 300 else f"{text[:150]} … {text[-150:]}"
+            raise AssertionError(f"{type(error).__name__}: {error}\n{shown}") from error
+
+    return attempt
 
 
-def _end(path: Path, text: str) -> str:
+def _read(path: Path, text: str) -> FedMPIError | None:
     try:
         read = config.load(path)
     except FedMPIError as error:
-        said = str(error)
-        assert len(said) < COUNTED, f"an error of {len(said)} characters: {said[:3000]}"
-        return "refused"
+        return error
     plain = read.plain()
     assert config.parse(strict_yaml.parse(strict_yaml.dump(plain))).plain() == plain, "it does not round-trip"
     _no_twins(yaml.compose(text, yaml.SafeLoader))
     unknown = set(strict_yaml.parse(text)) - set(config.Config.model_fields) - {"base", "<<"}
     assert not unknown, f"unknown keys {unknown} were accepted"
-    return "read"
+    return None
 
 
 def _no_twins(node: yaml.Node) -> None:

@@ -1,4 +1,4 @@
-"""Loads damaged hook states: ``fuzz(INPUTS, SEED)``.
+"""Damaged hook states, for the jobs that load them; a kind of :mod:`tests.jobs.fuzz`.
 
 States that jobs of two ranks really saved are changed, on one rank or on all, where they have structure (keys, names,
 shapes, types, numbers) and in their tensors, and loaded on both. Either all ranks refuse with one sentence, and what
@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
-from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from fedmpi.comm import run_ranks
 from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError
 from fedmpi.integrations.job import Job
+
+from .outcomes import Attempt
 
 RANKS = 2
 SHAPES = {"conv": (4, 3, 2, 2), "bias": (7,), "fc": (9, 8)}
@@ -163,58 +165,48 @@ def states(method: dict[str, Any], steps: int) -> list[dict[str, Any]]:
     return run_ranks(RANKS, run)
 
 
-def attack(
-    comm: Comm, method: dict[str, Any], valid: list[list[dict[str, Any]]], n: int, seed: int
-) -> Counter[str]:
-    """``n`` damaged states of one method, loaded on this rank; ``valid`` are those of all ranks, some of others."""
-    rng, seen, job = random.Random(seed), Counter[str](), Job(SHAPES, method, comm, SETTINGS)
-    torch.manual_seed(seed)
-    for _ in range(n):
-        # All ranks draw alike. What each is given is its own.
-        start = rng.choice(valid[:2])
+def load(
+    comm: Comm, method: dict[str, Any], before: list[Any], given: list[Any]
+) -> tuple[ConfigError | None, str]:
+    """This rank loads ``before``, then what it is given: the error that refused it, and what all ranks tell."""
+    job = Job(SHAPES, method, comm, SETTINGS)
+    job.load_state_dict(copy.deepcopy(before[comm.rank]))
+    kept = copy.deepcopy(job.state_dict())
+    mine, refusal = given[comm.rank], None
+    try:
+        job.load_state_dict(mine)
+    except ConfigError as error:
+        refusal = error
+    after = job.state_dict()
+    assert refusal is None or same(kept, after), f"{refusal}, and yet something changed"
+    if refusal is None:
+        if mine["measuring"] and method["name"] == "auto":
+            assert (after["step"], after["measuring"]) == (mine["step"], True)
+        elif mine["ranks"] != RANKS:  # what each rank kept starts afresh, which a warning says
+            assert (after["step"], after["ranks"]) == (mine["step"], RANKS)
+        else:
+            assert same(after, {**mine, "measuring": after["measuring"]}), "something else was loaded"
+    return refusal, f"{refusal} {step(job, comm.rank, 7)}"
+
+
+def prepare(folder: Path) -> Attempt:
+    torch.set_num_threads(1)
+    foreign = states({"name": "dense"}, 2)
+    jobs = [(method, [states(method, 2), states(method, 4), foreign]) for method in METHODS]
+
+    def attempt(rng: random.Random) -> ConfigError | None:
+        method, valid = rng.choice(jobs)
+        torch.manual_seed(rng.randrange(2**31))
         hurt = rng.choice(([0], [1], [0, 1]))
-        given: list[Any] = copy.deepcopy(start)
+        given: list[Any] = copy.deepcopy(rng.choice(valid[:2]))
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
             where = rng.getstate()
             for rank in hurt:
                 rng.setstate(where)  # the same on each
                 if isinstance(given[rank], dict):
                     given[rank] = mutate(given[rank], [s for others in valid for s in others], rng)
-        job.load_state_dict(copy.deepcopy(valid[0][comm.rank]))
-        before = copy.deepcopy(job.state_dict())
-        mine = given[comm.rank]
-        try:
-            job.load_state_dict(mine)
-            told = "taken"
-        except ConfigError as error:
-            told = str(error)
-            assert len(told) < 2000, told
-            assert same(before, job.state_dict()), f"{told}, and yet something changed"
-        after = job.state_dict()
-        if told == "taken":
-            if mine["measuring"] and method["name"] == "auto":
-                assert (after["step"], after["measuring"]) == (mine["step"], True)
-            else:
-                assert same(after, {**mine, "measuring": after["measuring"]}), "something else was loaded"
-        result = step(job, comm.rank, 7)
-        heard = comm.allgather(f"{told} {result}".encode())
-        assert len(set(heard)) == 1, f"ranks part: {heard}"
-        seen["taken" if told == "taken" else "refused"] += 1
-    return seen
+        heard = run_ranks(RANKS, lambda comm: load(comm, method, valid[0], given), timeout=60)
+        assert len({told for _, told in heard}) == 1, f"ranks part: {heard}"
+        return heard[0][0]
 
-
-def fuzz(n: int, seed: int) -> None:
-    """Raises AssertionError, or whatever else came out."""
-    torch.set_num_threads(1)
-    seen = Counter[str]()
-    foreign = states({"name": "dense"}, 2)
-    for i, method in enumerate(METHODS):
-        saved = [states(method, 2), states(method, 4), foreign]
-        inputs = n // len(METHODS) + (i < n % len(METHODS))
-        seen += run_ranks(
-            RANKS,
-            lambda comm, m=method, v=saved, k=inputs, s=seed + i: attack(comm, m, v, k, s),  # type: ignore[misc]
-            timeout=60,
-        )[0]
-    assert sum(seen.values()) == n
-    assert n < 100 or (seen["refused"] > n / 2 and seen["taken"] > n / 100), seen
+    return attempt

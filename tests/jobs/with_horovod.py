@@ -354,6 +354,24 @@ def mistakes() -> None:
         optimizer.step()
 
 
+def one_rank() -> None:
+    """Nothing is averaged, so nothing compressed."""
+    assert hvd.size() == 1
+    expected = train(lambda optimizer, model: optimizer)
+    for method in ({"name": "randomk", "ratio": 0.05}, "dense"):
+        assert torch.equal(train(before(method, exact_below=0)), expected)
+    for method in (TOPK, "signsgd", "auto"):
+        assert torch.equal(train(ours(method, exact_below=0)), expected)
+    model = small_model()
+    optimizer = ours("signsgd", exact_below=0)(sgd(model), model)
+    for batch in batches(2):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+    stats = optimizer.compression.stats()
+    assert (stats["steps"], stats["payload_bytes"]) == (2, 0)
+
+
 CHECKS = {
     f.__name__: f
     for f in (
@@ -365,6 +383,7 @@ CHECKS = {
         resume,
         learning,
         mistakes,
+        one_rank,
     )
 }
 

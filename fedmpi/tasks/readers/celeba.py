@@ -5,6 +5,7 @@ where it is there, ``identity_CelebA.txt``.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from fedmpi.tasks.readers.images import ImageOptions, read_image
 from fedmpi.tasks.readers.lines import inside, text_lines
 
 _WIDTH, _HEIGHT = 178, 218
+_NUMBER = re.compile(r"-?[0-9]{1,6}")
 _LANDMARKS = "list_landmarks_align_celeba.txt"
 _PARTS = "list_eval_partition.txt"
 _WHO = "identity_CelebA.txt"
@@ -28,18 +30,19 @@ def celeba(options: ImageOptions, places: Places) -> Data:
     folder = locate("celeba", places, wanted, ("Anno", "CelebA"), remedy)
     points = _landmarks(folder / _LANDMARKS)
     part = _table(folder / _PARTS, ("0", "1", "2"))
+    if different := sorted(points.keys() ^ part.keys()):
+        raise DataError(
+            f"{folder / _PARTS}: expected the pictures of {_LANDMARKS}, got {different[0]!r:.80} in one of the two"
+        )
     persons = _table(folder / _WHO) if (folder / _WHO).exists() else None
     splits = []
     for wanted_part in ("0", "2"):
         names = [name for name in points if part.get(name) == wanted_part][: options.limit]
         if not names:
             raise DataError(f"{folder / _PARTS}: expected pictures of part {wanted_part}, got none")
-        x = torch.stack(
-            [
-                read_image(inside(folder / "img_align_celeba", name, folder / _LANDMARKS), options.size)
-                for name in names
-            ]
-        )
+        pictures, size = folder / "img_align_celeba", ((_WIDTH, _HEIGHT), folder / _LANDMARKS)
+        paths = [inside(pictures, name, folder / _LANDMARKS) for name in names]
+        x = torch.stack([read_image(path, options.size, expected=size) for path in paths])
         y = torch.tensor([points[name] for name in names])
         splits.append(Split(x, y / torch.tensor([_WIDTH, _HEIGHT] * 5), _groups(folder, names, persons)))
     x, x_test = normalised(splits[0].x, splits[1].x)
@@ -67,14 +70,15 @@ def _landmarks(path: Path) -> dict[str, list[float]]:
         name, *values = line.split() or [""]
         if name in points:
             raise DataError(f"{path}, line {number}: expected each picture once, got {name!r} again")
-        try:
-            points[name] = [float(int(value)) for value in values]
-        except (ValueError, OverflowError):
-            values = []
-        if any(abs(value) > 1 << 20 for value in points.get(name, ())):
-            values = []
-        if len(values) != 10:
+        sizes = (_WIDTH, _HEIGHT) * 5
+        if len(values) != 10 or not all(map(_NUMBER.fullmatch, values)):
             raise DataError(f"{path}, line {number}: expected a name and 10 whole numbers, got {line[:80]!r}")
+        points[name] = [float(value) for value in values]
+        # Some lie a little outside. None lies a whole picture away.
+        if not all(-most <= value <= 2 * most for value, most in zip(points[name], sizes, strict=True)):
+            raise DataError(
+                f"{path}, line {number}: expected landmarks of a picture of {_WIDTH} × {_HEIGHT}, got {line[:80]!r}"
+            )
     if len(points) != int(lines[0]):
         raise DataError(f"{path}: expected {int(lines[0])} pictures (its first line), got {len(points)}")
     return points

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from fedmpi.errors import DataError
 from fedmpi.tasks.dataset import PAD, Data, Places, Split, normalised, numbered
 from fedmpi.tasks.hf import library
 from fedmpi.tasks.readers.images import ImageOptions
+from fedmpi.tasks.readers.lines import regular
 from fedmpi.tasks.readers.text import encoder, tokens
 
 
@@ -66,6 +68,8 @@ def _by_number(value: str) -> tuple[float, str]:
 
 def _columns(options: HubOptions, split: str) -> _Columns:
     datasets = library("datasets")
+    for path in sorted(Path(options.dataset).rglob("*")) if Path(options.dataset).is_dir() else ():
+        regular(path)  # the library would wait at a pipe, and goes through what no memory holds
     take = split if options.limit is None else f"{split}[:{options.limit}]"
     try:
         table = datasets.load_dataset(options.dataset, options.config, split=take)
@@ -123,7 +127,10 @@ def _inputs(options: HubOptions, places: Places, columns: list[list[Any]]) -> li
         ]
         return list(normalised(*(torch.from_numpy(p).permute(0, 3, 1, 2) for p in pixels)))
     try:
-        found = [torch.tensor(np.asarray(column, dtype=np.float32)) for column in columns]
+        arrays = [np.asarray(column) for column in columns]
+        if kinds := [a.dtype.name for a in arrays if a.dtype.kind not in "iuf"]:
+            raise TypeError(f"values of {kinds[0]}")
+        found = [torch.tensor(a.astype(np.float32)) for a in arrays]
         for x in found:
             if x.shape[1:] != found[0].shape[1:] or not bool(x.isfinite().all()):
                 raise ValueError("lists of other lengths, or NaN or infinity among them")

@@ -26,6 +26,7 @@ from fedmpi import random
 from fedmpi.errors import DataError
 from fedmpi.tasks.dataset import Data, DataOptions, Places, Split, normalised
 from fedmpi.tasks.readers.lines import regular
+from fedmpi.tasks.verify import PACKING
 
 STEMS = (
     "train-images-idx3-ubyte",
@@ -91,6 +92,11 @@ def _parse_idx(file: BinaryIO, path: str | Path) -> Tensor:
     length = math.prod(shape)
     if not 1 <= length <= _LARGEST:
         raise DataError(f"{path}: expected dimensions of 1 to {_LARGEST} elements, got {shape}")
+    if (there := Path(path).stat().st_size) > length + PACKING:
+        # Else gzip would look for another member behind the first, a byte a step through whatever follows.
+        raise DataError(
+            f"{path}: expected at most {length + PACKING} bytes for dimensions {shape}, got {there}"
+        )
     body = bytearray()  # grows with what is really there, so a false header costs no memory
     while len(body) < length and (chunk := file.read(min(_CHUNK, length - len(body)))):
         body += chunk

@@ -29,13 +29,28 @@ class FolderOptions(ImageOptions):
     gray: bool = Field(False, description="one channel instead of red, green and blue")
 
 
-def read_image(path: Path, size: int, mode: str = "RGB") -> Tensor:
+def read_image(
+    path: Path, size: int, mode: str = "RGB", expected: tuple[tuple[int, int], Path] | None = None
+) -> Tensor:
     """A picture scaled to ``size`` × ``size``: uint8 ``(3, size, size)``, or ``(1, …)`` for mode L.
 
+    Args:
+      path: the picture's.
+      size: pixels of a side.
+      mode: Pillow's name of the channels, RGB or L.
+      expected: width and height that the file beside it was made for.
+
     Raises:
-      DataError: it cannot be read, is truncated or is larger than Pillow's limit against bombs.
+      DataError: it cannot be read, is truncated, is larger than Pillow's limit against bombs, or has another width and
+        height than ``expected``, so that landmarks or masks would be of other places.
     """
     with opened(path) as picture:
+        if expected is not None and picture.size != expected[0]:
+            (width, height), other = expected
+            raise DataError(
+                f"{path}: expected a picture of {width} × {height} pixels, which {other} is for, "
+                f"got {picture.size[0]} × {picture.size[1]}"
+            )
         try:
             scaled = picture.convert(mode).resize((size, size), Image.Resampling.BILINEAR)
         except (OSError, ValueError) as error:  # a palette that is none

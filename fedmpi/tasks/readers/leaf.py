@@ -45,12 +45,28 @@ def _users(path: Path) -> list[tuple[str, Tensor, Tensor]]:
         raise DataError(
             f"{path}: expected an object with user_data of at least one user, got {kind(content)}"
         )
-    return [(user, *_samples(path, user, samples)) for user, samples in users.items()]
+    found = [(user, *_samples(path, user, samples)) for user, samples in users.items()]
+    # LEAF writes the names and counts beside the samples: what was cut off does not go unseen.
+    counts = {user: len(labels) for user, _, labels in found}
+    names = content.get("users", [*counts])
+    if not isinstance(names, list) or sorted(map(str, names)) != sorted(counts):  # in any order
+        raise DataError(
+            f"{path}: expected users to be those of user_data, got {names!r:.80} and {[*counts]!r:.80}"
+        )
+    expected = [counts[str(name)] for name in names]
+    if (told := content.get("num_samples", expected)) != expected:
+        raise DataError(f"{path}: expected num_samples {expected!r:.80}, got {told!r:.80}")
+    return found
 
 
 def _samples(path: Path, user: str, samples: Any) -> tuple[Tensor, Tensor]:
     expected = f"{path}: user {user}: expected x of 784 numbers in 0 to 1 and y of labels 0 to 61"
     try:
+        if wrong := [row for row in samples["x"] if not isinstance(row, list) or len(row) != 784]:
+            raise ValueError(f"the picture {wrong[0]!r:.40}")
+        kinds = {type(value) for row in samples["x"] for value in row}
+        if not kinds <= {int, float}:
+            raise TypeError(f"pixels of {', '.join(sorted(kind.__name__ for kind in kinds))}")
         x = np.asarray(samples["x"], dtype=np.float64).reshape(-1, 1, 28, 28)
         if wrong := [label for label in samples["y"] if type(label) not in (int, float) or label % 1]:
             raise ValueError(f"the label {wrong[0]!r:.40}")

@@ -86,10 +86,10 @@ def _checked(
 ) -> tuple[list[str], list[tuple[list[str], str]]]:
     """The personality, and the history and the reply of each utterance."""
     try:
-        persona = [_text(line) for line in dialogue["personality"]]
+        persona = _texts(dialogue["personality"])
         turns = [
-            ([_text(line) for line in turn["history"]], _text(turn["candidates"][-1]))
-            for turn in dialogue["utterances"]
+            (_texts(turn["history"]), _texts(turn["candidates"])[-1])
+            for turn in _list(dialogue["utterances"])
         ]
         if not persona or not turns or not all(history for history, _ in turns):
             raise ValueError("an empty list")
@@ -101,7 +101,15 @@ def _checked(
     return persona, turns
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{type(value).__name__} instead of a sentence")
+def _texts(value: Any) -> list[str]:
+    strange = next((line for line in _list(value) if not isinstance(line, str)), "")
+    if strange != "":
+        raise TypeError(f"{type(strange).__name__} instead of a sentence")
+    return _list(value)
+
+
+def _list(value: Any) -> list[Any]:
+    """A sentence is a sequence, too: its letters would be taken for sentences."""
+    if not isinstance(value, list):
+        raise TypeError(f"{type(value).__name__} instead of a list")
     return value

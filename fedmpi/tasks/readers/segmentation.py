@@ -43,14 +43,18 @@ def _voc_part(folder: Path, part: str, options: ImageOptions) -> Samples:
     names = [name.strip() for name in text_lines(listed)][: options.limit]
     if not names:
         raise DataError(f"{listed}: expected the names of pictures, one a line, got none")
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise DataError(f"{listed}: expected each picture once, got {twice[:80]!r} again")
     samples = []
     for name in names:
-        picture = read_image(inside(folder / "JPEGImages", f"{name}.jpg", listed), options.size)
         path = inside(folder / "SegmentationClass", f"{name}.png", listed)
         with opened(path) as mask:
             if mask.mode not in ("P", "L"):
                 raise DataError(f"{path}: expected a palette picture of classes, got mode {mask.mode}")
-            y = _scaled(mask, options.size)
+            y, size = _scaled(mask, options.size), mask.size
+        file = inside(folder / "JPEGImages", f"{name}.jpg", listed)
+        picture = read_image(file, options.size, expected=(size, path))
         wrong = y[(y >= _VOC_CLASSES) & (y != _VOID)]
         if len(wrong):
             raise DataError(f"{path}: expected classes 0 to 20 and 255, got {int(wrong[0])}")
@@ -91,6 +95,8 @@ def _coco_part(path: Path, pictures: Path, options: ImageOptions) -> tuple[Sampl
         named = [(image["id"], inside(pictures, image["file_name"], path), _size(image)) for image in images]
         if not named:
             raise ValueError("no images")
+        if len({image["file_name"] for image in content["images"]}) < len(known):
+            raise ValueError("a picture's file twice")
         if len(set(ids)) < len(ids) or not ids or ids[0] < 0:
             raise ValueError("a category's id twice, below 0 or none")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -100,11 +106,12 @@ def _coco_part(path: Path, pictures: Path, options: ImageOptions) -> tuple[Sampl
         ) from error
     number = {identity: i for i, identity in enumerate(ids, 1)}
     samples = []
-    for identity, picture, (width, height) in named:
-        mask = Image.new("I", (width, height))
+    for identity, picture, size in named:
+        pixels = read_image(picture, options.size, expected=(size, path))
+        mask = Image.new("I", size)  # not before the picture is known to be as large
         for annotation in by_image[identity]:
             _draw(mask, annotation, number, path)
-        samples.append((read_image(picture, options.size), _scaled(mask, options.size)))
+        samples.append((pixels, _scaled(mask, options.size)))
     return samples, ids
 
 
@@ -117,11 +124,19 @@ def _size(image: dict[str, Any]) -> tuple[int, int]:
 
 def _draw(mask: Image.Image, annotation: dict[str, Any], number: dict[int, int], path: Path) -> None:
     try:
-        value = IGNORE if annotation.get("iscrowd") else number[_whole(annotation["category_id"])]
-        shape = annotation["segmentation"]
+        value = number[_whole(annotation["category_id"])]
+        if (crowd := _whole(annotation.get("iscrowd", 0))) not in (0, 1):
+            raise ValueError(f"iscrowd {crowd:.0f}, expected 0 or 1")
+        value, shape = IGNORE if crowd else value, annotation["segmentation"]
         if isinstance(shape, dict):
+            if shape.get("size", [*reversed(mask.size)]) != [*reversed(mask.size)]:
+                raise ValueError(
+                    f"runs of size {shape['size']!r:.40}, expected height and width of the picture"
+                )
             mask.paste(value, (0, 0), _runs(shape["counts"], mask.size))
         else:
+            if not isinstance(shape, list) or not shape:
+                raise ValueError(f"the segmentation {shape!r:.40}, expected at least one polygon")
             for polygon in shape:
                 ImageDraw.Draw(mask).polygon(_corners(polygon), fill=value)
     except (KeyError, TypeError, ValueError) as error:

@@ -6,6 +6,7 @@ Shape suffixes: N samples, L tokens.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from fedmpi.tasks.hf import tokenizer
 from fedmpi.tasks.readers.lines import text_lines
 
 RATINGS = "movieReviewSnippets_GroundTruth.txt"
+_RATING = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?(e[-+]?[0-9]+)?")
 _TEST = 2000  # sentences of the movie reviews that are kept for the test
 
 
@@ -74,10 +76,12 @@ def sst2(options: TextOptions, places: Places) -> Data:
                 f"{path}: expected a line 'sentence<tab>label' and sentences after it, "
                 f"got {lines[0][:80] if lines else 'nothing'!r}"
             )
-        rows = [line.rsplit("\t", 1) for line in lines[1:]]
+        rows = [line.split("\t") for line in lines[1:]]
         for number, row in enumerate(rows, 2):
-            if len(row) != 2 or row[1].strip() not in ("0", "1"):
-                raise DataError(f"{path}, line {number}: expected a sentence, a tab and 0 or 1, got {row}")
+            if len(row) != 2 or not row[0].strip() or row[1].strip() not in ("0", "1"):
+                raise DataError(
+                    f"{path}, line {number}: expected a sentence, a tab and 0 or 1, got {lines[number - 1][:80]!r}"
+                )
         y_N = torch.tensor([int(label) for _, label in rows])
         splits.append(Split(tokens(encode, [sentence for sentence, _ in rows], options.length), y_N))
     train, test = _even(splits)
@@ -108,8 +112,8 @@ def _rated(path: Any, number: int, line: str) -> tuple[float, str]:
     """The rating and the sentence of a line ``number<tab>rating<tab>sentence``."""
     words = line.split("\t")
     try:
-        rating = float(words[1])
-    except (IndexError, ValueError):
+        rating = float(words[1]) if _RATING.fullmatch(words[1].strip()) else math.nan
+    except IndexError:
         rating = math.nan
     if len(words) != 3 or not -4 <= rating <= 4 or not words[2].strip():
         raise DataError(
