@@ -39,21 +39,49 @@ class Group:
       seconds, payload: spent and sent so far, in seconds and bytes.
     """
 
-    def __init__(self, shapes: Shapes, comm: Comm) -> None:
-        self.comm = comm
+    def __init__(
+        self,
+        shapes: Shapes,
+        options: Options,
+        comm: Comm,
+        settings: Settings,
+        owner: int | None = None,
+        room: float = ways.GATHER_BYTES,
+    ) -> None:
+        self.comm, self.settings = comm, settings
         self.spec = Spec(tuple(shapes), tuple(shapes.values()))
         self.names = self.spec.names
+        # A key of its own: equal groups must not draw equal numbers.
+        self.seed = random.key(settings.seed, stream=f"group {self.names[0]}")
+        setup = Setup(self.seed, comm.size)
+        self.method = methods.build(options, self.spec, setup)
+        self.plain = methods.build("dense", self.spec, setup)
+        self.decoder, up = self.method.directions(), self.method.up
+        self.ways = {codec: ways.build(comm, codec) for codec in self.method.passes[:-1]}
+        self.ways[up] = ways.build(comm, up, settings.exchange, owner=owner, room=room, packed=True)
+        self.ways[self.plain.up] = ways.build(comm, self.plain.up, "sum")
+        for way in self.ways.values():
+            way.reuse = True  # a mean is copied, or decoded, before the next step
         self.place(self.memory_D())
         self._borrowed = False
-        self.state: State = {}
-        self.memory: State = {}
         self.seconds = dict.fromkeys(("encode", "wire", "decode"), 0.0)
         self.payload = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all that was kept between steps."""
+        self.state: State = {name: value[None].clone() for name, value in self.method.up.init().items()}
+        self.memory = self.decoder.memory()
+        way = self.ways[self.method.up]
+        way.peers = Held(way.init())
+        self._after = self.state, self.memory
 
     @property
     def peers(self) -> Held:
         """What this rank keeps of all ranks as a receiver."""
-        return Held({})
+        peers = self.ways[self.method.up].peers
+        assert isinstance(peers, Held)
+        return peers
 
     def memory_D(self) -> Tensor:
         """Where gradients are gathered."""
@@ -93,9 +121,6 @@ class Group:
         """Bytes that this rank keeps between steps."""
         return sum(v.nbytes for part in (self.state, self.memory, self.peers.state) for v in part.values())
 
-    def reset(self) -> None:
-        """Forget all that was kept between steps."""
-
     def start(self, step: int, exact: bool) -> None:
         """Send this rank's gradients; other groups may follow before :meth:`finish`.
 
@@ -103,111 +128,17 @@ class Group:
           step: of the job.
           exact: they go as they are.
         """
-        raise NotImplementedError
-
-    def finish(self) -> bool:
-        """Replace this rank's gradients by all ranks' mean; what is kept changes only with :meth:`commit`.
-
-        Returns:
-          False when a rank's gradient is not finite, or what comes of it overflows: the mean is NaN then, on every
-          rank.
-        """
-        raise NotImplementedError
-
-    def commit(self) -> None:
-        """The step counts."""
-
-    def rollback(self) -> None:
-        """The step does not count."""
-
-    def believe(self) -> None:
-        """Make the peers' state from what the ranks' own states say of it. Called by all ranks."""
-
-
-class Exact(Group):
-    """Averaged as they are, in an all-reduce that other groups' messages need not wait for."""
-
-    @property
-    def peers(self) -> Held:
-        """What this rank keeps of all ranks as a receiver."""
-        return Held({})
-
-    def memory_D(self) -> Tensor:
-        self._all = torch.zeros(self.spec.size + 1)  # and whether it is usable: 0, or how many ranks' is not
-        return self._all[:-1]
-
-    def _whole(self, gradient: Tensor) -> bool:
-        return False
-
-    def start(self, step: int, exact: bool) -> None:
-        usable = finite(self.flat_D)
-        if not usable:
-            self.flat_D.zero_()
-        self.flat_D.mul_(1 / self.comm.size)
-        self._all[-1] = float(not usable)
-        started = perf_counter()
-        self._summed: Callable[[], None] | None = self.comm.start_sum(self._all)
-        self.seconds["wire"] += perf_counter() - started
-
-    def finish(self) -> bool:
-        started, summed = perf_counter(), self._summed
-        assert summed is not None
-        self._summed = None  # with what it holds
-        summed()
-        self.seconds["wire"] += perf_counter() - started
-        self.payload += self.flat_D.nbytes
-        if float(self._all[-1]) == 0 and finite(self.flat_D):
-            return True
-        self.flat_D.fill_(math.nan)
-        return False
-
-
-class Compressed(Group):
-    """Averaged as the method's messages."""
-
-    def __init__(
-        self,
-        shapes: Shapes,
-        options: Options,
-        comm: Comm,
-        settings: Settings,
-        owner: int | None = None,
-        room: float = ways.GATHER_BYTES,
-    ) -> None:
-        super().__init__(shapes, comm)
-        self.settings = settings
-        # A key of its own: equal groups must not draw equal numbers.
-        self.seed = random.key(settings.seed, stream=f"group {self.names[0]}")
-        setup = Setup(self.seed, comm.size)
-        self.method = methods.build(options, self.spec, setup)
-        self.plain = methods.build("dense", self.spec, setup)
-        self.decoder, up = self.method.directions(), self.method.up
-        self.ways = {codec: ways.build(comm, codec) for codec in self.method.passes[:-1]}
-        self.ways[up] = ways.build(comm, up, settings.exchange, owner=owner, room=room, packed=True)
-        self.ways[self.plain.up] = ways.build(comm, self.plain.up, "sum")
-        for way in self.ways.values():
-            way.reuse = True  # a mean is copied, or decoded, before the next step
-        self.reset()
-
-    def reset(self) -> None:
-        self.state: State = {name: value[None].clone() for name, value in self.method.up.init().items()}
-        self.memory = self.decoder.memory()
-        way = self.ways[self.method.up]
-        way.peers = Held(way.init())
-        self._after = self.state, self.memory
-
-    @property
-    def peers(self) -> Held:
-        peers = self.ways[self.method.up].peers
-        assert isinstance(peers, Held)
-        return peers
-
-    def start(self, step: int, exact: bool) -> None:
         now = Round(self.seed, step, 1.0, self.settings.steps_per_epoch)
         self._end: Callable[[], _Result] | None
         self._end = self._exactly(now) if exact else self._compressed(now)
 
     def finish(self) -> bool:
+        """Wait for what :meth:`start` sent, and for the others': the views hold the mean then.
+
+        Returns:
+          False when a rank's gradient is not finite, or what comes of it overflows: the mean is NaN then, on every
+          rank.
+        """
         end, self._end = self._end, None  # with the messages and the state before, which it holds
         assert end is not None
         mean_D, self._after = end()
@@ -287,6 +218,7 @@ class Compressed(Group):
         self.seconds[what] += perf_counter() - started - wire
 
     def commit(self) -> None:
+        """The step counts."""
         old = self.state.get("residual")
         self.state, self.memory = self._after
         self.peers.commit()
@@ -294,10 +226,12 @@ class Compressed(Group):
             fast.give_back(old)  # for the next step's: fresh memory costs more than all that is done with it
 
     def rollback(self) -> None:
+        """The step does not count."""
         self._after = self.state, self.memory
         self.peers.rollback()
 
     def believe(self) -> None:
+        """Make the peers' state from what the ranks' own states say of it. Called by all ranks."""
         way, up = self.ways[self.method.up], self.method.up
         if not up.init_peer() or not isinstance(way, (GatherWay, OwnerWay)):
             return

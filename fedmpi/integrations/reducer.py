@@ -17,7 +17,7 @@ from fedmpi import methods
 from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError
-from fedmpi.integrations.groups import Compressed, Exact, Group
+from fedmpi.integrations.groups import Group
 from fedmpi.integrations.modules import sparse_gradient
 from fedmpi.integrations.settings import Settings, Shapes
 from fedmpi.integrations.state import load, saved
@@ -63,9 +63,10 @@ class Reducer:
             parts = self.settings.parts(compressed, comm.size) if separable else [compressed]
             for i, part in enumerate(parts):
                 owner, room = i % comm.size if separable else None, ways.GATHER_BYTES / len(parts)
-                self.groups.append(Compressed(part, self.options, comm, self.settings, owner, room))
+                self.groups.append(Group(part, self.options, comm, self.settings, owner, room))
         if exact:
-            self.groups.append(Exact(exact, comm))
+            alike = self.settings.model_copy(update={"exchange": "sum"})
+            self.groups.append(Group(exact, methods.parse("dense"), comm, alike))
         self.group_of = {name: i for i, group in enumerate(self.groups) for name in group.names}
         self.size = sum(group.spec.size for group in self.groups)
         self.step = self.skipped = 0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError, MessageError
-from fedmpi.integrations.groups import Compressed, Group
+from fedmpi.integrations.groups import Group
 from fedmpi.method import State
 from fedmpi.methods.base import Options
 from fedmpi.schema import Schema, differs, schema_of, shown
@@ -158,11 +158,10 @@ def _check(reducer: Reducer, state: object) -> dict[str, Any]:
         for part, schema in _schemas(group).items():
             if wrong := differs(schema, kept[part], f"groups.{i}.{part}"):
                 raise ConfigError(wrong)
-        if isinstance(group, Compressed):
-            try:
-                group.method.up.verify(_copy(kept["state"]))
-            except MessageError as error:
-                raise ConfigError(f"groups.{i}.state: {error}") from None
+        try:
+            group.method.up.verify(_copy(kept["state"]))
+        except MessageError as error:
+            raise ConfigError(f"groups.{i}.state: {error}") from None
         _feed(digest, kept["memory"])
     return {
         **{name: values[name] for name in ("ranks", "step", "skipped", "measuring")},
@@ -232,12 +231,9 @@ def _same_groups(groups: Sequence[Group], values: Mapping[str, Any]) -> None:
 
 
 def _schemas(group: Group) -> dict[str, Schema]:
-    if not isinstance(group, Compressed):
-        return {"state": {}, "memory": {}}
-    method = group.method
     return {
-        "state": schema_of(method.up.init(), clients=1),
-        "memory": schema_of(method.directions().memory()),
+        "state": schema_of(group.method.up.init(), clients=1),
+        "memory": schema_of(group.decoder.memory()),
     }
 
 
