@@ -74,14 +74,17 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What tests have recorded as ("row", text), whatever process they ran in, as a table; with --cpu each file's
-    seconds, most first."""
+    seconds and those of single tests, most first."""
     if terminalreporter.config.getoption("--cpu"):
-        seconds: Counter[str] = Counter()
+        seconds, tests = Counter[str](), Counter[str]()
         for report in terminalreporter.getreports(""):
             for name, value in getattr(report, "user_properties", ()):
                 seconds[report.nodeid.partition("::")[0]] += value if name == "cpu" else 0
-        terminalreporter.section(f"CPU seconds, {sum(seconds.values()):.0f} in all")
-        for file, value in seconds.most_common():
+                tests[report.nodeid] += value if name == "cpu" else 0
+        terminalreporter.section(
+            f"CPU seconds, {sum(seconds.values()):.0f} in all; files, and the costliest tests"
+        )
+        for file, value in [*seconds.most_common(), *tests.most_common(60)]:
             terminalreporter.write_line(f"{value:8.1f}  {file}")
     reports = [report for group in ("passed", "failed") for report in terminalreporter.getreports(group)]
     rows = sorted(text for report in reports for name, text in report.user_properties if name == "row")

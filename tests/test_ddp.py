@@ -77,26 +77,24 @@ def test_the_hook(launch: str, folders: dict[str, Path]) -> None:
 def test_over_a_part_of_the_ranks() -> None:
     done = torchrun(4, str(JOBS / "part_checks.py"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == ["ok"] * 4
+    assert done.stdout.count("ok") == 4, "one a rank; their ends of line may come later"
 
 
-def plain(*arguments: str, ranks: int = 2, alone: bool = False) -> dict[str, Any]:
-    """``alone``: in a network namespace of its own, whose counters count nobody else's bytes."""
+def plain(*arguments: str, ranks: int = 2, alone: bool = False) -> list[dict[str, Any]]:
+    """What each training reports. ``alone``: in a network namespace, whose counters count nobody else's bytes."""
     inside = 'ip link set lo up && exec "$@"'
     within = ["unshare", *NAMESPACE, "sh", "-c", inside, "sh"] if alone else []
     done = torchrun(ranks, str(JOBS / "plain_ddp.py"), *arguments, within=within)
     assert done.returncode == 0, done.stdout + done.stderr
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return report
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def test_two_lines_in_a_job_that_we_did_not_write() -> None:
     """bf16 ends within 2 % of the plain test loss; signs are 25 times smaller, and the interface confirms what
     fedmpi says it sent."""
-    unchanged, bf16 = plain("--steps", "60"), plain("--fedmpi", "bf16", "--steps", "60")
+    alone, three = namespaces(), [word for name in ("no", "bf16", "signsgd") for word in ("--fedmpi", name)]
+    unchanged, bf16, signs = plain(*three, "--hidden", "1024", "--steps", "60", alone=alone)
     assert bf16["test_loss"] == pytest.approx(unchanged["test_loss"], rel=0.02)
-    alone = namespaces()
-    signs = plain("--fedmpi", "signsgd", "--hidden", "1024", "--steps", "60", alone=alone)
     stats = signs["stats"]
     assert stats["ratio"] >= 25
     assert stats["uncompressed_bytes"] == 4 * signs["parameters"] * 60
@@ -110,6 +108,7 @@ def test_two_lines_in_a_job_that_we_did_not_write() -> None:
     assert signs["interface_bytes"] == pytest.approx(2 * stats["wire_sent_bytes"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_same_job_under_mpirun(openmpi: Any) -> None:
     done = openmpi(2, str(JOBS / "plain_ddp.py"), "--fedmpi", "--comm", "mpi", "--steps", "60")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -20,9 +20,10 @@ LAYERS = {
     "own": {"errors"},
     "project": {"errors"},
     "strict_yaml": set(),
+    "plain_file": {"errors"},
     "machine": set(),
     "overrides": {"errors", "validation"},
-    "validation": {"errors", "strict_yaml"},
+    "validation": {"errors", "plain_file", "strict_yaml"},
     "ops": BASE,
     "comm": {"errors"},  # and nothing of what it carries
     "tasks": BASE | {"machine", "own", "validation"},
@@ -33,7 +34,7 @@ LAYERS = {
     "config": {"errors", "methods", "own", "tasks", "optimizers", "overrides", "validation"},
     "engine": BASE
     | {"comm", "config", "meet", "method", "methods", "message", "ops", "own", "spec", "start", "tasks"}
-    | {"machine", "strict_yaml"},
+    | {"machine", "plain_file", "strict_yaml"},
     "analysis": BASE
     | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks"}
     | {"strict_yaml", "validation"},
@@ -46,6 +47,7 @@ LAYERS = {
         "method",
         "methods",
         "ops",
+        "plain_file",
         "schema",
         "spec",
         "validation",

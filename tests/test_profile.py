@@ -124,6 +124,7 @@ def test_it_changes_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert phase("load") is phase("compute"), "off: one shared object that does nothing"
 
 
+@pytest.mark.slow
 def test_under_mpirun_and_over_a_resume(openmpi: Mpi, tmp_path: Path) -> None:
     path, out = written(tmp_path, method=TOPK, checkpoint={"rounds": 4}), tmp_path / "a"
     assert main(["train", path, "rounds=4", "--out", str(out), "--quiet"]) == 0

@@ -92,13 +92,14 @@ def test_ranks_that_disagree_end_with_the_difference(mpi: Mpi, tmp_path: Path) -
 
 @one_mpi
 def test_a_client_whose_loss_is_not_a_number_is_named_on_all_ranks(mpi: Mpi, tmp_path: Path) -> None:
-    done = mpi(3, str(JOBS / "poison.py"), write_config(tmp_path, SMALL))
+    done = mpi(2, str(JOBS / "poison.py"), write_config(tmp_path, SMALL))
     assert done.returncode == 0, done.stdout + done.stderr
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
-    assert len(lines) == 3
+    assert len(lines) == 2
     assert all("client 4, round" in line for line in lines)
 
 
+@one_mpi
 def test_a_rank_that_fails_alone_ends_all(mpi: Mpi, tmp_path: Path) -> None:
     done = mpi(3, str(JOBS / "crash.py"), str(tmp_path / "out"))
     assert done.returncode != 0

@@ -166,7 +166,11 @@ def test_a_manifest_is_what_its_checksum_says(folder: Path) -> None:
 def test_a_manifest_of_more_than_a_gigabyte_is_not_read(folder: Path) -> None:
     with (folder / manifest.MANIFEST).open("r+b") as file:
         file.truncate((1 << 30) + 1)  # a hole: no gigabyte on the disk
-    refused(folder, CheckpointError, f"expected at most {1 << 30} bytes, got {(1 << 30) + 1}")
+    refused(
+        folder,
+        CheckpointError,
+        f"expected a plain file of at most {1 << 30} bytes, got {(1 << 30) + 1:,} bytes",
+    )
 
 
 def test_another_torch_is_said(folder: Path) -> None:

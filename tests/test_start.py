@@ -86,6 +86,7 @@ def test_a_rank_that_never_connects_ends_the_others_with_mpich(tmp_path: Path) -
     check_never_comes(find_mpi("mpich"), signal.SIGSTOP, "is stopped", tmp_path)
 
 
+@pytest.mark.slow  # tests/test_guard.py has ranks below shells without their imports
 def test_a_slow_rank_below_a_shell_has_not_ended(tmp_path: Path) -> None:
     """MPICH names no job: its ranks were known by their parent, and a job whose ranks a script starts was killed."""
     mpi, path = find_mpi("mpich"), write_config(tmp_path, {**SMALL, "rounds": 1, "timeout": 1})

@@ -21,8 +21,8 @@ def report(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_bert_under_torchrun_resumes_exactly(tmp_path: Path) -> None:
-    done = torchrun(2, TRAINER, "bert", str(tmp_path), "8", TOPK)
+def test_bert_under_mpirun_resumes_exactly_under_torchrun(openmpi: Mpi, tmp_path: Path) -> None:
+    done = openmpi(2, TRAINER, "bert", str(tmp_path), "8", TOPK)
     assert done.returncode == 0, done.stdout + done.stderr
     whole, weights = report(tmp_path), torch.load(tmp_path / "final.pt", weights_only=True)
     assert whole["ranks"] == 2
@@ -47,6 +47,7 @@ def test_bert_under_torchrun_resumes_exactly(tmp_path: Path) -> None:
     assert "expected rank 1's own state, got rank 0's" in alone["refused"]
 
 
+@pytest.mark.slow
 def test_gpt2_under_mpirun(openmpi: Mpi, tmp_path: Path) -> None:
     done = openmpi(2, TRAINER, "gpt2", str(tmp_path), "6", '"signsgd"')
     assert done.returncode == 0, done.stdout + done.stderr

@@ -25,6 +25,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fedmpi
@@ -349,6 +351,26 @@ def modules_that_no_hook_fits_are_named() -> None:
     refuses(ConfigError, "with requires_grad, got none", lambda: fedmpi.sync(frozen, "bf16", comm=COMM))
     with pytest.warns(UserWarning, match=r"signsgd compresses nothing.*the largest is weight, .6, 5..*=30"):
         attach(DDP(nn.Linear(5, 6)), "signsgd")
+
+
+@check
+def sharded_modules_are_refused() -> None:
+    """What a rank has of a parameter is a part, which its peers have other parts of. FSDP2's real ones; of FSDP1, which
+    shards on accelerators only, the class."""
+    whole = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
+    second = fully_shard(copy.deepcopy(whole).to(DEVICE), mesh=mesh)
+    first = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(first)
+    first._modules["_fsdp_wrapped_module"] = copy.deepcopy(whole).to(DEVICE)
+    for module in (second, first):
+        refuses(
+            ConfigError, "FSDP shards", lambda module=module: fedmpi.ddp.attach(module, "bf16", comm=COMM)
+        )
+    for module in (second, nn.Sequential(second)):
+        refuses(
+            ConfigError, "is sharded over ranks", lambda module=module: fedmpi.sync(module, "bf16", comm=COMM)
+        )
 
 
 class Odd(nn.Module):

@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 tests/jobs/plain_ddp.py
     torchrun --nproc-per-node 2 tests/jobs/plain_ddp.py --fedmpi signsgd
+    torchrun --nproc-per-node 2 tests/jobs/plain_ddp.py --fedmpi no --fedmpi signsgd    (one after the other)
     mpirun -n 2 python tests/jobs/plain_ddp.py --fedmpi
 
 All that ``--fedmpi`` changes are the two lines marked below (and, under mpirun, who tells a process its rank).
@@ -11,6 +12,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +32,9 @@ def transmitted() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--fedmpi", nargs="?", const="signsgd", help="a method, as YAML")
+    parser.add_argument(
+        "--fedmpi", nargs="?", const="signsgd", action="append", help="a method, as YAML, or no"
+    )
     parser.add_argument("--comm", default="group")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -39,15 +43,20 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    torch.manual_seed(args.seed)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     else:
         import fedmpi
 
         fedmpi.ddp.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+    for method in args.fedmpi or ["no"]:
+        train(args, None if method == "no" else yaml.safe_load(method))
+    dist.destroy_process_group()
 
+
+def train(args: argparse.Namespace, method: Any) -> None:
+    torch.manual_seed(args.seed)
+    rank, world = dist.get_rank(), dist.get_world_size()
     digits = load_digits()
     x = torch.tensor(digits.data / 16, dtype=torch.float32)
     y = torch.tensor(digits.target)
@@ -62,10 +71,10 @@ def main() -> None:
         nn.Linear(args.hidden, 10),
     )
     ddp = DistributedDataParallel(model)
-    if args.fedmpi:
+    if method:
         import fedmpi  # 1
 
-        state = fedmpi.ddp.attach(ddp, yaml.safe_load(args.fedmpi), comm=args.comm)  # 2
+        state = fedmpi.ddp.attach(ddp, method, comm=args.comm)  # 2
     optimizer = torch.optim.Adam(ddp.parameters(), lr=args.lr)
 
     dist.barrier()
@@ -94,10 +103,9 @@ def main() -> None:
             "parameters": sum(p.numel() for p in model.parameters()),
             "interface_bytes": wire,
         }
-        if args.fedmpi:
+        if method:
             report["stats"] = state.stats()
         print(json.dumps(report))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
