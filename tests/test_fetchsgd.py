@@ -262,4 +262,4 @@ def test_with_a_wide_sketch_and_k_of_all_it_is_plain_momentum() -> None:
         fetch.round(t)
         plain.round(t)
         assert_close(parameters(fetch), parameters(plain), 1e-5)
-        assert server.sketch.estimate(fetch.replica.state["error"][None]).abs().max() < 1e-6
+        assert server.decoder.sketch.estimate(fetch.replica.state["error"][None]).abs().max() < 1e-6

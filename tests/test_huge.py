@@ -163,7 +163,7 @@ def test_a_drop_in_leaves_a_step_that_overflows_out_on_all_ranks(name: str) -> N
             means = torch.cat([p.grad.reshape(-1) for p in parameters.values() if p.grad is not None])
             assert (reducer.skipped == skipped) == bool(means.isfinite().all()), step
             for group in reducer.groups:
-                for value in (*group.state.values(), *group.memory.values(), *group.peers.values()):
+                for value in (*group.state.values(), *group.memory.values(), *group.peers.state.values()):
                     assert bool(value.isfinite().all()), step
             found.append(means.nan_to_num(nan=7e7).tolist())
         assert bool(means.isfinite().all())

@@ -106,13 +106,14 @@ def test_every_phase_of_two_passes_and_of_workers(method: Any, mode: str, tmp_pa
 
 def test_it_changes_nothing_and_leaves_nothing_behind(tmp_path: Path) -> None:
     plain, profiled = (Simulation(config.parse({**LONG, "method": TOPK}), solo()) for _ in range(2))
-    parts = (profiled, profiled.comm, profiled.trainer, profiled.replica, profiled.method.up)
+    up, replica = profiled.method.up, profiled.replica
+    parts = (profiled, profiled.comm, profiled.trainer, replica, replica.way_of(up), up)
 
     def wrapped() -> int:
         return sum(hasattr(value, "__wrapped__") for part in parts for value in vars(part).values())
 
     with profiling(profiled, 0, None, lambda said: None):
-        assert wrapped() == 7 + 4 + 8 + 4
+        assert wrapped() == 7 + 4 + 5 + 2 + 4
         lines = [profiled.round(t) for t in range(5)]
     assert wrapped() == 0
     assert "round" not in vars(profiled)
