@@ -98,7 +98,7 @@ def test_one_poisoned_client_does_not_poison_the_model(
     for t in range(5):
         assert without.round(t)["loss"] == pytest.approx(lines[t]["loss"], rel=1e-6)
     assert torch.allclose(without.replica.parameters(), theta, rtol=0, atol=1e-6)
-    assert without.upload_bytes == uploaded
+    assert without.bytes["upload"] == uploaded
 
 
 @pytest.mark.parametrize("name", ["topk", "lookback over topk", "powersgd", "fp16"])

@@ -136,8 +136,8 @@ def check_survived(
     parameters = expected.spec.views(expected.replica.parameters())
     model = load_file(folder / "run" / "model.safetensors")
     assert all(torch.equal(model[name], value) for name, value in parameters.items())
-    assert found["upload_bytes"] == expected.upload_bytes
-    assert found["download_bytes"] == expected.download_bytes
+    assert found["upload_bytes"] == expected.bytes["upload"]
+    assert found["download_bytes"] == expected.bytes["download"]
     assert found["ranks"] == len(found["clients_by_rank"]) == ranks - 1
     (entry,) = found["lost_ranks"]
     assert (entry["rank"], entry["round"], entry["checkpoint"]) == (rank, t, saved)

@@ -68,7 +68,7 @@ def test_against_a_transcription(name: str, feedback: bool, topology: str) -> No
         theta = theta - 0.2 * omega @ v.astype(np.float64)
         assert_close(parameters(simulation), theta)
     assert np.abs(residual).max() > 0
-    assert simulation.upload_bytes == 20 * 5 * 2 * 650
+    assert simulation.bytes["upload"] == 20 * 5 * 2 * 650
 
 
 @pytest.mark.parametrize("name", ROUND)

@@ -105,7 +105,7 @@ def test_intrinsic_static_is_algorithm_1(matrix, scale):
         simulation.round(t)
         assert_close(simulation.replica.state["sigma"].double().numpy(), sigma)
         assert_close(parameters(simulation), task.theta + A @ sigma)
-    assert simulation.upload_bytes == simulation.download_bytes == 20 * 5 * 4 * dim
+    assert simulation.bytes["upload"] == simulation.bytes["download"] == 20 * 5 * 4 * dim
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ LAYERS = {
     "spec": {"errors"},
     "message": {"errors"},
     "schema": set(),
+    "phases": set(),
     "start": set(),  # nothing: it comes before everything
     "optimizers": set(),
     "own": {"errors"},
@@ -25,16 +26,16 @@ LAYERS = {
     "overrides": {"errors", "validation"},
     "validation": {"errors", "plain_file", "strict_yaml"},
     "ops": BASE,
-    "comm": {"errors"},  # and nothing of what it carries
+    "comm": {"errors", "phases"},  # and nothing of what it carries
     "tasks": BASE | {"machine", "own", "validation"},
     "method": BASE | {"message", "spec"},
     "methods": BASE
     | {"method", "message", "spec", "ops", "optimizers", "own", "validation"},  # never comm or engine
-    "meet": {"comm", "errors", "message", "method", "ops"},
+    "meet": {"comm", "errors", "message", "method", "ops", "phases"},
     "config": {"errors", "methods", "own", "tasks", "optimizers", "overrides", "validation"},
     "engine": BASE
     | {"comm", "config", "meet", "method", "methods", "message", "ops", "own", "spec", "start", "tasks"}
-    | {"machine", "plain_file", "strict_yaml"},
+    | {"machine", "phases", "plain_file", "strict_yaml"},
     "analysis": BASE
     | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks"}
     | {"strict_yaml", "validation"},

@@ -321,7 +321,7 @@ def test_lbgm_is_algorithm_1_and_3(clients, sampled, steps, delta, topology):
     assert reference.closest > 1e-4, "a decision that rounding could turn: choose another seed"
     messages = 30 * (sampled or clients)
     assert 0.2 * messages < scalars < 0.9 * messages, "both kinds of message are needed"
-    assert simulation.upload_bytes == messages * 1 + scalars * 4 + (messages - scalars) * 4 * 650
+    assert simulation.bytes["upload"] == messages * 1 + scalars * 4 + (messages - scalars) * 4 * 650
 
 
 def test_lbgm_with_threshold_0_is_fedavg():

@@ -79,7 +79,7 @@ def test_against_a_transcription(bits: int, bucket: int | None, norm: str, topol
     assert {0, 1} <= seen
     assert (max(seen) == s) == (bits == 2 or norm == "max")
     nbytes = bits * math.ceil(650 / 8) + 4 * math.ceil(650 / (bucket or 650))
-    assert simulation.upload_bytes == 20 * 5 * nbytes
+    assert simulation.bytes["upload"] == 20 * 5 * nbytes
 
 
 @pytest.mark.parametrize("norm", ["l2", "max"])

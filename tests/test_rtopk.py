@@ -49,7 +49,7 @@ def test_against_a_transcription(feedback: bool, topology: str) -> None:
         assert_close(parameters(simulation), theta)
         if feedback:
             assert np.array_equal(simulation.clients.get(torch.arange(5))["residual"].numpy(), residual)
-    assert simulation.upload_bytes == 20 * 5 * (4 * K + math.ceil(K * 10 / 8))
+    assert simulation.bytes["upload"] == 20 * 5 * (4 * K + math.ceil(K * 10 / 8))
 
 
 def test_r_equal_k_is_top_k_and_r_equal_d_is_random_k() -> None:

@@ -46,7 +46,7 @@ def test_twenty_rounds(beta: float, vote: str, feedback: bool) -> None:
             theta = theta - 0.01 * omega @ v
             e = p - v if feedback else e
         assert np.allclose(simulation.replica.parameters().double().numpy(), theta, rtol=1e-4, atol=1e-5)
-    assert simulation.upload_bytes == 20 * 5 * (82 + 4 * (vote == "mean"))
+    assert simulation.bytes["upload"] == 20 * 5 * (82 + 4 * (vote == "mean"))
 
 
 def test_feedback_needs_a_magnitude() -> None:

@@ -43,7 +43,7 @@ def test_top_k_with_error_feedback_through_the_engine(local_steps):
         assert_close(parameters(simulation), theta)
         assert_close(simulation.clients.get(torch.arange(5))["residual"].double().numpy(), residual)
     assert closest > 5e-5, "a choice that rounding could turn: choose another seed"
-    assert simulation.upload_bytes == 20 * 5 * (30 * 4 + math.ceil(30 * 10 / 8))
+    assert simulation.bytes["upload"] == 20 * 5 * (30 * 4 + math.ceil(30 * 10 / 8))
 
 
 def test_top_k_with_error_feedback_to_the_bit():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedmpi.errors import CommError, FedMPIError
+from fedmpi.phases import phased
 
 
 class Comm(ABC):
@@ -62,6 +63,7 @@ class Comm(ABC):
           LostError: one ended. All get it, or none.
         """
 
+    @phased("wire")
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Add up each tensor over all ranks, in place, in the order given.
 
@@ -87,6 +89,7 @@ class Comm(ABC):
 
         return finish
 
+    @phased("wire")
     def broadcast(self, data: bytes, root: int = 0) -> bytes:
         """``root``'s bytes, on every rank."""
         if self.size == 1:
@@ -98,6 +101,7 @@ class Comm(ABC):
             self.received += len(data)
         return data
 
+    @phased("wire")
     def gather(self, data: bytes, root: int = 0) -> list[bytes]:
         """Every rank's bytes (of any lengths) on ``root``, in rank order; an empty list elsewhere."""
         if self.size == 1:
@@ -109,6 +113,7 @@ class Comm(ABC):
             self.sent += len(data)
         return parts
 
+    @phased("wire")
     def allgather(self, data: bytes) -> list[bytes]:
         """Every rank's bytes (of any lengths) on every rank, in rank order."""
         if self.size == 1:
@@ -118,6 +123,7 @@ class Comm(ABC):
         self.received += sum(map(len, parts)) - len(data)
         return parts
 
+    @phased("wire")
     def allgather_tensor(self, x: Tensor) -> Tensor:
         """Every rank's ``x``, of one shape and dtype on all ranks: ``(W, *x.shape)`` in rank order."""
         return self.start_allgather_tensor(x)()
@@ -139,6 +145,7 @@ class Comm(ABC):
 
         return finish
 
+    @phased("wire")
     def alltoall_tensor(self, x: Tensor) -> Tensor:
         """Row r of ``x`` ``(W, ...)`` goes to rank r; returns ``(W, ...)``, whose row r is from rank r.
 
@@ -156,6 +163,7 @@ class Comm(ABC):
         self.received += (self.size - 1) * x[0].nbytes
         return result.to(x.device)
 
+    @phased("wire")
     def alltoall(self, parts: Sequence[bytes]) -> list[bytes]:
         """``parts[r]`` (of any length) goes to rank r; returns what each rank sent here, in rank order.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedmpi.message import Message
 from fedmpi.method import Server, State
+from fedmpi.phases import phased
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Ledger:
         self.download = torch.zeros(clients, dtype=torch.int64)
         self.seen = torch.zeros(clients, dtype=torch.int64)
 
+    @phased("server")
     def downloads(self, cohort: Tensor, served: Tensor, server: Server, state: State) -> Bytes:
         """The cohort catches up with the server; returns the bytes of the clients ``served`` of it."""
         # Clients that last saw the same version get the same download.
@@ -52,6 +54,7 @@ class Ledger:
         self.seen[cohort] = int(state["version"])
         return Bytes(int(bytes_S.sum()), int(values_S.sum()))
 
+    @phased("server")
     def download_of(self, clients: Tensor, message: Message) -> Bytes:
         """Each of ``clients`` downloads the same ``message``; returns the bytes."""
         return self._each(self.download, clients, message)

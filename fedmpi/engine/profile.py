@@ -1,20 +1,5 @@
-"""Where the time of rounds goes: ``fedmpi train --profile``.
-
-The round loop knows nothing of it. While a profile is on, the functions that do a round's work are wrapped on this
-rank's own objects; when it is off there is nothing to pay but :func:`phase`'s look at a thread's variable in the few
-places that mark a phase by themselves. Seconds belong to the innermost phase, so that a round's phases, with what is
-in none ("other"), add up to its wall time.
-
-=========  ============================================================================================
-load       samples gathered into batches; clients' state read and written
-compute    local training
-encode     gradients to messages
-wire       inside collectives, waiting for slower ranks included
-decode     messages to what is summed
-server     adding up, the server's rule, making and applying downloads
-evaluate   the test set
-other      drawing and placing the cohort, counting bytes
-=========  ============================================================================================
+"""Where the time of rounds goes: ``fedmpi train --profile``. Counts the phases of :mod:`fedmpi.phases`, and traces some
+rounds.
 """
 
 from __future__ import annotations
@@ -25,10 +10,8 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,75 +21,16 @@ from torch.profiler import record_function
 from fedmpi.comm.base import Comm, together
 from fedmpi.engine.record import write_aside, writing
 from fedmpi.errors import Stopped
+from fedmpi.phases import PHASES, Clock
 
 if TYPE_CHECKING:
     from fedmpi.engine.rounds import Simulation
 
-PHASES = ("load", "compute", "encode", "wire", "decode", "server", "evaluate", "other")
 # Rounds of this process, from 0. The first one does what is done once (compiling, caches).
 TRACED = range(1, 4)
 APART = range(1, 5)  # slower: these, and the one in which ranks wait for those that end tracing
-_COLLECTIVES = "sum broadcast gather allgather allgather_tensor alltoall_tensor alltoall"
-_here = threading.local()  # .clock, while this thread's rank is profiled
-_OFF: AbstractContextManager[None] = nullcontext()
 
 Seconds = dict[str, float]
-
-
-def phase(name: str) -> AbstractContextManager[None]:
-    """``with phase("load"):`` counts to that row of :data:`PHASES`, where this thread is in a profiled round."""
-    clock: _Clock | None = getattr(_here, "clock", None)
-    return clock.phase(name) if clock and clock.stack else _OFF
-
-
-class _Clock:
-    """One thread's seconds by phase, each counted once: to the innermost."""
-
-    def __init__(self, seconds: Seconds) -> None:
-        self.seconds = seconds
-        self.stack: list[str] = []
-        self.tracing = False
-        self._since = 0.0
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._lap()
-        self.stack.append(name)
-        try:
-            with record_function(name) if self.tracing else _OFF:
-                yield
-        finally:
-            self._lap()
-            self.stack.pop()
-
-    def _lap(self) -> None:
-        now = perf_counter()
-        if self.stack:
-            self.seconds[self.stack[-1]] += now - self._since
-        self._since = now
-
-
-def _work(simulation: Simulation) -> Iterator[tuple[object, str, str]]:
-    """Whose functions belong to which phase."""
-    yield simulation.comm, _COLLECTIVES, "wire"
-    yield simulation.trainer, "train pool servers_own", "compute"
-    yield simulation.trainer, "evaluate", "evaluate"
-    yield simulation.clients, "get put", "load"
-    yield simulation.replica, "prepare open between finish skip", "server"
-    yield simulation.ledger, "downloads download_of", "server"
-    for codec in simulation.method.passes:
-        yield simulation.replica.way_of(codec), "take only", "server"
-        yield codec, "compress", "encode"
-        yield codec, "decompress add merge", "decode"
-
-
-def _marked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    @wraps(function)
-    def inside(*positional: Any, **options: Any) -> Any:
-        with phase(name):
-            return function(*positional, **options)
-
-    return inside
 
 
 class Profile:
@@ -121,57 +45,46 @@ class Profile:
     def __init__(self, simulation: Simulation) -> None:
         self.simulation, self.rounds = simulation, 0
         self.seconds, self.apart = (dict.fromkeys(PHASES, 0.0) for _ in range(2))
-        self._clock = _Clock(self.seconds)
+        self._clock = Clock(self.seconds)
         self._trace: torch.profiler.profile | None = None
+        self._tracing = False
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Wrap the simulation's parts for as long."""
-        wrapped = {
-            (owner, attribute): _marked(getattr(owner, attribute), name)
-            for owner, attributes, name in _work(self.simulation)
-            for attribute in attributes.split()
-            if hasattr(owner, attribute)  # only some topologies take a sum
-        }
-        wrapped[self.simulation, "round"] = self._round(self.simulation.round)
-        for (owner, attribute), function in wrapped.items():
-            setattr(owner, attribute, function)
-        _here.clock = self._clock
+        """Count the simulation's rounds for as long."""
+        self.simulation.around = self._round
         try:
-            yield
+            with self._clock.on():
+                yield
         finally:
             self._stop()
-            del _here.clock
-            for owner, attribute in wrapped:
-                delattr(owner, attribute)  # the class's own is visible again
+            self.simulation.around = nullcontext
 
-    def _round(self, function: Callable[[int], Any]) -> Callable[[int], Any]:
-        def timed(t: int) -> Any:
-            if self.rounds == TRACED.start:
-                self._start()
-            if self.rounds == TRACED.stop:
-                self._stop()
-            self._clock.seconds = self.apart if self.rounds in APART else self.seconds
-            with self._clock.phase("other"):
-                line = function(t)
-            self.rounds += 1
-            return line
-
-        return timed
+    @contextmanager
+    def _round(self) -> Iterator[None]:
+        if self.rounds == TRACED.start:
+            self._start()
+        if self.rounds == TRACED.stop:
+            self._stop()
+        self._clock.seconds = self.apart if self.rounds in APART else self.seconds
+        with self._clock.phase("other"):
+            yield
+        self.rounds += 1
 
     def _start(self) -> None:
-        self._clock.tracing = True
+        self._clock.span = record_function
         if threading.current_thread() is not threading.main_thread():
             return  # one profiler serves all threads of a process
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would say on stderr that it starts
         config = _ExperimentalConfig(profile_all_threads=True)
         self._trace = torch.profiler.profile(experimental_config=config)
         self._trace.start()
+        self._tracing = True
 
     def _stop(self) -> None:
-        if self._trace is not None and self._clock.tracing:
+        if self._trace is not None and self._tracing:
             self._trace.stop()
-        self._clock.tracing = False
+        self._tracing, self._clock.span = False, lambda name: nullcontext()
 
     def events(self) -> bytes:
         """Torch's trace of this process as JSON, of the rank that is its main thread."""

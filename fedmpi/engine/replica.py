@@ -22,6 +22,7 @@ from fedmpi.meet.sums import Sums
 from fedmpi.meet.ways import OwnerWay, SumWay
 from fedmpi.message import Message, from_bytes, to_bytes
 from fedmpi.method import Compressor, Method, Round, State
+from fedmpi.phases import phased
 
 Kind = Literal["allreduce", "aggregator", "data_parallel"]
 
@@ -133,6 +134,7 @@ class Replica:
     def shared(self) -> State:
         return self.method.server.shared(self.state)
 
+    @phased("server")
     def open(
         self, codec: Compressor, clients: Tensor, weights: Tensor, placed: dict[int, Tensor], now: Round
     ) -> Way:
@@ -143,9 +145,6 @@ class Replica:
         else:
             self.way.open(Roster(now, clients, weights, placed, self.shared()))
         return self.way
-
-    def way_of(self, codec: Compressor) -> Way:
-        return self._ways[codec]
 
     def _aggregate(self, use: Callable[[Tensor], None]) -> None:
         """The mean of the open pass, and what is done with it where this rank gets it. An error that an owner has
@@ -169,6 +168,7 @@ class Replica:
         check_server(state, self.state, mean_S, now.t)
         self.state = state
 
+    @phased("server")
     def between(self) -> Tensor:
         """A pass that is not the last is over: make its mean known to all ranks, and return it ``(S,)``."""
         means: list[Tensor] = []
@@ -182,18 +182,21 @@ class Replica:
         self._step(lambda state, mean_S, now: server.between(state, index, mean_S, now), mean_S)
         return mean_S
 
+    @phased("server")
     def finish(self) -> None:
         """All have sent: aggregate, and bring this rank's parameters up to date."""
         version = int(self.state["version"])
         self._aggregate(lambda mean_S: self._step(self.method.server.finish, mean_S))
         self._publish(version)
 
+    @phased("server")
     def skip(self, state: State, round: Round) -> None:
         """Nobody sent a message that counts: go on from ``state``, which was this rank's before the round."""
         version = int(state["version"])
         self.state = self.method.server.skip(state, round) if self.holds else state
         self._publish(version)
 
+    @phased("server")
     def prepare(self, g_D: Tensor) -> None:
         """The server's own gradient, before round 0."""
         version = int(self.state["version"])
@@ -212,8 +215,8 @@ class Replica:
         if not self.holds and sent:
             self.state = receive(server, self.state, sent, version + 1)
 
-    def served(self, clients: int) -> Tensor:
-        """Positions among so many clients whose downloads this rank makes (and counts)."""
+    def served(self, clients_C: Tensor) -> Tensor:
+        """Those of these clients whose downloads this rank makes (and counts)."""
         if self.owner is not None:
-            return torch.arange(clients if self.holds else 0)
-        return torch.arange(min(self.comm.rank, clients), clients, self.comm.size)
+            return clients_C if self.holds else clients_C[:0]
+        return clients_C[self.comm.rank :: self.comm.size]

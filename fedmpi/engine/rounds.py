@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from fedmpi.meet.sums import LARGEST
 from fedmpi.message import Message
 from fedmpi.method import Compressor, Context, Round, State
 from fedmpi.ops.sums import finite, from_fixed, to_fixed
+from fedmpi.phases import phase
 
 _CHUNK_VALUES = 1 << 22  # gradients of so many numbers are held at a time
 _MANY = 200  # steps of a run; fewer are done before clients' steps at once are ready
@@ -61,12 +63,14 @@ class Simulation:
 
     Attributes:
       observe: is shown everything that this rank's clients send.
+      around: makes what each round is done inside of.
       chunk: so many clients' gradients are held at a time.
     """
 
     def __init__(self, config: Config, comm: Comm) -> None:
         self.config, self.comm = config, comm
         self.observe: Callable[[Sent], None] | None = None
+        self.around: Callable[[], AbstractContextManager[None]] = nullcontext
         parts = load(config)
         self.data, self.objective, self.partition = parts.data, parts.objective, parts.partition
         self.spec, self.method = parts.spec, parts.method
@@ -158,6 +162,10 @@ class Simulation:
 
     def round(self, t: int) -> dict[str, Any]:
         """One round; returns its line of metrics."""
+        with self.around():
+            return self._round(t)
+
+    def _round(self, t: int) -> dict[str, Any]:
         started = time.monotonic()
         call, status = self.call(t), Status(self.counters, self.error)
         if t == 0 and self.method.server.samples:
@@ -167,7 +175,7 @@ class Simulation:
             self.clock.start(t, call.clients)
         with status.watch():
             status.download += self.ledger.downloads(
-                call.called, self._served(call), self.method.server, self.replica.state
+                call.called, self.replica.served(call.called), self.method.server, self.replica.state
             )
         call = self._in_time(call, status)
         before = self.replica.state
@@ -216,10 +224,6 @@ class Simulation:
         status.total["late"] = len(call.clients) - len(arrived)
         return self._among(call.now, call.called, call.clients[arrived])
 
-    def _served(self, call: _Call) -> Tensor:
-        """The clients whose downloads this rank makes and counts."""
-        return call.called[self.replica.served(len(call.called))]
-
     def _passes(self, call: _Call, status: Status) -> Tensor:
         """Train this rank's clients and send their messages, in one pass or more over the same gradients. Returns whose
         message counts, bool, by positions in ``call.clients``."""
@@ -245,7 +249,7 @@ class Simulation:
             if codec is not up:
                 mean = Message({"mean": replica.between()[None]})
                 status.reset()
-                status.download += self.ledger.download_of(self._served(call), mean)
+                status.download += self.ledger.download_of(self.replica.served(call.called), mean)
         return sent_C
 
     def _counts(self, sent: list[Tensor], clients: int) -> Tensor:
@@ -353,9 +357,11 @@ class Simulation:
             _, (g_CD, loss_C, _) = self._train(call, positions, status)
             g_D = (weights_C / weight).float() @ g_CD
         ctx = Context(call.now, clients_C[:1], torch.ones(1, dtype=torch.int64), replica.shared())
-        message, _ = up.compress(g_D[None], {}, ctx)
+        with phase("encode"):
+            message, _ = up.compress(g_D[None], {}, ctx)
         updates.check_fits_float32(message, {}, call.now.t)
-        replica.way.take(weight[None], message, {}, ctx)
+        with phase("server"):
+            replica.way.take(weight[None], message, {}, ctx)
         status.upload += self.ledger.upload_of(clients_C, message)
         status.loss += int(to_fixed(loss_C * weights_C).sum())
         return positions
@@ -366,7 +372,8 @@ class Simulation:
         if not len(positions):
             return positions
         way, codec, before = self.replica.way, self.replica.way.up, self.clients.get(ctx.clients_C)
-        message, after = codec.compress(update.g_CD, before, ctx)
+        with phase("encode"):
+            message, after = codec.compress(update.g_CD, before, ctx)
         if not self.rejects:
             updates.check_fits_float32(message, after, ctx.round.t)
         else:
@@ -381,20 +388,11 @@ class Simulation:
             return positions
         if self.observe:
             self.observe(Sent(codec, update, before, message, ctx))
-        way.take(call.weights[positions], message, before, ctx)
+        with phase("server"):
+            way.take(call.weights[positions], message, before, ctx)
         status.upload += self.ledger.uploads(ctx.clients_C, message)
         if codec is self.method.up:
             self.clients.put(ctx.clients_C, after)
             status.count(codec.count(message))
             status.loss += int(to_fixed(update.loss_C * call.weights[positions]).sum())
         return positions
-
-    @property
-    def upload_bytes(self) -> int:
-        """Protocol bytes that all clients have sent."""
-        return self.bytes["upload"]
-
-    @property
-    def download_bytes(self) -> int:
-        """Protocol bytes that all clients have received."""
-        return self.bytes["download"]

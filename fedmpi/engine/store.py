@@ -21,6 +21,7 @@ from fedmpi.engine.progress import human
 from fedmpi.errors import ConfigError
 from fedmpi.machine import available_memory as _available_memory
 from fedmpi.method import State, stack
+from fedmpi.phases import phased
 
 _SLAB = 1 << 18  # bytes of a slab, which holds at least one row
 
@@ -95,6 +96,7 @@ class ClientStore:
         """Bytes for so many that come, of so many clients."""
         return come * self.row + clients * self.INDEX if self.row else 0
 
+    @phased("load")
     def get(self, clients_C: Tensor) -> State:
         """Their states with the leading axis C, a copy."""
         state = {
@@ -106,6 +108,7 @@ class ClientStore:
                 value[places] = slab[name][rows]
         return state
 
+    @phased("load")
     def put(self, clients_C: Tensor, state: State) -> None:
         """Keep the states of ``clients_C``."""
         if not self._template:
@@ -197,6 +200,7 @@ class MappedStore(ClientStore):
                 _raw(value)[:] = self._rows[name][client]
         return state
 
+    @phased("load")
     def get(self, clients_C: Tensor) -> State:
         return stack([self._find(c) or self._template for c in clients_C.tolist()])
 

@@ -17,10 +17,10 @@ from fedmpi.comm.base import Comm, together
 from fedmpi.config import Local
 from fedmpi.engine.batches import Batches, padded
 from fedmpi.engine.layout import Layout
-from fedmpi.engine.profile import phase
 from fedmpi.engine.stacked import Stacked
 from fedmpi.errors import NumericalError
 from fedmpi.message import Message, from_bytes, to_bytes
+from fedmpi.phases import phase, phased
 from fedmpi.spec import Spec
 from fedmpi.tasks.data import Split
 from fedmpi.tasks.objectives import Objective
@@ -120,6 +120,7 @@ class Trainer:
             steps = self.local.epochs * -(-sizes // batch)
         return steps.where(sizes > 0, 0)
 
+    @phased("compute")
     def train(
         self,
         theta_D: Tensor,
@@ -147,6 +148,7 @@ class Trainer:
             losses.append(self._one(theta_D, g_CD[row], data, index, steps, client, round, frozen_D))
         return Update(g_CD, torch.tensor(losses, dtype=torch.float64), steps_C)
 
+    @phased("compute")
     def servers_own(self, theta_D: Tensor, data: Split, samples: int, comm: Comm) -> Tensor:
         """The accumulated gradient ``(D,)`` of the server on so many samples of its own, drawn from the training set.
         Rank 0 makes it for all: another rank's machine may differ in the last bits.
@@ -170,6 +172,7 @@ class Trainer:
         return from_bytes(sent).arrays["gradient"][0]
 
     @torch.no_grad()
+    @phased("evaluate")
     def evaluate(self, theta_D: Tensor, test: Split, batch: int, comm: Comm) -> tuple[float, float]:
         """Accuracy and mean loss of ``theta_D`` on a test set, whose batches the ranks share out."""
         self.theta_D.copy_(self._laid.inside(theta_D))
@@ -185,6 +188,7 @@ class Trainer:
         count = self._objective.count(test.y)
         return float(sums[0].sum()) / count, float(sums[1].sum()) / count
 
+    @phased("compute")
     def pool(
         self,
         theta_D: Tensor,

@@ -17,6 +17,7 @@ from fedmpi.comm.base import Comm
 from fedmpi.meet.sums import Sum, Sums
 from fedmpi.message import Message
 from fedmpi.method import Compressor, Context, Round, State
+from fedmpi.phases import phase
 
 T = TypeVar("T")
 End = Callable[[], Tensor | None]
@@ -135,7 +136,8 @@ class Way(ABC):
 
     def _wait(self, collective: Callable[[], T]) -> T:
         started = perf_counter()
-        result = collective()
+        with phase("wire"):
+            result = collective()
         self.wire += perf_counter() - started
         return result
 
@@ -150,9 +152,10 @@ class Way(ABC):
 
     def _add(self, total: Sum, weights_C: Tensor, message: Message, peers: State, ctx: Context) -> State:
         """Add messages' vectors to a sum; returns what their receiver keeps then."""
-        if total.floats:
-            rows_CS = total.total_S.expand(message.clients, -1)
-            return self.up.add(rows_CS, message, peers, ctx, weights_C.tolist())
-        v_CS, peers = self.up.decompress(message, peers, ctx)
+        with phase("decode"):
+            if total.floats:
+                rows_CS = total.total_S.expand(message.clients, -1)
+                return self.up.add(rows_CS, message, peers, ctx, weights_C.tolist())
+            v_CS, peers = self.up.decompress(message, peers, ctx)
         total.add(v_CS, weights_C)
         return peers
