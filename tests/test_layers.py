@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,25 @@ def test_imports_point_one_way(path: Path) -> None:
     own = part(path)
     assert own in LAYERS, f"{own}: a new part needs its line in LAYERS"
     assert imported(path) - {own} <= LAYERS[own]
+
+
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+
+
+def test_no_module_needs_itself() -> None:
+    """Imports in functions and those for types only count too."""
+    paths, needs = modules(), {}
+    for module, path in paths.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                found |= {name if name in paths else node.module for name in names}
+        needs[module] = found & paths.keys() - {module}
+    graphlib.TopologicalSorter(needs).prepare()  # CycleError names the circle

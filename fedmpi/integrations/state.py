@@ -11,7 +11,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,12 +19,22 @@ from torch import Tensor
 from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.integrations.groups import Group
+from fedmpi.integrations.settings import Settings
 from fedmpi.method import State
 from fedmpi.methods.base import Options
 from fedmpi.schema import Schema, differs, schema_of, shown
 
-if TYPE_CHECKING:
-    from fedmpi.integrations.reducer import Reducer
+
+class Kept(Protocol):
+    """What a state is of: a :class:`fedmpi.integrations.reducer.Reducer`."""
+
+    comm: Comm
+    options: Options
+    settings: Settings
+    groups: list[Group]
+    step: int
+    skipped: int
+
 
 _KEYS = ("ranks", "rank", "method", "settings", "step", "skipped", "measuring", "groups")
 _GROUP = ("names", "shapes", "state", "memory")
@@ -33,7 +43,7 @@ _SETTINGS = ("seed", "exact_below", "steps_per_epoch", "group_mb")
 _MOST = 2**62  # what random.key takes as a step, with room
 
 
-def saved(reducer: Reducer) -> dict[str, Any]:
+def saved(reducer: Kept) -> dict[str, Any]:
     """What :func:`load` takes: tensors and plain values, a copy."""
     return {
         "ranks": reducer.comm.size,
@@ -55,7 +65,7 @@ def saved(reducer: Reducer) -> dict[str, Any]:
     }
 
 
-def load(reducer: Reducer, state: object) -> None:
+def load(reducer: Kept, state: object) -> None:
     """Go on where :func:`saved` stood. Called by all ranks, each with its own.
 
     Saved by another number of ranks, the steps and the server's memory are taken over, and what each rank kept
@@ -131,7 +141,7 @@ def agreed(comm: Comm, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check(reducer: Reducer, state: object) -> dict[str, Any]:
+def _check(reducer: Kept, state: object) -> dict[str, Any]:
     """What must be the same on every rank.
 
     Raises:
@@ -237,7 +247,7 @@ def _schemas(group: Group) -> dict[str, Schema]:
     }
 
 
-def _settings(reducer: Reducer) -> dict[str, Any]:
+def _settings(reducer: Kept) -> dict[str, Any]:
     every = reducer.settings.model_dump(mode="json")
     return {name: every[name] for name in _SETTINGS}
 

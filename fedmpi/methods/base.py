@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from fedmpi.errors import ConfigError, MessageError
@@ -30,17 +30,6 @@ class Options(Strict):
     def separable(self) -> bool:
         """It means the same applied to groups of tensors one by one: no number counts over the whole model."""
         return False
-
-
-def inner_of(wrapper: str) -> BeforeValidator:
-    """Reads the option ``inner`` of a wrapper (:func:`fedmpi.methods.parse_inner`)."""
-
-    def parse(value: Any) -> Options:
-        from fedmpi import methods  # the table holds the wrapper's module: it cannot be imported before it
-
-        return methods.parse_inner(value, wrapper)
-
-    return BeforeValidator(parse)
 
 
 class FeedbackOptions(Options):

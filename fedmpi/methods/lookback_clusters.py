@@ -14,7 +14,7 @@ from torch import Tensor
 from fedmpi.errors import MessageError
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Round, Server, State, believed, unnest
-from fedmpi.methods.lookback import LookBack, LookBackOptions, put_rows
+from fedmpi.methods.lookback_codec import LookBack, LookBackOptions, put_rows
 
 
 class ClusteredLookBack(LookBack):

@@ -38,6 +38,7 @@ from fedmpi import random
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Layout, Message
 from fedmpi.method import Compressor, Context, Method, Round, State, nest, unnest
+from fedmpi.methods import table
 from fedmpi.methods.base import (
     Entry,
     MeanServer,
@@ -45,7 +46,6 @@ from fedmpi.methods.base import (
     Setup,
     apply_changes,
     count_of,
-    inner_of,
     pack_changes,
 )
 from fedmpi.methods.dense import Dense
@@ -77,7 +77,7 @@ class PruneOptions(Options):
         "default",
         description="near_zero: a tenth of the model's own initial values, so that pruning moves it less",
     )
-    inner: Annotated[SerializeAsAny[TopKOptions], inner_of("prune")] = Option(
+    inner: Annotated[SerializeAsAny[TopKOptions], table.inner_of("prune")] = Option(
         TopKOptions.model_validate({"name": "topk"}),
         description="topk or rtopk; its k is a share of all parameters",
     )
@@ -255,8 +255,6 @@ def build(options: PruneOptions, spec: Spec, setup: Setup) -> Method:
     Raises:
       ConfigError: not k ≤ r ≤ m ≤ D.
     """
-    from fedmpi import methods
-
     m = count_of("method.m", options.keep, options.m, spec.size)
     k = count_of("method.inner.k", options.inner.ratio, options.inner.k, spec.size)
     if k > m:
@@ -264,7 +262,7 @@ def build(options: PruneOptions, spec: Spec, setup: Setup) -> Method:
     inner = options.inner.model_copy(update={"k": k})
     if isinstance(inner, RTopKOptions) and inner.r is not None and not k <= inner.r <= m:
         raise ConfigError(f"method.inner.r: expected k = {k} to m = {m} (the parameters kept), got {inner.r}")
-    after = methods.build(inner, Spec(("survivors",), ((m,),)), setup).up
+    after = table.build(inner, Spec(("survivors",), ((m,),)), setup).up
     scale = _NEAR_ZERO if options.init == "near_zero" else 1.0
     key = random.key(setup.seed, stream="ties of the mask")
     samples = options.samples if options.mask_from == "auxiliary" else 0
@@ -272,7 +270,7 @@ def build(options: PruneOptions, spec: Spec, setup: Setup) -> Method:
         return Method(
             (ClientMasks(spec, after, key),), PruneServer(spec, setup.optimizer, None, scale, key, 0)
         )
-    before = methods.build(inner, spec, setup).up if options.mask_from == "compressed" else Dense(spec)
+    before = table.build(inner, spec, setup).up if options.mask_from == "compressed" else Dense(spec)
     return Method((Prune(spec, before, after),), PruneServer(spec, setup.optimizer, m, scale, key, samples))
 
 
