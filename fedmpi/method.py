@@ -89,6 +89,34 @@ class Context:
         return replace(self, part=part)
 
 
+class Merge(ABC):
+    """How parts of an array of messages, their only one but for an optional one, become what stands in the mean's
+    message: ranks then average a part each, and nobody receives everybody's message.
+
+    Attributes:
+      array: its name.
+    """
+
+    def __init__(self, array: str) -> None:
+        self.array = array
+
+    @abstractmethod
+    def __call__(
+        self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None
+    ) -> Tensor:
+        """What ``W`` senders' entries ``start`` … ``start + N`` (a multiple of 8) come to ``(N,)``: what one sender
+        would send for their mean, as the server would have decided on it.
+
+        Args:
+          optional_WB: the senders' :attr:`Compressor.optional` arrays, zeros for one who has none; None where nobody
+            has one.
+        """
+
+    def message(self, merged_1N: Tensor, optional_WB: Tensor | None = None) -> Message:
+        """The message of all entries that calls made."""
+        return Message({self.array: merged_1N})
+
+
 class Compressor(ABC):
     """One direction's codec, batch-first: every function takes C clients at once.
 
@@ -102,9 +130,7 @@ class Compressor(ABC):
       presence: the last of the S numbers, one a row (:attr:`~fedmpi.spec.Spec.rows`), that count who had a gradient
         there instead of saying what it was.
       optional: the ragged array, of at most one row a client, that most messages go without.
-      merged: the array, the message's only one but for an optional one, whose parts can be averaged apart
-        (:meth:`merge`) and sent on in the same form: ranks then share out the averaging, and nobody receives
-        everybody's message.
+      merge: None, or how ranks can share out the averaging.
       tells: messages say whether the gradients were finite (:attr:`~fedmpi.message.Message.finite`), which
         :meth:`compress` takes as they come; nobody else need look for that.
       counters: names of what :meth:`count` counts, shown in every round's metrics.
@@ -115,7 +141,7 @@ class Compressor(ABC):
     integer: bool = False
     presence: int = 0
     optional: str | None = None
-    merged: str | None = None
+    merge: Merge | None = None
     tells: bool = False
     counters: tuple[str, ...] = ()
 
@@ -169,20 +195,6 @@ class Compressor(ABC):
         """The gradients ``(C, D)`` that decoded vectors stand for (identity where S = D)."""
         return v_CS[:, : self.size - self.presence]
 
-    def merge(self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None) -> Tensor:
-        """What ``W`` senders' entries ``start`` … ``start + N`` (a multiple of 8) of the array :attr:`merged` come to
-        ``(N,)``: what one sender would send for their mean, as the server would have decided on it.
-
-        Args:
-          optional_WB: the senders' :attr:`optional` arrays, zeros for one who has none; None where nobody has one.
-        """
-        raise AssertionError(f"{type(self).__name__}.merged is None")
-
-    def merged_message(self, merged_1N: Tensor, optional_WB: Tensor | None = None) -> Message:
-        """The message of all entries that :meth:`merge` made."""
-        assert self.merged is not None
-        return Message({self.merged: merged_1N})
-
     def count(self, message: Message) -> dict[str, int]:
         """Counts of this message for the metrics; keys are :attr:`counters`."""
         return {}
@@ -222,7 +234,7 @@ class Decoder(ABC):
 
         Args:
           mean_S: the mean; of an integer method the sum. A majority may come packed, as the array
-            :attr:`Compressor.merged` of a message.
+            :attr:`Merge.array` of a message.
           out: ``(D,)``, contiguous, where the gradient may stand; None: nowhere given.
         """
 
@@ -363,63 +375,6 @@ class Method:
                 "train with it through `fedmpi train`, also with mode: data_parallel"
             )
         return self.decoder
-
-
-class Pass(NamedTuple):
-    """What one pass of :func:`play` came to."""
-
-    codec: Compressor
-    ctx: Context
-    message: Message
-    after: State
-    """The senders' state."""
-    peers: State
-    """What the receiver keeps of them."""
-    v_CS: Tensor
-    """Each sender's decoded vector."""
-    mean_S: Tensor
-    """Their mean; of an integer method their sum."""
-    state: State
-    """The far end's, when the pass was sent."""
-
-
-def play(
-    method: Method,
-    g_CD: Tensor,
-    senders: State,
-    state: State,
-    round: Round,
-    *,
-    clients_C: Tensor | None = None,
-    peers: State | None = None,
-    end: Server | Decoder | None = None,
-) -> list[Pass]:
-    """All passes of a round in this process, without communication: the round of whoever looks at a method (analysis,
-    listing, bench, tests). Every client counts the same and has made one step.
-
-    Args:
-      g_CD: the gradients ``(C, D)``.
-      senders: the clients' states, with axis C; the last pass's :attr:`Pass.after` are those after the round.
-      state: the far end's: a server's or, with ``end`` the decoder, its memory. With the last pass's
-        :attr:`Pass.state` and :attr:`Pass.mean_S` it ends the round (:meth:`Server.finish`, :meth:`Decoder.direction`).
-      clients_C: ids; default: 0 … C − 1.
-      peers: what the receiver keeps of the clients; default: what the clients believe that it does.
-      end: the far end; default: the method's server.
-    """
-    end = end or method.server
-    clients_C = torch.arange(len(g_CD)) if clients_C is None else clients_C
-    passes = []
-    for index, codec in enumerate(method.passes):
-        ctx = Context(round, clients_C, torch.ones_like(clients_C), end.shared(state))
-        message, after = codec.compress(g_CD, senders, ctx)
-        last = codec is method.up
-        held = {} if not last else believed(codec, senders) if peers is None else peers
-        v_CS, held = codec.decompress(message, held, ctx)
-        mean_S = v_CS.sum(0, dtype=torch.int32) if codec.integer else v_CS.mean(0)
-        passes.append(Pass(codec, ctx, message, after, held, v_CS, mean_S, state))
-        if not last:
-            state = end.between(state, index, mean_S, round)
-    return passes
 
 
 def nest(state: Mapping[str, Tensor], prefix: str = "inner.") -> State:

@@ -21,9 +21,10 @@ from fedmpi.comm import run_ranks, solo
 from fedmpi.engine.store import ClientStore
 from fedmpi.errors import MessageError
 from fedmpi.message import concat, equal, from_bytes, to_bytes
-from fedmpi.method import Context, Method, Round, State, believed, play
+from fedmpi.method import Context, Method, Round, State, believed
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import FeedbackOptions, Setup
+from fedmpi.methods.play import play
 from fedmpi.spec import Spec
 
 from .conftest import SMALL

@@ -133,6 +133,7 @@ def test_the_mean_of_large_vectors_is_no_larger() -> None:
         torch.testing.assert_close(moved[0], -LR * 3e38 * ONES[0].sign().double(), rtol=2.0**-8, atol=0)
     up = methods.build("bf16", SPEC, Setup()).up
     rows_WN = torch.full((3, 8), 3e38, dtype=torch.bfloat16)
+    assert up.merge is not None
     assert torch.equal(up.merge(rows_WN, 0, Round(1, 0, LR)), rows_WN[0])
 
 

@@ -13,9 +13,10 @@ from fedmpi import config, methods, random
 from fedmpi.engine.store import ClientStore
 from fedmpi.errors import ConfigError
 from fedmpi.message import equal, from_bytes, to_bytes
-from fedmpi.method import Context, Method, Round, State, play
+from fedmpi.method import Context, Method, Round, State
 from fedmpi.methods.base import Setup
 from fedmpi.methods.lowrank import column_sums, orthonormal
+from fedmpi.methods.play import play
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
 

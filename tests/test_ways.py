@@ -84,7 +84,7 @@ def test_every_method_by_every_way(name: str, way: ways.Name) -> None:
     options = CASES[name]
     answers = run_ranks(ranks, lambda comm: _exchanged(options, comm, way, exact=False))
     method = methods.build(options, SPEC, Setup(seed=1))
-    if way == "merge" and any(up.merged is None for up in method.passes):
+    if way == "merge" and any(up.merge is None for up in method.passes):
         assert answers == [[]] * ranks, "refused with a named error"
         return
     for up, *by_rank in zip(method.passes, *answers, strict=True):
@@ -103,7 +103,7 @@ def test_every_method_by_every_way(name: str, way: ways.Name) -> None:
                 assert torch.equal(got.int(), expected)
             else:
                 scale = float(expected.abs().max())
-                rounded = up.merged is not None and way in ("auto", "merge")  # to fp16 or bf16, again
+                rounded = up.merge is not None and way in ("auto", "merge")  # to fp16 or bf16, again
                 assert torch.allclose(
                     got.double(), expected, rtol=0, atol=(4e-3 if rounded else 1e-6) * scale
                 )

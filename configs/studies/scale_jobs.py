@@ -98,7 +98,7 @@ def wire(comm: Comm, cases: list[dict[str, Any]], rounds: int) -> list[dict[str,
 
 def entry(up: Compressor) -> int:
     """Bytes of an entry of the array that ranks can merge in parts; 1 where there is none."""
-    return up.layout()[up.merged].dtype.itemsize if up.merged else 1
+    return up.layout()[up.merge.array].dtype.itemsize if up.merge else 1
 
 
 def wire_of_ranks(cases: list[dict[str, Any]], rounds: int, threads: int) -> list[dict[str, Any]] | None:

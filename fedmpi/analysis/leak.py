@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from fedmpi import random
 from fedmpi.engine.rounds import Simulation
-from fedmpi.method import Compressor, Context, Method, Round, State, play
+from fedmpi.method import Compressor, Context, Method, Round, State
 from fedmpi.methods import fetchsgd
+from fedmpi.methods.play import play
 from fedmpi.spec import Spec
 
 _ADJOINT = 1e-3  # relative; float32 sums of some 10⁵ terms agree to about 10⁻⁵

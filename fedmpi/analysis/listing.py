@@ -8,9 +8,10 @@ import torch
 
 from fedmpi import random
 from fedmpi.engine.progress import human
-from fedmpi.method import Method, Round, State, play
+from fedmpi.method import Method, Round, State
 from fedmpi.methods import METHODS, build, entry, parse
 from fedmpi.methods.base import Entry, Setup
+from fedmpi.methods.play import play
 from fedmpi.spec import Spec
 from fedmpi.validation import yaml_value
 

@@ -21,9 +21,10 @@ from torch import Tensor
 from fedmpi import methods, random
 from fedmpi.bench.timing import Row, Work, columns, measure
 from fedmpi.errors import ConfigError
-from fedmpi.method import Method, Pass, Round, State, believed, play
+from fedmpi.method import Method, Round, State, believed
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import Setup
+from fedmpi.methods.play import Pass, play
 from fedmpi.spec import Spec
 from fedmpi.validation import yaml_value
 

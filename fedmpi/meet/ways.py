@@ -173,14 +173,14 @@ class VoteWay(GatherWay):
 
     def _decode(self, everybody: Message, roster: Roster) -> Tensor:
         up, optional_WB = self.up, None
-        assert up.merged is not None  # build() saw to it
+        assert up.merge is not None  # build() saw to it
         if up.optional is not None:
             optional_WB = _each(everybody.arrays[up.optional], everybody.lengths[up.optional].bool())
-        merged_N = up.merge(everybody.arrays[up.merged], 0, roster.now, optional_WB)
+        merged_N = up.merge(everybody.arrays[up.merge.array], 0, roster.now, optional_WB)
         if optional_WB is None:
             return merged_N
         ctx = roster.ctx(torch.tensor([self.comm.rank]))
-        v_1S, _ = up.decompress(up.merged_message(merged_N[None], optional_WB), {}, ctx)
+        v_1S, _ = up.decompress(up.merge.message(merged_N[None], optional_WB), {}, ctx)
         return v_1S[0]
 
 
@@ -191,9 +191,9 @@ class MergeWay(_OneEach):
     _ALIGN = 64  # entries of a part: whole words of random bits
 
     def send(self) -> End:
-        up, ranks, roster = self.up, self.comm.size, self.roster
-        assert up.merged is not None  # build() saw to it
-        name, field = up.merged, up.layout()[up.merged]
+        up, merge, ranks, roster = self.up, self.up.merge, self.comm.size, self.roster
+        assert merge is not None  # build() saw to it
+        name, field = merge.array, up.layout()[merge.array]
         length = field.row[0]
         part = -(-length // ranks)
         part += -part % self._ALIGN
@@ -206,7 +206,7 @@ class MergeWay(_OneEach):
         optional_WB = None
         if up.optional is not None and bool(got_WB[:, -1].all()):
             optional_WB = _each(*self._optional(self._mine.arrays[up.optional], got_WB[:, -1]))
-        merged_N = up.merge(rows_WN, self.comm.rank * part, roster.now, optional_WB)
+        merged_N = merge(rows_WN, self.comm.rank * part, roster.now, optional_WB)
         part_B = torch.cat([merged_N.view(torch.uint8), got_WB[:, -1].min()[None]])
         gathered = self._wait(lambda: self.comm.start_allgather_tensor(part_B))
 
@@ -216,7 +216,7 @@ class MergeWay(_OneEach):
                 return None
             whole_1N = parts_WB[:, :-1].contiguous().view(field.dtype).view(1, -1)[:, :length]
             ctx = roster.ctx(torch.tensor([self.comm.rank]))
-            v_1S, _ = up.decompress(up.merged_message(whole_1N, optional_WB), {}, ctx)
+            v_1S, _ = up.decompress(merge.message(whole_1N, optional_WB), {}, ctx)
             return v_1S[0]
 
         return end
@@ -336,9 +336,9 @@ def build(
     sums, kind = Sums(exact), _WAYS.get(way)
     if way == "auto":
         way = _choose(comm, up, exact, owner is not None, room)
-        votes = packed and way == "gather" and up.merged is not None and up.integer
+        votes = packed and way == "gather" and up.merge is not None and up.integer
         kind = VoteWay if votes else _WAYS.get(way)
-    if way == "merge" and up.merged is None:
+    if way == "merge" and up.merge is None:
         raise ConfigError(
             "exchange: merge is for signsgd with a majority vote, bf16 and fp16; expected sum or gather"
         )
@@ -350,7 +350,7 @@ def build(
 def _choose(comm: Comm, up: Compressor, exact: bool, owned: bool, room: float) -> Name:
     if comm.size == 1:
         return "sum"
-    if up.merged is not None and (up.integer or not exact):  # what is rounded again is not exact
+    if up.merge is not None and (up.integer or not exact):  # what is rounded again is not exact
         # Two send as much either way, and one collective is faster.
         return "merge" if comm.size > 2 else "gather"
     peers = sum(value.nbytes for value in up.init_peer().values())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedmpi.errors import ConfigError
 from fedmpi.message import Layout, Message
-from fedmpi.method import Compressor, Context, Round, State, believed, nest, unnest
+from fedmpi.method import Compressor, Context, State, believed, nest, unnest
 from fedmpi.ops import fast
 
 
@@ -24,7 +24,7 @@ class Feedback(Compressor):
             )
         super().__init__(inner.spec, inner.size)
         self.inner, self.presence, self.optional = inner, inner.presence, inner.optional
-        self.counters, self.replayable, self.merged = inner.counters, inner.replayable, inner.merged
+        self.counters, self.replayable, self.merge = inner.counters, inner.replayable, inner.merge
         self.tells = inner.tells  # e is finite: p is if g is, but for an overflow
 
     def init(self) -> State:
@@ -57,12 +57,6 @@ class Feedback(Compressor):
         self, total_CS: Tensor, message: Message, peer: State, ctx: Context, weights: Sequence[float]
     ) -> State:
         return nest(self.inner.add(total_CS, message, unnest(peer), ctx, weights))
-
-    def merge(self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None) -> Tensor:
-        return self.inner.merge(rows_WN, start, round, optional_WB)
-
-    def merged_message(self, merged_1N: Tensor, optional_WB: Tensor | None = None) -> Message:
-        return self.inner.merged_message(merged_1N, optional_WB)
 
     def count(self, message: Message) -> dict[str, int]:
         return self.inner.count(message)

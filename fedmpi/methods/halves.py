@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedmpi.errors import MessageError
 from fedmpi.message import Field, Layout, Message
-from fedmpi.method import Compressor, Context, Method, Round, State
+from fedmpi.method import Compressor, Context, Merge, Method, Round, State
 from fedmpi.methods.base import Entry, FeedbackOptions, Mean, MeanServer, Setup
 from fedmpi.methods.feedback import Feedback
 from fedmpi.ops.sums import finite
@@ -28,13 +28,25 @@ class HalfOptions(FeedbackOptions):
         return True
 
 
+class Rounded(Merge):
+    """The mean, rounded as messages are."""
+
+    def __call__(
+        self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None
+    ) -> Tensor:
+        mean_N = rows_WN.float().mean(0)
+        if not finite(mean_N):  # bf16 reaches as far as float32, whose sums may overflow
+            mean_N = rows_WN.double().mean(0)
+        return mean_N.to(rows_WN.dtype)
+
+
 class Half(Compressor):
     """Sends the D values in ``dtype``. Not additive: a rounded sum is not the sum of rounded terms."""
 
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         super().__init__(spec)
         self.dtype, self.largest = dtype, torch.finfo(dtype).max
-        self.merged = "gradient"
+        self.merge = Rounded("gradient")
 
     def layout(self) -> Layout:
         return {"gradient": Field(self.dtype, (self.size,))}
@@ -48,12 +60,6 @@ class Half(Compressor):
         if not bool(v_CD.sum(dtype=torch.float64).isfinite()):
             raise MessageError("message: expected finite values (senders saturate), got infinity or NaN")
         return v_CD, peer
-
-    def merge(self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None) -> Tensor:
-        mean_N = rows_WN.float().mean(0)
-        if not finite(mean_N):  # bf16 reaches as far as float32, whose sums may overflow
-            mean_N = rows_WN.double().mean(0)
-        return mean_N.to(self.dtype)
 
 
 def _builder(dtype: torch.dtype) -> Callable[[HalfOptions, Spec, Setup], Method]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedmpi import random
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Field, Layout, Message
-from fedmpi.method import Compressor, Context, Decoder, Method, Round, Server, State
+from fedmpi.method import Compressor, Context, Decoder, Merge, Method, Round, Server, State
 from fedmpi.methods.base import Entry, FeedbackOptions, Mean, MeanServer, Setup, missed_rounds, remember
 from fedmpi.methods.feedback import Feedback
 from fedmpi.ops import bits, fast
@@ -42,6 +42,37 @@ class SignOptions(FeedbackOptions):
         return True
 
 
+class Votes(Merge):
+    """The majority of packed signs, packed."""
+
+    def __init__(self, spec: Spec, skip: bool) -> None:
+        super().__init__("signs")
+        self.spec, self.skip, self.count_rows = spec, skip, len(spec.rows) - 1
+
+    def __call__(
+        self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None
+    ) -> Tensor:
+        if optional_WB is None:
+            return bits.vote(rows_WN, round.key("tie"), 8 * start)
+        present_WR = ~bits.unpack(optional_WB, self.count_rows)
+        first, n = 8 * start, 8 * rows_WN.shape[1]
+        present_WN = bits.spread_rows(present_WR, self.spec.rows)[:, first : first + n]
+        present_WN = F.pad(present_WN, (0, n - present_WN.shape[1]))
+        return bits.vote_of_present(rows_WN, present_WN, round.key("tie"), first)
+
+    def message(self, merged_1N: Tensor, optional_WB: Tensor | None = None) -> Message:
+        """Abstains where all senders do."""
+        if not self.skip:
+            return Message({"signs": merged_1N})
+        rows_EB = torch.empty(0, bits.nbytes(self.count_rows), dtype=torch.uint8)
+        if optional_WB is not None:
+            empty_1R = bits.unpack(optional_WB, self.count_rows).all(0, keepdim=True)
+            rows_EB = bits.pack(empty_1R[empty_1R.any(1)])
+        some_1 = torch.tensor([len(rows_EB) > 0])
+        signs_1B = _tagged(merged_1N[:, : bits.nbytes(self.spec.size)], self.spec.size, some_1)
+        return Message({"signs": signs_1B, "rows": rows_EB}, {"rows": some_1.long()})
+
+
 class Sign(Compressor):
     """Bit 1 for a positive entry. The sign of 0 is a fair coin of the client's key.
 
@@ -61,7 +92,7 @@ class Sign(Compressor):
         self.presence = 0 if scaled else self.count_rows
         super().__init__(spec, spec.size + self.presence)
         self.scaled, self.integer, self.momentum, self.skip = scaled, not scaled, momentum, skip
-        self.merged = None if scaled else "signs"
+        self.merge = None if scaled else Votes(spec, skip)
         self.optional = "rows" if skip else None
 
     def init(self) -> State:
@@ -140,27 +171,6 @@ class Sign(Compressor):
             self._abstain(v_1D, None if empty_CR is None else empty_CR[c : c + 1])
             total_S.add_(v_1D[0], alpha=weight)
         return peer
-
-    def merge(self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None) -> Tensor:
-        if optional_WB is None:
-            return bits.vote(rows_WN, round.key("tie"), 8 * start)
-        present_WR = ~bits.unpack(optional_WB, self.count_rows)
-        first, n = 8 * start, 8 * rows_WN.shape[1]
-        present_WN = bits.spread_rows(present_WR, self.spec.rows)[:, first : first + n]
-        present_WN = F.pad(present_WN, (0, n - present_WN.shape[1]))
-        return bits.vote_of_present(rows_WN, present_WN, round.key("tie"), first)
-
-    def merged_message(self, merged_1N: Tensor, optional_WB: Tensor | None = None) -> Message:
-        """Abstains where all senders do."""
-        if not self.skip:
-            return Message({"signs": merged_1N})
-        rows_EB = torch.empty(0, bits.nbytes(self.count_rows), dtype=torch.uint8)
-        if optional_WB is not None:
-            empty_1R = bits.unpack(optional_WB, self.count_rows).all(0, keepdim=True)
-            rows_EB = bits.pack(empty_1R[empty_1R.any(1)])
-        some_1 = torch.tensor([len(rows_EB) > 0])
-        signs_1B = _tagged(merged_1N[:, : bits.nbytes(self.spec.size)], self.spec.size, some_1)
-        return Message({"signs": signs_1B, "rows": rows_EB}, {"rows": some_1.long()})
 
 
 def _tagged(signs_CB: Tensor, size: int, some_C: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from fedmpi import methods
 from fedmpi.engine.downloads import receive
 from fedmpi.errors import MessageError
 from fedmpi.message import from_bytes, to_bytes
-from fedmpi.method import Round, Server, State, play
+from fedmpi.method import Round, Server, State
 from fedmpi.methods.base import Setup
+from fedmpi.methods.play import play
 
 from .fuzz_messages import NUMBERS, SPECS, WORDS, anatomy, fitted, options
 from .outcomes import Attempt

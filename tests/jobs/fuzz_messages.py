@@ -19,9 +19,10 @@ import torch
 from fedmpi import methods
 from fedmpi.errors import MessageError
 from fedmpi.message import Layout, from_bytes, to_bytes
-from fedmpi.method import Compressor, Context, Round, State, play
+from fedmpi.method import Compressor, Context, Round, State
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import FeedbackOptions, Setup
+from fedmpi.methods.play import play
 from fedmpi.spec import Spec
 
 from .outcomes import Attempt
