@@ -58,6 +58,7 @@ def test_methods_that_are_no_drop_in_are_refused() -> None:
         run_ranks(2, lambda comm: advise(comm, {"w": (64, 64)}, [{"name": "prune", "m": 100}]))
 
 
+@pytest.mark.slow  # above, threads measure the same
 def test_the_command_under_mpirun(openmpi: Mpi) -> None:
     arguments = ("--params", "200000", "--method", "signsgd", "--method", "{name: intrinsic, dim: 0.01}")
     done = openmpi(2, "-m", "fedmpi", "advise", *arguments)

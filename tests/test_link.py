@@ -33,6 +33,7 @@ def possible() -> bool:
         return False
 
 
+@pytest.mark.slow  # the study's own; that bytes are counted right: tests/test_ddp.py
 def test_steps_and_bytes_across_a_link() -> None:
     """Bytes by the interface: bf16 sends half of fp32, signs a sixteenth of bf16; auto that has chosen bf16 sends what
     the bf16 hook sends, and where its steps are bf16 it learns the same to the bit."""
