@@ -38,7 +38,7 @@ def test_steps_and_bytes_across_a_link() -> None:
     """Bytes by the interface: bf16 sends half of fp32, signs a sixteenth of bf16; auto that has chosen bf16 sends what
     the bf16 hook sends, and where its steps are bf16 it learns the same to the bit."""
     if not possible():
-        pytest.skip("no network namespaces for us here (bench link says what it takes)")
+        pytest.skip("no network namespaces for us here (the study says what it takes)")
     plain = {"method": {"name": "auto", "candidates": ["dense"], "steps": 3, "margin": 0.99}}
     cases = {
         "fp32": {"plain": "fp32"},
@@ -83,7 +83,7 @@ def test_the_models_have_about_as_many_parameters() -> None:
 
 def test_the_ranks_and_their_namespaces_end_together() -> None:
     if not possible():
-        pytest.skip("no network namespaces for us here (bench link says what it takes)")
+        pytest.skip("no network namespaces for us here (the study says what it takes)")
     with netns.Pair([["cat"]] * 2, [dict(os.environ)] * 2) as pair:
         spaces = {Path(f"/proc/{process.pid}/ns/net").readlink() for process in pair.processes}
         assert len(spaces | {Path("/proc/self/ns/net").readlink()}) == 3

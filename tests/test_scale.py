@@ -172,7 +172,7 @@ def test_a_process_of_its_own_measures_a_start() -> None:
 @pytest.mark.slow
 def test_a_job_that_fails_says_why() -> None:
     with pytest.raises(
-        CommError, match=r"(?s)bench scale: start failed \(1\): .*unexpected keyword argument 'wrong'"
+        CommError, match=r"(?s)scale study: start failed \(1\): .*unexpected keyword argument 'wrong'"
     ):
         scale._child("start", {"wrong": 1})
 

@@ -120,7 +120,7 @@ def train(job: Job, speed: str, names: Sequence[str], accuracy: float) -> dict[s
     for name in names:
         job.ask("stop", name + " anew")
         if name not in found:
-            raise ConfigError(f"bench link: {name} has not reached {accuracy:.0%} within {MOST} steps")
+            raise ConfigError(f"link study: {name} has not reached {accuracy:.0%} within {MOST} steps")
     return found
 
 

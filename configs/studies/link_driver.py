@@ -46,7 +46,7 @@ class Job:
         answers = [json.loads(text or '{"error": "a rank ended; see above"}') for text in self.pair.heard()]
         for answer in answers:
             if "error" in answer:
-                raise ConfigError(f"bench link: {answer['error']}")
+                raise ConfigError(f"link study: {answer['error']}")
         first: dict[str, Any] = answers[0]
         return first
 

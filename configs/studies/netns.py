@@ -68,7 +68,7 @@ class Pair:
             text=True,
         )
         if _pipe(process.stdout).readline() != "up\n":
-            raise ConfigError("bench link: `unshare --net` made no network namespace")
+            raise ConfigError("link study: `unshare --net` made no network namespace")
         return process
 
     def _inside(self, process: subprocess.Popen[str], *command: str) -> None:
@@ -117,7 +117,7 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
 def run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ConfigError(f"bench link: {' '.join(command)}: {done.stderr.strip()}")
+        raise ConfigError(f"link study: {' '.join(command)}: {done.stderr.strip()}")
 
 
 def require() -> None:
@@ -128,10 +128,10 @@ def require() -> None:
     missing = [tool for tool in ("ip", "tc", "unshare", "nsenter") if shutil.which(tool) is None]
     if missing:
         raise ConfigError(
-            f"bench link: needs {', '.join(missing)} (Debian, Ubuntu: apt-get install iproute2 util-linux)"
+            f"link study: needs {', '.join(missing)} (Debian, Ubuntu: apt-get install iproute2 util-linux)"
         )
     if os.geteuid():
         raise ConfigError(
-            "bench link: making network namespaces needs root, or a user namespace in which you are: "
+            "link study: making network namespaces needs root, or a user namespace in which you are: "
             "unshare --user --map-root-user --net python -m configs.studies link"
         )

@@ -84,7 +84,7 @@ def run(
       CommError: a process failed; with what it said.
     """
     if launcher() is not None:
-        raise ConfigError("bench scale: starts ranks itself, expected to be started alone")
+        raise ConfigError("scale study: starts ranks itself, expected to be started alone")
     mpiexec = _mpiexec()
     measured = {
         "threads": torch.get_num_threads(),
@@ -139,9 +139,9 @@ def _child(job: str, arguments: dict[str, Any], launch: Sequence[str] = ()) -> A
                 stdin=subprocess.DEVNULL,
             )
         except subprocess.TimeoutExpired:
-            raise CommError(f"bench scale: {job} took more than {_TIMEOUT:.0f} s") from None
+            raise CommError(f"scale study: {job} took more than {_TIMEOUT:.0f} s") from None
         if done.returncode or not answer.exists():
-            raise CommError(f"bench scale: {job} failed ({done.returncode}): {done.stderr[-2000:]}")
+            raise CommError(f"scale study: {job} failed ({done.returncode}): {done.stderr[-2000:]}")
         return json.loads(answer.read_text())
 
 

@@ -35,7 +35,7 @@ _COUNTERS = (*Totals.model_fields, "trained")
 class _Point(NamedTuple):
     """What a rank held after some round, but for its clients' states."""
 
-    topology: dict[str, Any]
+    replica: dict[str, Any]
     ledger: State
     counters: dict[str, Any]
 
@@ -169,7 +169,7 @@ class Faults:
             store.mark()
         self._points = {n: point for n, point in self._points.items() if n <= done}
         point = self._points[done]
-        simulation.replica.take_back(point.topology)
+        simulation.replica.take_back(point.replica)
         for name, value in point.ledger.items():
             getattr(simulation.ledger, name).copy_(value)
         for name, value in point.counters.items():

@@ -36,7 +36,7 @@ class Settings(Strict):
         "with a few small ones; methods whose numbers count over the whole model (k, dim, a sketch) take all in one",
     )
     exchange: Name = Field(
-        "auto", description="how messages meet: sum, gather, merge, owner (fedmpi/engine/exchange.py)"
+        "auto", description="how messages meet: sum, gather, merge, owner (fedmpi/meet/ways.py)"
     )
 
     @classmethod

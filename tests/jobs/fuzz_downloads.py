@@ -14,14 +14,14 @@ import torch
 
 from fedmpi import methods
 from fedmpi.engine.downloads import receive
-from fedmpi.errors import MessageError
+from fedmpi.errors import FedMPIError, MessageError
 from fedmpi.message import from_bytes, to_bytes
 from fedmpi.method import Round, Server, State
 from fedmpi.methods.base import Setup
 from fedmpi.methods.play import play
 
 from .fuzz_messages import NUMBERS, SPECS, WORDS, anatomy, fitted, options
-from .outcomes import Attempt
+from .outcomes import Attempt, of_frame
 
 ROOM = 256 << 20
 
@@ -118,14 +118,8 @@ def prepare(folder: Path) -> Attempt:
         new = receive(one.server, one.view, one.frame, one.version)
         assert torch.equal(one.server.parameters(new), one.theta), one.name
 
-    def attempt(rng: random.Random) -> MessageError | None:
+    def attempt(rng: random.Random) -> FedMPIError | None:
         one = rng.choice(everything)
-        frame = mutated(one, everything, rng)
-        try:
-            return take(one, frame)
-        except BaseException as error:
-            raise AssertionError(
-                f"{one.name}: {type(error).__name__}: {error}; {frame.hex()[:300]}"
-            ) from error
+        return of_frame(one.name, mutated(one, everything, rng), lambda frame: take(one, frame))
 
     return attempt

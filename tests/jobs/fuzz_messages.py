@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedmpi import methods
-from fedmpi.errors import MessageError
+from fedmpi.errors import FedMPIError, MessageError
 from fedmpi.message import Layout, from_bytes, to_bytes
 from fedmpi.method import Compressor, Context, Round, State
 from fedmpi.methods import METHODS
@@ -25,7 +25,7 @@ from fedmpi.methods.base import FeedbackOptions, Setup
 from fedmpi.methods.play import play
 from fedmpi.spec import Spec
 
-from .outcomes import Attempt
+from .outcomes import Attempt, of_frame
 
 ROOM = 256 << 20
 CLIENTS = 3
@@ -240,14 +240,9 @@ def prepare(folder: Path, specs: tuple[Spec, ...] = SPECS) -> Attempt:
     for target in everything:
         assert receive(target, target.frame) is None, target.name
 
-    def attempt(rng: random.Random) -> MessageError | None:
+    def attempt(rng: random.Random) -> FedMPIError | None:
         target = rng.choice(everything)
         frame = mutated(target, everything, rng)
-        try:
-            return receive(target, frame)
-        except BaseException as error:
-            raise AssertionError(
-                f"{target.name}: {type(error).__name__}: {error}; {frame.hex()[:300]}"
-            ) from error
+        return of_frame(target.name, frame, lambda frame: receive(target, frame))
 
     return attempt

@@ -34,6 +34,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+# Of its own, not tests/conftest.py's: what is recorded must not change when the tests' runs do.
 SMALL: dict[str, Any] = {
     "data": {"name": "digits"},
     "model": {"name": "linear"},

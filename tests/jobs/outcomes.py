@@ -44,6 +44,18 @@ class Outcome:
             setattr(self, verdict, getattr(self, verdict) + 1)
 
 
+def of_frame(name: str, frame: bytes, receive: Callable[[bytes], FedMPIError | None]) -> FedMPIError | None:
+    """The error with which a frame was refused, or None.
+
+    Raises:
+      AssertionError: anything else that was raised, with whose frame it was and how it began.
+    """
+    try:
+        return receive(frame)
+    except BaseException as error:
+        raise AssertionError(f"{name}: {type(error).__name__}: {error}; {frame.hex()[:300]}") from error
+
+
 def judge(attempt: Attempt, seed: int, number: int) -> tuple[str, str]:
     """The verdict on one input (``refused``, ``taken`` or ``wrong``), and why; each has random numbers of its own, so
     that it can be tried again alone."""
