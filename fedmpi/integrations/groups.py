@@ -33,9 +33,9 @@ class Group:
 
     Attributes:
       names: of the parameters, in the vector's order.
-      flat_D: their gradients before :meth:`reduce`, and their mean after it.
+      flat_D: their gradients before :meth:`start`, and their mean after :meth:`finish`.
       views: the same by name, in their own shapes.
-      state, memory: what this rank keeps between steps, and what the server of each rank does.
+      state, memory: what this rank keeps between steps as a sender, and what the decoder of each rank does.
       seconds, payload: spent and sent so far, in seconds and bytes.
     """
 
@@ -48,6 +48,13 @@ class Group:
         owner: int | None = None,
         room: float = ways.GATHER_BYTES,
     ) -> None:
+        """Args:
+          options: of the method; dense for those that are averaged as they are.
+          owner, room: as :func:`fedmpi.meet.ways.build` takes them.
+
+        Raises:
+          ConfigError: the method changes parameters itself, or does not fit.
+        """
         self.comm, self.settings = comm, settings
         self.spec = Spec(tuple(shapes), tuple(shapes.values()))
         self.names = self.spec.names
