@@ -4,11 +4,10 @@ Both are pure: state goes in and comes out, so that a step can be dropped, repea
 without either noticing. The objects themselves hold only constants (the parameter layout, the
 options); nothing here or in ``methods/`` communicates.
 
-The design in one paragraph: a compressor turns gradients into messages, and messages into vectors of
-S numbers that *can be summed* over clients and ranks (S = D for sparse values or signs, d for subspace
-coordinates, R·C for a sketch). The engine sums them; the server turns the weighted mean into new parameters,
-once. So a wrapper (error feedback, look-back) deals with one end of the compressor only and works
-over every method, and the accumulator of an additive method is as small as its message.
+A compressor turns gradients into messages, and messages into vectors of S numbers that *can be summed* over clients
+and ranks (S = D for sparse values or signs, d for subspace coordinates, R·C for a sketch). The engine sums them; the
+server turns the weighted mean into new parameters, once. So a wrapper (error feedback, look-back) deals with one end of
+the compressor only, and works over every method.
 
 Shape suffixes: C clients, D parameters, S numbers that are summed for one client.
 """
@@ -18,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +55,13 @@ class Round(NamedTuple):
     def key(self, stream: str) -> int:
         """The key of a stream that all clients and the server share in this round."""
         return random.key(self.seed, self.t, -1, stream)
+
+
+class Segment(NamedTuple):
+    """A stretch of what is summed; of clients' it takes the weighted mean, the votes' sum, or the least, from 0 on."""
+
+    size: int
+    kind: Literal["mean", "votes", "least"]
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,11 @@ class Compressor(ABC):
         self.spec = spec
         self.size = spec.size if size is None else size
 
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What the S numbers are. Votes beside others are ±1 in float32."""
+        return (Segment(self.size, "votes" if self.integer else "mean"),)
+
     def init(self) -> State:
         """A client's state before its first message, without the axis C; {} for a stateless method."""
         return {}
@@ -196,7 +207,7 @@ class Compressor(ABC):
         return v_CS[:, : self.size - self.presence]
 
     def count(self, message: Message) -> dict[str, int]:
-        """Counts of this message for the metrics; keys are :attr:`counters`."""
+        """For the metrics; keys are :attr:`counters`."""
         return {}
 
 
@@ -249,9 +260,6 @@ class Server(ABC):
     Attributes:
       weighted: clients count by their number of samples; else one client, one vote.
       samples: training samples of its own, from which :meth:`prepare` gets a gradient; 0 for none.
-
-    Raises:
-      ConfigError: a subclass has a function by its former name.
     """
 
     weighted: bool = True
@@ -280,8 +288,7 @@ class Server(ABC):
         """The state after a round; ``mean_S`` is its clients' mean (of an integer method: their sum)."""
 
     def skip(self, state: State, round: Round) -> State:
-        """The state after a round in which nobody sent a message that counts, of the state before it. Its version is
-        one ahead only where there is something to download."""
+        """The state after a round without a message that counts; one version ahead if there is a download."""
         return state
 
     @abstractmethod
@@ -298,10 +305,7 @@ class Server(ABC):
 
     @abstractmethod
     def reconcile(self, view: State, message: Message, version: int) -> State:
-        """The view after a download that brings it to ``version`` (known from the call to the round).
-
-        Its parameters equal the server's to the bit.
-        """
+        """The view after a download that brings it to ``version``: its parameters equal the server's to the bit."""
 
     def between(self, state: State, index: int, mean_S: Tensor, round: Round) -> State:
         """The state (or view) after pass ``index``, which is not the last, whose clients' vectors have the mean
@@ -309,8 +313,7 @@ class Server(ABC):
         return state
 
     def prepare(self, state: State, g_D: Tensor) -> State:
-        """The state before round 0 of a server with ``samples``; ``g_D`` is the accumulated gradient of local
-        training on them. It has a version of its own, so that clients download what came of it."""
+        """The state before round 0 of a server with ``samples``, whose gradient is ``g_D``: a version of its own."""
         return state
 
     def facts(self, state: State) -> dict[str, float]:
@@ -326,7 +329,7 @@ class Server(ABC):
         return state["theta"]
 
     def shared(self, state: State) -> State:
-        """What clients need of a state or a view to compress (a mask, say)."""
+        """What clients need of a state or a view to compress."""
         return {}
 
 
