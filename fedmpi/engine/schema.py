@@ -65,7 +65,9 @@ def check_manifest(folder: Path, described: Manifest, simulation: Simulation) ->
         expected, got_names = ", ".join(simulation.measures) or "none", ", ".join(totals.measures) or "none"
         raise CheckpointError(f"{path}: totals.measures: expected {expected}, got {got_names}")
     if bad := [n for n, value in totals.measures.items() if value is not None and not 0 <= value <= 1]:
-        raise CheckpointError(f"{path}: totals.measures.{bad[0]}: expected 0 to 1, got {totals.measures[bad[0]]}")
+        raise CheckpointError(
+            f"{path}: totals.measures.{bad[0]}: expected 0 to 1, got {totals.measures[bad[0]]}"
+        )
     if not described.ranks:
         raise CheckpointError(f"{path}: ranks: expected at least one, got none")
     seen: dict[str, set[int]] = {}
