@@ -33,8 +33,9 @@ LAYERS = {
     "methods": BASE
     | {"method", "message", "spec", "ops", "optimizers", "own", "validation"},  # never comm or engine
     "meet": {"comm", "errors", "message", "method", "methods", "ops", "phases"},
+    "local": {"methods", "validation"},
     "plan": BASE | {"method", "methods", "spec", "validation"},
-    "config": {"errors", "methods", "own", "tasks", "optimizers", "overrides", "plan", "validation"},
+    "config": {"errors", "local", "methods", "own", "tasks", "optimizers", "overrides", "plan", "validation"},
     "engine": BASE
     | {
         "comm",
@@ -52,7 +53,7 @@ LAYERS = {
     }
     | {"machine", "phases", "plain_file", "strict_yaml"},
     "analysis": BASE
-    | {"comm", "config", "engine", "method", "methods", "message", "ops", "plan", "spec", "tasks"}
+    | {"comm", "config", "engine", "local", "method", "methods", "message", "ops", "plan", "spec", "tasks"}
     | {"strict_yaml", "validation"},
     "integrations": BASE
     | {
@@ -72,7 +73,17 @@ LAYERS = {
     | {"analysis", "comm", "config", "engine", "integrations"}
     | {"message", "method", "methods", "ops", "spec", "tasks", "validation"},
     "doctor": {"comm", "errors"},
-    "tools": {"analysis", "comm", "config", "doctor", "errors", "integrations", "spec", "tasks", "validation"},
+    "tools": {
+        "analysis",
+        "comm",
+        "config",
+        "doctor",
+        "errors",
+        "integrations",
+        "spec",
+        "tasks",
+        "validation",
+    },
     "cli": {"analysis", "bench", "comm", "config", "engine", "errors", "project", "start", "tools"},
     "__main__": {"cli", "start"},
     "__init__": {"integrations"},  # on demand
