@@ -184,7 +184,7 @@ class Simulation:
             self.measures, *result = by_client(
                 *of, x_X, self.data.train, self.held, self.own, self.home, self.comm
             )
-        if self.own.empty:
+        if self.held is None or not self.plan.local.names:
             result = list(evaluate(*of, x_X, self.data.test, self.config.test_batch, self.comm))
         self.accuracy, self.test_loss = result
 
