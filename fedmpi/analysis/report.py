@@ -120,6 +120,8 @@ class Column(NamedTuple):
 
 _COLUMNS = (
     Column("accuracy", lambda run: run.summary.accuracy, _percent),
+    Column("clients' mean", lambda run: run.summary.client_accuracy, _percent, always=False),
+    Column("worst tenth", lambda run: run.summary.client_worst, _percent, always=False),
     Column("upload", lambda run: run.summary.upload_bytes, human),
     Column("upload ratio", lambda run: run.summary.upload_ratio, ratio),
     Column("download", lambda run: run.summary.download_bytes, human),

@@ -36,6 +36,8 @@ class Summary(BaseModel):
     values_only: dict[str, float | None] = {}
     seconds: float
     simulated_seconds: float | None = None
+    client_accuracy: float | None = None
+    client_worst: float | None = None
     seed: int
     ranks: int = 1
     comm: str = ""

@@ -32,6 +32,9 @@ from fedmpi.errors import ConfigError, DataError, FedMPIError, Stopped
 _ERROR = "error.txt"
 _KEPT = (  # of a run's summary, in the results
     "accuracy",
+    "client_accuracy",
+    "client_median",
+    "client_worst",
     "loss",
     "upload_bytes",
     "download_bytes",
