@@ -64,8 +64,8 @@ class Context:
 
     Attributes:
       round: the round.
-      clients_C: int64, their ids.
-      steps_C: int64, local steps τ that each gradient is the sum of.
+      clients_C: int64, their ids; on the CPU, wherever their gradients lie.
+      steps_C: int64, on the CPU, local steps τ that each gradient is the sum of.
       shared: what the server has published to all (:meth:`Server.shared`).
       part: the tensor that this call is about, where each is compressed by itself.
     """
@@ -77,7 +77,7 @@ class Context:
     part: int | None = None
 
     def keys(self, stream: str) -> Tensor:
-        """One key a client, int64 ``(C,)``."""
+        """One key a client, int64 ``(C,)``, on the CPU as the ids are: whoever draws says where."""
         stream = stream if self.part is None else f"{stream}, part {self.part}"
         return random.keys(self.round.seed, self.round.t, self.clients_C, stream)
 
@@ -150,7 +150,7 @@ class Compressor(ABC):
         self.size = spec.size if size is None else size
 
     def init(self) -> State:
-        """A client's state before its first message, without the axis C; {} for a stateless method."""
+        """A client's state before its first message, without the axis C, on the CPU; {} for a stateless method."""
         return {}
 
     def init_peer(self) -> State:
@@ -208,8 +208,7 @@ _RENAMED = {
 
 
 class Decoder(ABC):
-    """From means to directions, without parameters: all that a job with an optimizer of its own (a DDP hook) needs of
-    a method's far end.
+    """From means to directions, without parameters: all that a DDP hook needs of a method's far end.
 
     ``memory`` below is what :meth:`memory` gave, or any state with the same entries (a server's, a view).
     """
@@ -304,8 +303,7 @@ class Server(ABC):
         """
 
     def between(self, state: State, index: int, mean_S: Tensor, round: Round) -> State:
-        """The state (or view) after pass ``index``, which is not the last, whose clients' vectors have the mean
-        ``mean_S``."""
+        """As :meth:`Decoder.between`, of a state or a view."""
         return state
 
     def prepare(self, state: State, g_D: Tensor) -> State:
@@ -375,6 +373,11 @@ class Method:
                 "train with it through `fedmpi train`, also with mode: data_parallel"
             )
         return self.decoder
+
+
+def placed(state: Mapping[str, Tensor], device: torch.device) -> State:
+    """A state there: what :meth:`Compressor.init` and :meth:`Decoder.memory` make lies on the CPU."""
+    return {name: value.to(device) for name, value in state.items()}
 
 
 def nest(state: Mapping[str, Tensor], prefix: str = "inner.") -> State:

@@ -18,6 +18,7 @@ from fedmpi.comm.base import Comm
 from fedmpi.errors import NumericalError
 from fedmpi.method import Compressor
 from fedmpi.ops.sums import add_fixed, from_fixed
+from fedmpi.spec import CPU
 
 LARGEST = 2.0**22
 
@@ -38,12 +39,21 @@ class Sum:
       largest: the largest magnitude of a weighted value of an exact sum.
     """
 
-    def __init__(self, size: int, *, integer: bool, exact: bool, terms: int, flag: bool = False) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        integer: bool,
+        exact: bool,
+        terms: int,
+        flag: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
         self.integer, self.exact = integer, exact and not integer
         self.floats = not (integer or exact)
         votes = next(t for t in (torch.int8, torch.int16, torch.int32) if terms <= torch.iinfo(t).max)
         dtype = votes if integer else torch.int64 if exact else torch.float32
-        self._all = torch.zeros(size + flag, dtype=dtype)
+        self._all = torch.zeros(size + flag, dtype=dtype, device=device)
         self.total_S, self.flag_1 = self._all[:size], self._all[size:]
         self.largest = largest_term(terms)
 
@@ -124,17 +134,19 @@ class Sums:
     Attributes:
       exact: the same to the bit in any order.
       aggregate, trim: mean, or what :class:`Ordered` takes, where one rank has all vectors.
+      device: where messages are decoded and added up.
     """
 
     exact: bool = False
     aggregate: str = "mean"
     trim: float = 0.0
+    device: torch.device = CPU
 
     def __call__(self, up: Compressor, terms: int, flag: bool = False) -> Sum:
         """The sum of so many clients' (or ranks') vectors; the weights' sum is 1."""
         if self.aggregate != "mean":
             return Ordered(self.aggregate, self.trim, terms)
-        return Sum(up.size, integer=up.integer, exact=self.exact, terms=terms, flag=flag)
+        return Sum(up.size, integer=up.integer, exact=self.exact, terms=terms, flag=flag, device=self.device)
 
     def largest(self, up: Compressor, terms: int) -> float:
         """The largest magnitude that a weighted number of a message may have."""
