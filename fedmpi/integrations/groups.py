@@ -155,7 +155,7 @@ class Group:
         assert end is not None
         mean_D, self._after = end()
         # What messages decode to and what servers keep may overflow too. Both are the same on every rank.
-        if mean_D is None or not all(map(finite, (mean_D, *self._after[1].values()))):
+        if mean_D is None or not finite(mean_D, *self._after[1].values()):
             self.flat_D.fill_(math.nan)
             return False
         if mean_D.data_ptr() != self.flat_D.data_ptr():
@@ -209,7 +209,7 @@ class Group:
         if (
             codec is not self.plain.up
         ):  # finite gradients may make a message, or leave a residual, that overflows
-            usable = usable and all(map(finite, (*message.arrays.values(), *after.values())))
+            usable = usable and finite(*message.arrays.values(), *after.values())
         way.open(roster)
         way.take(roster.weights[here], message, state, ctx, usable)
         end = way.send()

@@ -155,7 +155,7 @@ class Left(_Pass):
         p_CD = self.corrected(g_CD, state)
         parts = [(layer.of(p_CD) @ q_MR).flatten(1) for layer, q_MR in self.factors.right(ctx.shared["q"])]
         message = torch.cat(parts, dim=1)
-        sound = finite(message) and finite(self.factors.layers.dense(p_CD))
+        sound = finite(message, self.factors.layers.dense(p_CD))
         return Message({"p": message}, finite=sound), state | ({"corrected": p_CD} if self.feedback else {})
 
 

@@ -66,12 +66,15 @@ def _tree(x: Tensor) -> Tensor:
     return x[..., 0]
 
 
-def finite(x: Tensor) -> bool:
-    """No infinity or NaN. A finite sum has neither in it, and takes one pass at memory's speed; one that is not finite
-    may have overflowed, and then the entries are looked at."""
-    if not x.is_floating_point():
-        return True
-    return math.isfinite(float(x.sum())) or bool(x.isfinite().all())
+def finite(*tensors: Tensor) -> bool:
+    """No infinity or NaN in any. A finite sum has neither in it, and takes one pass at memory's speed; one that is not
+    finite may have overflowed, and then the entries are looked at. A device is asked once for all of them."""
+    floats = [x for x in tensors if x.is_floating_point()]
+    there = [x.sum().isfinite() | x.isfinite().all() for x in floats if fast.waits(x)]
+    here = (x for x in floats if not fast.waits(x))
+    return all(math.isfinite(float(x.sum())) or bool(x.isfinite().all()) for x in here) and (
+        not there or bool(torch.stack(there).all())
+    )
 
 
 def finite_rows(x_C: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """A DistributedDataParallel job whose model lies on the make-believe device, once for each method, with the hook:
 
-    torchrun --nproc-per-node 2 tests/jobs/device_ddp.py ANSWER CASE …
+    torchrun --nproc-per-node 2 tests/jobs/device_ddp.py CASES ANSWER
 
-CASEs are those of tests/test_conformance.py. ANSWER: by case what is wrong, "" for nothing: each job must end where
+CASES: methods' options by name, JSON. ANSWER: by case what is wrong, "" for nothing: each job must end where
 the same job on the CPU does, without an operation that mixes devices.
 """
 
@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fedmpi
 from tests import pretend
-from tests.test_conformance import CASES
 
 
 class _Done(dist._Work):
@@ -100,10 +99,10 @@ def trained(device: torch.device, method: dict[str, Any]) -> Tensor:
     return torch.cat([p.detach().flatten().cpu() for p in model.parameters()])
 
 
-def wrong(name: str, device: torch.device) -> str:
-    expected = trained(torch.device("cpu"), CASES[name])
+def wrong(method: dict[str, Any], device: torch.device) -> str:
+    expected = trained(torch.device("cpu"), method)
     with pretend.watched(everywhere=True) as seen:
-        got = trained(device, CASES[name])
+        got = trained(device, method)
     if seen.mixed:
         return f"mixes devices: {seen.mixed}"
     return "" if torch.allclose(got, expected, rtol=1e-4, atol=1e-5) else "other parameters than on the CPU"
@@ -114,9 +113,10 @@ def main() -> None:
     device = pretend.load()
     dist.Backend.register_backend("staged", _Staged, devices=["cpu", "pretend"])
     dist.init_process_group("staged")
-    answers = {name: wrong(name, device) for name in sys.argv[2:]}
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    answers = {name: wrong(method, device) for name, method in cases.items()}
     if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(answers))
+        Path(sys.argv[2]).write_text(json.dumps(answers))
     dist.destroy_process_group()
 
 
