@@ -24,6 +24,7 @@ from fedmpi.errors import ConfigError
 from fedmpi.methods.base import Options
 from fedmpi.optimizers import Name, Optimizer
 from fedmpi.overrides import override, read
+from fedmpi.plan import Rule
 from fedmpi.tasks.data import DATA
 from fedmpi.tasks.models import MODELS
 from fedmpi.tasks.objectives import OBJECTIVES
@@ -225,6 +226,14 @@ class Config(_Section):
     server: ServerConfig = ServerConfig.model_validate({})
     loss: Literal[tuple(OBJECTIVES)] = "cross_entropy"  # type: ignore[valid-type]
     method: _Method
+    parts: tuple[Rule, ...] = Field(
+        (),
+        description="tensors that do not travel by method: [{match: ..., travels: exact | local | frozen | a method}], "
+        "of which the first that fits a tensor counts; buffers that training changes are averaged exactly without one",
+    )
+    exact_below: int = Field(
+        0, ge=0, le=_MOST, description="tensors of fewer numbers are averaged exactly; a last rule of parts"
+    )
     comm: Literal["auto", "mpi", "gloo", "nccl"] = Field(
         "auto",
         description="what connects the ranks: MPI, or torch.distributed's Gloo (CPU) or NCCL (GPU); auto: MPI "
@@ -248,6 +257,13 @@ class Config(_Section):
         False, description="the same bits at any number of ranks: one thread a rank, fixed-point sums"
     )
     seed: int = Field(0, ge=0, lt=2**63)
+    client_test: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each client's samples that it holds out: the model (with parts that are local, its own) "
+        "is tested on them client by client, and the mean, median, worst tenth and spread of accuracies are reported",
+    )
     evaluate_every: int = Field(1, ge=1, le=_MOST, description="rounds between evaluations on the test set")
     test_batch: int = Field(512, ge=1, le=_MOST, description="test samples that are held at a time")
     threads: int | None = Field(
@@ -322,6 +338,13 @@ class Config(_Section):
         """The server's, of what clients accumulate."""
         server, step = self.server, 1.0 if self.mode == "data_parallel" else self.local.lr
         return Optimizer(server.optimizer, server.beta1, server.beta2, server.epsilon, step)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Which tensors travel otherwise than by :attr:`method`."""
+        if not self.exact_below:
+            return self.parts
+        return (*self.parts, Rule(match=f"< {self.exact_below}", travels="exact"))
 
     def server_lr(self, t: int) -> float:
         """η in round ``t``."""

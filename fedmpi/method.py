@@ -4,11 +4,10 @@ Both are pure: state goes in and comes out, so that a step can be dropped, repea
 without either noticing. The objects themselves hold only constants (the parameter layout, the
 options); nothing here or in ``methods/`` communicates.
 
-The design in one paragraph: a compressor turns gradients into messages, and messages into vectors of
-S numbers that *can be summed* over clients and ranks (S = D for sparse values or signs, d for subspace
-coordinates, R·C for a sketch). The engine sums them; the server turns the weighted mean into new parameters,
-once. So a wrapper (error feedback, look-back) deals with one end of the compressor only and works
-over every method, and the accumulator of an additive method is as small as its message.
+A compressor turns gradients into messages, and messages into vectors of S numbers that *can be summed* over clients
+and ranks (S = D for sparse values or signs, d for subspace coordinates, R·C for a sketch). The engine sums them; the
+server turns the weighted mean into new parameters, once. So a wrapper (error feedback, look-back) deals with one end of
+the compressor only, and works over every method.
 
 Shape suffixes: C clients, D parameters, S numbers that are summed for one client.
 """
@@ -18,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +55,13 @@ class Round(NamedTuple):
     def key(self, stream: str) -> int:
         """The key of a stream that all clients and the server share in this round."""
         return random.key(self.seed, self.t, -1, stream)
+
+
+class Segment(NamedTuple):
+    """A stretch of what is summed; of clients' it takes the weighted mean, the votes' sum, or the least, from 0 on."""
+
+    size: int
+    kind: Literal["mean", "votes", "least"]
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,7 @@ class Merge(ABC):
         would send for their mean, as the server would have decided on it.
 
         Args:
-          optional_WB: the senders' :attr:`Compressor.optional` arrays, zeros for one who has none; None where nobody
-            has one.
+          optional_WB: the senders' :attr:`Compressor.optional` arrays, zeros for who has none; None: nobody has.
         """
 
     def message(self, merged_1N: Tensor, optional_WB: Tensor | None = None) -> Message:
@@ -131,8 +136,7 @@ class Compressor(ABC):
         there instead of saying what it was.
       optional: the ragged array, of at most one row a client, that most messages go without.
       merge: None, or how ranks can share out the averaging.
-      tells: messages say whether the gradients were finite (:attr:`~fedmpi.message.Message.finite`), which
-        :meth:`compress` takes as they come; nobody else need look for that.
+      tells: messages say whether gradients were finite (:attr:`~fedmpi.message.Message.finite`): nobody else need look.
       counters: names of what :meth:`count` counts, shown in every round's metrics.
     """
 
@@ -148,6 +152,11 @@ class Compressor(ABC):
     def __init__(self, spec: Spec, size: int | None = None) -> None:
         self.spec = spec
         self.size = spec.size if size is None else size
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What the S numbers are. Votes beside others are ±1 in float32."""
+        return (Segment(self.size, "votes" if self.integer else "mean"),)
 
     def init(self) -> State:
         """A client's state before its first message, without the axis C, on the CPU; {} for a stateless method."""
@@ -196,7 +205,7 @@ class Compressor(ABC):
         return v_CS[:, : self.size - self.presence]
 
     def count(self, message: Message) -> dict[str, int]:
-        """Counts of this message for the metrics; keys are :attr:`counters`."""
+        """For the metrics; keys are :attr:`counters`."""
         return {}
 
 
@@ -232,8 +241,7 @@ class Decoder(ABC):
         """The gradient ``(D,)`` that the last pass's mean stands for, and the new memory.
 
         Args:
-          mean_S: the mean; of an integer method the sum. A majority may come packed, as the array
-            :attr:`Merge.array` of a message.
+          mean_S: the mean; of an integer method the sum, or a majority, packed as :attr:`Merge.array` of a message.
           out: ``(D,)``, contiguous, where the gradient may stand; None: nowhere given.
         """
 
@@ -248,9 +256,6 @@ class Server(ABC):
     Attributes:
       weighted: clients count by their number of samples; else one client, one vote.
       samples: training samples of its own, from which :meth:`prepare` gets a gradient; 0 for none.
-
-    Raises:
-      ConfigError: a subclass has a function by its former name.
     """
 
     weighted: bool = True
@@ -279,8 +284,7 @@ class Server(ABC):
         """The state after a round; ``mean_S`` is its clients' mean (of an integer method: their sum)."""
 
     def skip(self, state: State, round: Round) -> State:
-        """The state after a round in which nobody sent a message that counts, of the state before it. Its version is
-        one ahead only where there is something to download."""
+        """The state after a round without a message that counts; one version ahead if there is a download."""
         return state
 
     @abstractmethod
@@ -297,18 +301,14 @@ class Server(ABC):
 
     @abstractmethod
     def reconcile(self, view: State, message: Message, version: int) -> State:
-        """The view after a download that brings it to ``version`` (known from the call to the round).
-
-        Its parameters equal the server's to the bit.
-        """
+        """The view after a download that brings it to ``version``: its parameters equal the server's to the bit."""
 
     def between(self, state: State, index: int, mean_S: Tensor, round: Round) -> State:
         """As :meth:`Decoder.between`, of a state or a view."""
         return state
 
     def prepare(self, state: State, g_D: Tensor) -> State:
-        """The state before round 0 of a server with ``samples``; ``g_D`` is the accumulated gradient of local
-        training on them. It has a version of its own, so that clients download what came of it."""
+        """The state before round 0 of a server with ``samples``, whose gradient is ``g_D``: a version of its own."""
         return state
 
     def facts(self, state: State) -> dict[str, float]:
@@ -324,7 +324,7 @@ class Server(ABC):
         return state["theta"]
 
     def shared(self, state: State) -> State:
-        """What clients need of a state or a view to compress (a mask, say)."""
+        """What clients need of a state or a view to compress."""
         return {}
 
 

@@ -18,7 +18,8 @@ from fedmpi.analysis import inversion, leak, positions, subspace
 from fedmpi.analysis.watch import Watched
 from fedmpi.cli import main
 from fedmpi.comm import solo
-from fedmpi.engine.rounds import Sent, Simulation
+from fedmpi.engine.passes import Sent
+from fedmpi.engine.rounds import Simulation
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import Setup
 from fedmpi.spec import Spec

@@ -22,11 +22,12 @@ from fedmpi.comm import Comm, run_ranks
 from fedmpi.comm.local import LocalComm
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.message import Message, equal, from_bytes, to_bytes
-from fedmpi.method import Context, Round, State, placed
+from fedmpi.method import Context, Method, Round, State, placed
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import Setup
 from fedmpi.methods.dense import Dense
-from fedmpi.spec import CPU
+from fedmpi.methods.joint import Part, join
+from fedmpi.spec import CPU, Spec
 
 from . import pretend
 from . import test_conformance as conformance
@@ -60,6 +61,13 @@ WAITS = {
     "lookback kept as sent": (5, 4),  # what is kept is decoded again
     "lookback clustered": (1, 2),
 }
+PARTS = {
+    "conv.weight": {"name": "powersgd", "rank": 1, "feedback": True},
+    "conv.bias": {"name": "dense"},
+    "fc.weight": {"name": "lookback", "threshold": 0.5, "inner": {"name": "signsgd"}},
+    "fc.bias": {"name": "intrinsic", "dim": 4, "schedule": "time_varying"},
+}
+WAITS["parts"] = (4 + 1 + 1, 2)  # look-back's over signs, and what powersgd's and intrinsic's senders tell
 _PRODUCTS = {"mm", "bmm", "addmm", "mv", "addmv", "baddbmm", "dot", "_linalg_eigh", "linalg_qr"}
 
 
@@ -76,6 +84,19 @@ def budget(name: str) -> tuple[int, int]:
         encode, decode = budget(plain)
         return encode + decode, decode
     return FEW
+
+
+def made(name: str) -> Method:
+    """The method of a case; of "parts", one of several in one message."""
+    if name != "parts":
+        return methods.build(CASES[name], SPEC, Setup(seed=1))
+    parts, start = [], 0
+    for key, (name, shape, size) in enumerate(zip(SPEC.names, SPEC.shapes, SPEC.sizes, strict=True)):
+        spec = Spec((name,), (shape,))
+        method = methods.build(PARTS[name], spec, Setup(seed=key))
+        parts.append(Part(name.replace(".", "_"), spec, slice(start, start + size), method, key))
+        start += size
+    return join(SPEC, parts)
 
 
 class Watch:
@@ -102,7 +123,7 @@ class Watch:
 def played(name: str, device: torch.device, rounds: int) -> tuple[list[tuple[Message, Tensor]], bool]:
     """Each pass's message and what it decodes to; whether it took products of matrices, whose last bits differ from
     device to device."""
-    method, watch = methods.build(CASES[name], SPEC, Setup(seed=1)), Watch(name, device)
+    method, watch = made(name), Watch(name, device)
     encode, decode = budget(name)
     ids = torch.arange(CLIENTS)
 
@@ -179,7 +200,7 @@ def _few(cases: list[str]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("name", _few(list(CASES)))
+@pytest.mark.parametrize("name", _few([*CASES, "parts"]))
 def test_a_device_computes_what_the_cpu_does(name: str, device: torch.device) -> None:
     check(name, device)
 

@@ -245,7 +245,7 @@ def test_the_pooled_gradient_is_judged_by_its_entries(monkeypatch: pytest.Monkey
         "local": {"lr": 0.1, "batch": 20},
     }
     run = Simulation(config.parse({**values, "server": {"lr": 0.125}}), solo())
-    assert run._pools
+    assert run.passes.pools
     pool = run.trainer.pool
     monkeypatch.setattr(run.trainer, "pool", lambda *a: (torch.full_like(pool(*a)[0], 3e38), pool(*a)[1]))
     run.round(0)

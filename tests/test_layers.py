@@ -32,10 +32,24 @@ LAYERS = {
     "method": BASE | {"message", "spec"},
     "methods": BASE
     | {"method", "message", "spec", "ops", "optimizers", "own", "validation"},  # never comm or engine
-    "meet": {"comm", "errors", "message", "method", "ops", "phases"},
-    "config": {"errors", "methods", "own", "tasks", "optimizers", "overrides", "validation"},
+    "meet": {"comm", "errors", "message", "method", "methods", "ops", "phases"},
+    "plan": BASE | {"method", "methods", "spec", "validation"},
+    "config": {"errors", "methods", "own", "tasks", "optimizers", "overrides", "plan", "validation"},
     "engine": BASE
-    | {"comm", "config", "meet", "method", "methods", "message", "ops", "own", "spec", "start", "tasks"}
+    | {
+        "comm",
+        "config",
+        "meet",
+        "method",
+        "methods",
+        "message",
+        "ops",
+        "own",
+        "plan",
+        "spec",
+        "start",
+        "tasks",
+    }
     | {"machine", "phases", "plain_file", "strict_yaml"},
     "analysis": BASE
     | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks"}

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedmpi import random
+from fedmpi import plan, random
 from fedmpi.comm import solo
 from fedmpi.config import Local
+from fedmpi.engine.evaluate import evaluate
 from fedmpi.engine.layout import Layout
 from fedmpi.engine.trainer import Trainer
 from fedmpi.spec import Spec
@@ -76,13 +77,13 @@ def test_training_is_that_of_a_plain_loop(options: dict[str, Any], masked: bool)
     torch.set_num_threads(1)
     model, spec = built("cnn")
     local = Local.model_validate({"lr": 0.1, "steps": 3, "batch": None, **options})
-    trainer = Trainer(model, spec, OBJECTIVES["cross_entropy"], local, seed=3)
+    trainer = Trainer(model, plan.make(plan.Tensors.of(model)), OBJECTIVES["cross_entropy"], local, seed=3)
     theta_D = 0.1 * numbers("θ", spec.size)
     frozen_D = numbers("mask", spec.size) > 0 if masked else None
     x, y = numbers("images", 6 * 64).view(6, 1, 8, 8), torch.arange(6)
     part, client = Partition(torch.arange(6), torch.tensor([0, 6])), torch.tensor([0])
 
-    (g_D,), (loss,), _ = trainer.train(theta_D, Split(x, y), part, client, 0, frozen_D)
+    (g_D,), (loss,), *_ = trainer.train(theta_D, Split(x, y), part, client, 0, frozen_D)
 
     plain, _ = built("cnn")
     parameters = dict(plain.named_parameters())
@@ -111,4 +112,6 @@ def test_training_is_that_of_a_plain_loop(options: dict[str, Any], masked: bool)
         for n, value in spec.views(theta_D).items():
             parameters[n].data = value
         expected = float((plain(x).argmax(1) == y).float().mean())
-    assert trainer.evaluate(theta_D, Split(x, y), 4, solo())[0] == pytest.approx(expected)
+    assert evaluate(trainer, OBJECTIVES["cross_entropy"], theta_D, Split(x, y), 4, solo())[
+        0
+    ] == pytest.approx(expected)

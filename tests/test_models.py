@@ -149,19 +149,6 @@ def test_what_cannot_be_built_is_named(
         build(name, shape, 10, KEY, **options)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.BatchNorm2d(4),
-        nn.BatchNorm1d(4, track_running_stats=False),
-        nn.InstanceNorm2d(4, track_running_stats=True),
-    ],
-)
-def test_statistics_are_refused(layer: nn.Module) -> None:
-    with pytest.raises(ConfigError, match=rf"module 1\.0 \({type(layer).__name__}\).*GroupNorm"):
-        check_supported(nn.Sequential(nn.ReLU(), nn.Sequential(layer)))
-
-
 @pytest.mark.parametrize("name", PICTURES)
 def test_every_model_is_supported_and_learns_under_vmap(name: str) -> None:
     shape = SHAPES.get(name, DIGITS)
@@ -263,12 +250,6 @@ def test_unet_and_resnet_shapes() -> None:
     assert small("unet")(torch.zeros(2, *DIGITS)).shape == (2, 10, 8, 8)
     with pytest.raises(ConfigError, match=r"expected height and width in multiples of 8 \(2\^depth\)"):
         build("unet", (3, 28, 28), 2, KEY)
-
-
-def test_dropout_is_refused() -> None:
-    check_supported(nn.Sequential(nn.Dropout(0.0)))
-    with pytest.raises(ConfigError, match=r"module 1 \(Dropout\): dropout is not supported"):
-        check_supported(nn.Sequential(nn.ReLU(), nn.Dropout(0.1)))
 
 
 def test_objective() -> None:

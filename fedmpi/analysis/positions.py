@@ -28,7 +28,7 @@ from fedmpi.analysis.page import Page, Table, png, prepare
 from fedmpi.analysis.plots import COLOURS, figure, tidy
 from fedmpi.analysis.watch import Watched
 from fedmpi.config import Config
-from fedmpi.engine.rounds import Sent
+from fedmpi.engine.passes import Sent
 from fedmpi.errors import ConfigError
 from fedmpi.method import believed
 from fedmpi.methods import parse

@@ -28,7 +28,7 @@ from fedmpi.analysis.page import Page, Table, png, prepare
 from fedmpi.analysis.plots import figure, look, maps, tidy
 from fedmpi.analysis.watch import Mean, Watched
 from fedmpi.config import Config
-from fedmpi.engine.rounds import Sent
+from fedmpi.engine.passes import Sent
 from fedmpi.spec import Spec
 
 Measure = Literal["variance", "singular"]

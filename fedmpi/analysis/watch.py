@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fedmpi.comm import solo
 from fedmpi.config import Config, Schedule
+from fedmpi.engine.passes import Sent
 from fedmpi.engine.progress import Display
-from fedmpi.engine.rounds import Sent, Simulation
+from fedmpi.engine.rounds import Simulation
 from fedmpi.spec import Spec
 
 
@@ -30,7 +31,7 @@ class Watched:
     def __init__(self, config: Config, see: Callable[[Sent], None], schedule: str = "constant") -> None:
         self.config, self._schedule = config, Schedule.model_validate({"name": schedule})
         self.simulation = Simulation(config, solo())
-        self.simulation.observe = see
+        self.simulation.passes.observe = see
         self.simulation.set_threads()
 
     @property

@@ -58,6 +58,7 @@ class Totals(_Strict):
     accuracy: float | None
     test_loss: float | None
     simulated_seconds: float = 0.0
+    measures: dict[str, float | None] = {}
 
 
 class Rank(_Strict):

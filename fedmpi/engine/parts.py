@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fedmpi import methods, random
+from fedmpi import plan, random
 from fedmpi.config import Config
 from fedmpi.engine import probe
+from fedmpi.engine.probe import Traits
 from fedmpi.errors import ConfigError
-from fedmpi.method import Method
 from fedmpi.methods.base import Setup
-from fedmpi.spec import Spec
+from fedmpi.plan import Plan
 from fedmpi.tasks import data, models, objectives, partitions
 from fedmpi.tasks.data import Data
 from fedmpi.tasks.objectives import Objective
@@ -23,10 +24,11 @@ class Parts(NamedTuple):
     data: Data
     objective: Objective
     partition: Partition
+    held: Partition | None  # what clients keep for their own tests
     model: nn.Module
-    spec: Spec
-    theta_D: Tensor  # θ₀
-    method: Method
+    traits: Traits
+    plan: Plan
+    start_X: Tensor  # before training
 
 
 def load(config: Config) -> Parts:
@@ -41,17 +43,37 @@ def load(config: Config) -> Parts:
     partition = partitions.divide(
         config.partition.name, found.train, config.clients, config.seed, **config.partition.options
     )
+    held = None
+    if config.client_test:
+        partition, held = partitions.hold_out(partition, config.client_test)
+        if not len(held.index_N):
+            raise ConfigError(
+                f"client_test: expected a share that leaves some client a sample, got {config.client_test}: the "
+                f"largest has {int(partition.sizes.max())}"
+            )
     if workers and int(partition.sizes.min()) == 0:
         raise ConfigError("partition.minimum: expected at least 1 with mode: data_parallel, got 0")
     key = random.key(config.seed, stream="model")
     model = models.build(config.model.name, found.shape, found.classes, key, **config.model.options)
     models.check_supported(model)
-    spec = Spec.of(model)
-    probe.check(config.model.name, model, config.loss, found)
-    method = methods.build(config.method, spec, Setup(config.seed, config.clients, config.rule))
-    if method.server.samples > samples:
+    traits = probe.look(config.model.name, model, config.loss, found)
+    tensors = plan.Tensors.of(model, traits.changes)
+    named = [r for r in config.rules if not any(tensors.fits(r, name) for name in tensors.parameters)]
+    listed = [n for n, _ in model.named_buffers() if any(fnmatchcase(n, r.match) for r in named)]
+    tensors = plan.Tensors.of(model, {*traits.changes, *listed})  # the probe sees a few steps only
+    made = plan.make(tensors, config.method, config.rules, Setup(config.seed, config.clients, config.rule))
+    for name, parameter in model.named_parameters():
+        if name in made.frozen:
+            parameter.requires_grad_(False)
+    if made.local.names and held is None:
         raise ConfigError(
-            f"method.samples: expected at most {samples} (the training set), got {method.server.samples}"
+            f"parts.travels: local: {made.local.names[0]} is each client's own, so that no model is everybody's; "
+            "expected client_test, the share of each client's samples that its own model is tested on (0.2, say)"
         )
-    theta_D = spec.flatten(dict(model.named_parameters()))
-    return Parts(found, objectives.OBJECTIVES[config.loss], partition, model, spec, theta_D, method)
+    if made.method.server.samples > samples:
+        raise ConfigError(
+            f"method.samples: expected at most {samples} (the training set), got {made.method.server.samples}"
+        )
+    return Parts(
+        found, objectives.OBJECTIVES[config.loss], partition, held, model, traits, made, made.start(model)
+    )

@@ -1,9 +1,11 @@
-"""One look at a model before it trains: whether its training depends on its parameters and the batch alone, and
-whether its output fits the loss.
+"""One look at a model before it trains: on what its training depends besides its parameters and the batch, and whether
+its output fits the loss.
 
-A client's update, a resumed run and the pass that trains several clients at once all assume it. What breaks it
-(dropout that is no module, running statistics under any name, statistics of a batch, a draw of Python's or
-NumPy's) shows in what a model does with a few samples, whatever its layers are called.
+Buffers that change travel with the parameters, and a model that draws random numbers gets those of its client and
+step; such models, and those whose rows depend on one another (batch norm), train a client at a time. Which they are
+(dropout that is no module, running statistics under any name, statistics of a batch, a draw of Python's or NumPy's)
+shows in what a model does with a few samples, whatever its layers are called. State that is no buffer is refused:
+nobody could carry it from client to client.
 
 Shape suffix: B samples.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,12 +31,31 @@ from fedmpi.tasks.objectives import OBJECTIVES
 _SAMPLES, _FEW, _LARGE = 4, 2, 1 << 20  # of a model with so many parameters, few
 _ALIKE = 1e-3  # of the largest entry: a sample alone and among others, by other kernels in another order
 _ALONE = (
-    "expected the same row for a sample in any batch, alone too; instead of batch norm use torch.nn.GroupNorm or "
-    "LayerNorm, and name dimensions rather than squeeze all"
+    "expected the same row for a sample in any batch, alone too, in evaluation: name dimensions rather than squeeze "
+    "all, and let batch norm keep running statistics"
 )
 
 
-def check(name: str, model: nn.Module, loss: str, data: Data) -> None:
+class Traits(NamedTuple):
+    """What a model's training depends on besides its parameters and the batch.
+
+    Attributes:
+      changes: buffers that a pass in training changes.
+      draws: it computes with random numbers.
+      alone: a sample's row is the same whatever else is in the batch.
+    """
+
+    changes: tuple[str, ...] = ()
+    draws: bool = False
+    alone: bool = True
+
+    @property
+    def plain(self) -> bool:
+        """On nothing."""
+        return self.alone and not self.draws and not self.changes
+
+
+def look(name: str, model: nn.Module, loss: str, data: Data) -> Traits:
     """The model, its buffers and all generators are as before.
 
     Args:
@@ -44,8 +65,7 @@ def check(name: str, model: nn.Module, loss: str, data: Data) -> None:
       data: what it is to train on.
 
     Raises:
-      ConfigError: the model fails on samples, its output does not fit the loss, or its training depends on more than
-        parameters and batch.
+      ConfigError: the model fails on samples, its output does not fit the loss, or it keeps state that is no buffer.
     """
     few = sum(p.numel() for p in model.parameters()) > _LARGE
     # Some that stand far from each other: the first ones may be alike.
@@ -53,7 +73,7 @@ def check(name: str, model: nn.Module, loss: str, data: Data) -> None:
     x_B, y_B = data.train.x[index], data.train.y[index]
     with SEEDING, torch.no_grad(), _unchanged(model):
         _shake(model)
-        _Probe(f"model {name}", model, x_B).look(
+        return _Probe(f"model {name}", model, x_B).look(
             lambda output: _fits(loss, output, y_B, data), lambda output: OBJECTIVES[loss].loss(output, y_B)
         )
 
@@ -64,61 +84,79 @@ class _Probe:
     def __init__(self, title: str, model: nn.Module, x_B: Tensor) -> None:
         self.title, self.model, self.x_B = title, model, x_B
 
-    def look(self, fits: Callable[[Tensor], str], loss: Callable[[Tensor], Tensor]) -> None:
+    def look(self, fits: Callable[[Tensor], str], loss: Callable[[Tensor], Tensor]) -> Traits:
         """All of it; ``fits`` says what of an output does not fit, ``loss`` is what is trained for."""
-        buffers, evaluated = _tensors(self.model), self._run(self.x_B, train=False)
+        buffers = dict(self.model.named_buffers())
+        self._start = {name: (buffer, buffer.clone()) for name, buffer in buffers.items()}
+        evaluated = self._run(self.x_B, train=False)
         for output in (evaluated, self._run(self.x_B)):
             if wrong := fits(output):
                 raise ConfigError(f"{self.title}: {wrong}")
-        self._same(buffers, _tensors(self.model), "buffer", 0)  # unfilled caches are no tensors before
-        self._draws_nothing()
+        now = dict(self.model.named_buffers())
+        changes = tuple(
+            name
+            for name, (_, value) in self._start.items()
+            if _differ(value, now[name], 0) or now[name] is not self._start[name][0]
+        )
+        draws = self._draws()
+        self._restore()
         before = _numbers(self.model)
         self._run(self.x_B)
-        self._same(before, _numbers(self.model), "attribute")
+        self._keeps_nothing_else(before, _numbers(self.model))
+        self._restore()
         if _differ(self._run(self.x_B, train=False), evaluated):
             raise ConfigError(
                 f"{self.title}: its output in evaluation is another after passes in training, without a step between; "
-                "expected no state but its parameters: leave out running statistics"
+                "expected no state but parameters and buffers: keep running statistics in buffers (register_buffer)"
             )
-        self._takes_each_sample_alone()
+        alone = self._takes_each_sample_alone()
+        self._restore()
         self._has_gradients(loss)
+        return Traits(changes, draws, alone)
 
-    def _same(self, before: dict[str, Any], now: dict[str, Any], kind: str, alike: float = 1e-6) -> None:
-        changed = [name for name, value in before.items() if name in now and _differ(value, now[name], alike)]
+    def _restore(self) -> None:
+        """Buffers as they were."""
+        now = dict(self.model.named_buffers())
+        for name, (_, value) in self._start.items():
+            if now[name].grad_fn is None:
+                now[name].detach().copy_(value)
+
+    def _keeps_nothing_else(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        changed = [name for name, value in before.items() if name in now and _differ(value, now[name])]
         if changed:
             raise ConfigError(
-                f"{self.title}: a pass in training changes its {kind} {changed[0]}; expected that training changes "
-                "parameters alone: leave out running statistics, spectral norm and counters, or freeze them"
+                f"{self.title}: a pass in training changes its attribute {changed[0]}; expected no state but "
+                "parameters and buffers, which clients can take along: register it as a buffer (register_buffer), or "
+                "leave it out"
             )
 
-    def _draws_nothing(self) -> None:
+    def _draws(self) -> bool:
+        """It computes with random numbers of torch, NumPy or Python."""
         outputs, moved = [], ""
         for seed in (1, 2):
+            self._restore()
             before = _states(seed)
             outputs.append(self._run(self.x_B))
             moved = moved or next((who for who, state in _states().items() if state != before[who]), "")
         changes = _differ(outputs[0], outputs[1])
+        if changes and not moved:
+            raise ConfigError(
+                f"{self.title}: two passes in training over the same samples give different outputs, and no generator "
+                "of torch's, NumPy's or Python's was asked; expected that parameters, buffers, samples and these "
+                "decide alone: leave out the time, and state that it keeps"
+            )
         if moved == "torch" and not changes:  # rarely drawn, or drawn for nothing: what do extremes do?
-            changes = any(_differ(self._extreme(value), outputs[0]) for value in (0.0, 1 - 2.0**-24))
-        if moved and (changes or moved != "torch"):
-            who = self._drawer() if moved == "torch" else "its forward"
-            raise ConfigError(
-                f"{self.title}: {who} computes with random numbers of {moved} in training; expected an output that the "
-                "parameters and the samples decide alone: set the rate of its dropout to 0 (functional, in recurrent "
-                "layers and in attention too), leave other draws out"
-            )
-        if changes:
-            raise ConfigError(
-                f"{self.title}: two passes in training over the same samples give different outputs; expected that the "
-                "parameters and the samples decide alone: leave out random numbers, the time, and state that it keeps"
-            )
+            for value in (0.0, 1 - 2.0**-24):
+                self._restore()
+                changes = changes or _differ(self._extreme(value), outputs[0])
+        return changes or moved not in ("", "torch")
 
-    def _takes_each_sample_alone(self) -> None:
-        together = self._run(self.x_B)
-        parts = [(self.x_B[:1], together[:1]), (self.x_B[1:], together[1:])]
-        for x, expected in parts:
+    def _takes_each_sample_alone(self) -> bool:
+        """In training; in evaluation it must."""
+        together = self._run(self.x_B, train=False)
+        for x, expected in ((self.x_B[:1], together[:1]), (self.x_B[1:], together[1:])):
             try:
-                got = self._run(x)
+                got = self._run(x, train=False)
             except ConfigError as error:
                 raise ConfigError(f"{error} (with {len(x)} of {len(self.x_B)} samples); {_ALONE}") from error
             if got.dim() == expected.dim() > 2 and got.shape[1] < expected.shape[1]:
@@ -130,9 +168,24 @@ class _Probe:
                 )
             if _differ(got, expected, _ALIKE):
                 raise ConfigError(
-                    f"{self.title}: its output for a sample depends on the other samples of the batch (statistics of a "
-                    f"batch, as in batch norm); {_ALONE}"
+                    f"{self.title}: its output for a sample depends on the other samples of the batch; {_ALONE}"
                 )
+        return self._trains_alone()
+
+    def _trains_alone(self) -> bool:
+        self._restore()
+        together = self._run(self.x_B)
+        for x, expected in ((self.x_B[:1], together[:1]), (self.x_B[1:], together[1:])):
+            self._restore()
+            try:
+                got = self._run(x)
+            except ConfigError:  # batch norm of one sample
+                return False
+            if got.dim() == expected.dim() > 2 and got.shape[1] < expected.shape[1]:
+                expected = expected[:, : got.shape[1]]
+            if _differ(got, expected, _ALIKE):
+                return False
+        return True
 
     def _has_gradients(self, loss: Callable[[Tensor], Tensor]) -> None:
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -191,43 +244,19 @@ class _Probe:
         except ConfigError:
             return torch.tensor(torch.nan)
 
-    def _drawer(self) -> str:
-        """The innermost module that draws first, as a user finds it."""
-        inside: list[str] = []
-        draws = _Draws(None, inside)
-        handles = []
-        for prefix, module in self.model.named_modules():
-            title = f"module {prefix or '(the root)'} ({type(module).__name__})"
-            handles += [
-                module.register_forward_pre_hook(lambda *_, title=title: inside.append(title)),
-                module.register_forward_hook(lambda *_: inside.pop() and None),
-            ]
-        try:
-            self._run(self.x_B, within=draws)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return draws.drawer or "its forward"
-
 
 class _Draws(TorchDispatchMode):
-    """While it is entered, each draw of floats gives ``value`` (None: what is drawn).
+    """While it is entered, each draw of floats gives ``value``."""
 
-    Attributes:
-      drawer: the last of ``inside`` at the first draw.
-    """
-
-    def __init__(self, value: float | None, inside: list[str] | None = None) -> None:
+    def __init__(self, value: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.drawer, self._value, self._inside = "", value, inside
+        self._value = value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            if self._inside and not self.drawer:
-                self.drawer = self._inside[-1]
-            if self._value is not None and isinstance(result, Tensor) and result.is_floating_point():
-                result.fill_(round(self._value) if "bernoulli" in str(func) else self._value)
+        drawn = torch.Tag.nondeterministic_seeded in func.tags
+        if drawn and isinstance(result, Tensor) and result.is_floating_point():
+            result.fill_(round(self._value) if "bernoulli" in str(func) else self._value)
         return result
 
 
@@ -261,10 +290,6 @@ def _differ(a: Any, b: Any, alike: float = 1e-6) -> bool:
         return not torch.equal(a, b)
     scale = float(a.nan_to_num(0, 0, 0).abs().max())
     return not torch.allclose(a, b, rtol=0, atol=alike * scale, equal_nan=True)
-
-
-def _tensors(model: nn.Module) -> dict[str, Any]:
-    return {name: b.clone() for name, b in model.named_buffers()}
 
 
 def _numbers(model: nn.Module) -> dict[str, Any]:

@@ -89,10 +89,12 @@ class Record:
                     self._events.write_event(Event(wall_time=time.time(), step=line["round"], summary=shown))
             self._events.flush()
 
-    def finish(self, summary: dict[str, Any], parameters: dict[str, Tensor]) -> None:
-        tensors = {name: value.clone() for name, value in parameters.items()}
+    def finish(self, summary: dict[str, Any], model: dict[str, Tensor]) -> None:
+        """Args:
+        model: its state dict; no two tensors share memory.
+        """
         with writing(self.folder, "--out"):
-            write_aside(self.folder / "model.safetensors", save(tensors))
+            write_aside(self.folder / "model.safetensors", save(model))
             write_aside(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
 
     def close(self) -> None:

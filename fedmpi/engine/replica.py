@@ -18,10 +18,12 @@ from fedmpi.engine.updates import check_server
 from fedmpi.errors import ConfigError
 from fedmpi.meet import ways
 from fedmpi.meet.base import Held, Roster, Way
+from fedmpi.meet.by_part import PartWays
 from fedmpi.meet.sums import Sums
 from fedmpi.meet.ways import OwnerWay, SumWay
 from fedmpi.message import Message, from_bytes, to_bytes
 from fedmpi.method import Compressor, Method, Round, State
+from fedmpi.methods.joint import Joint
 from fedmpi.phases import phased
 
 Kind = Literal["allreduce", "aggregator", "data_parallel"]
@@ -34,7 +36,8 @@ def sums_of(config: Config, method: Method) -> Sums:
       ConfigError: ``server.aggregate`` and a method whose vectors' coordinates are not the parameters.
     """
     aggregate, up = config.server.aggregate, method.up
-    if aggregate != "mean" and (up.integer or up.size != up.spec.size or len(method.passes) > 1):
+    means = all(kind == "mean" for _, kind in up.segments)
+    if aggregate != "mean" and (not means or up.size != up.spec.size or len(method.passes) > 1):
         raise ConfigError(
             f"server.aggregate: {aggregate} needs a method whose message decodes to a gradient of D numbers and that "
             f"has one pass (dense, bf16, topk, …); {config.method.name}'s does not, expected mean"
@@ -74,7 +77,11 @@ class Replica:
 
     def _way(self, codec: Compressor, sums: Sums) -> Way:
         if self.parallel:
-            return ways.build(self.comm, codec, exact=sums.exact)
+
+            def build(up: Compressor) -> Way:
+                return ways.build(self.comm, up, exact=sums.exact)
+
+            return PartWays(self.comm, codec, sums, build) if isinstance(codec, Joint) else build(codec)
         if self.owner is None:
             return SumWay(self.comm, codec, sums, flags=False)
         kept = self.peers if codec is self.method.up else None
@@ -126,7 +133,9 @@ class Replica:
         else:  # as a client that has missed all rounds
             self.state = server.reconcile(self.state, server.download(state, 0), int(state["version"]))
         if self.parallel:
-            self._ways[self.method.up].peers = Held(self._copy.get(torch.arange(self.comm.size)))
+            held = self._ways[self.method.up].peers
+            assert isinstance(held, Held)
+            held.load(self._copy.get(torch.arange(self.comm.size)))
 
     def parameters(self) -> Tensor:
         return self.method.server.parameters(self.state)

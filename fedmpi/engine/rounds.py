@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,80 +16,70 @@ from fedmpi.comm.placement import own_cpus
 from fedmpi.config import Config
 from fedmpi.engine import updates
 from fedmpi.engine.clients import cohort, place, survivors
+from fedmpi.engine.evaluate import MEASURES, by_client, evaluate
 from fedmpi.engine.fingerprint import fingerprint
 from fedmpi.engine.ledger import Ledger
 from fedmpi.engine.manifest import Lost
 from fedmpi.engine.parts import load
+from fedmpi.engine.passes import Call, Passes
 from fedmpi.engine.replica import Kind, Replica, sums_of
 from fedmpi.engine.status import SUMMED, Status
 from fedmpi.engine.store import Kept, fits_here, make_store, nobody
 from fedmpi.engine.timing import Clock
-from fedmpi.engine.trainer import Trainer, Update
-from fedmpi.errors import FedMPIError, NumericalError
-from fedmpi.meet.sums import LARGEST
-from fedmpi.message import Message
-from fedmpi.method import Compressor, Context, Round, State
-from fedmpi.ops.sums import finite, from_fixed, to_fixed
-from fedmpi.phases import phase
+from fedmpi.engine.trainer import Trainer
+from fedmpi.errors import FedMPIError
+from fedmpi.method import Round
+from fedmpi.ops.sums import from_fixed
 
 _CHUNK_VALUES = 1 << 22  # gradients of so many numbers are held at a time
 _MANY = 200  # steps of a run; fewer are done before clients' steps at once are ready
 _WORTH = 0.8  # of one thread's time: on a busy machine several threads wait for each other
 
 
-class _Call(NamedTuple):
-    """A round's clients."""
-
-    now: Round
-    called: Tensor  # int64, who downloads
-    clients: Tensor  # int64, those of them whose message arrives
-    weights: Tensor  # float64, theirs; the sum is 1
-    placed: dict[int, Tensor]  # each worker's positions in clients
-    chunks: Sequence[Tensor]  # this rank's positions, so many as are held at a time
-
-
-class Sent(NamedTuple):
-    """What some clients computed and made of it, as an observer sees it."""
-
-    codec: Compressor
-    update: Update
-    before: State  # the clients' state when they compressed
-    message: Message
-    ctx: Context
-
-
 class Simulation:
     """One rank's whole state between rounds.
 
     Attributes:
-      observe: is shown everything that this rank's clients send.
+      passes: what it does within a round.
       around: makes what each round is done inside of.
       chunk: so many clients' gradients are held at a time.
     """
 
     def __init__(self, config: Config, comm: Comm) -> None:
         self.config, self.comm = config, comm
-        self.observe: Callable[[Sent], None] | None = None
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext
         parts = load(config)
         self.data, self.objective, self.partition = parts.data, parts.objective, parts.partition
-        self.spec, self.method = parts.spec, parts.method
+        self.plan, self.spec, self.method = parts.plan, parts.plan.spec, parts.plan.method
         self.fingerprint = fingerprint(self.data, self.partition)
-        up = self.method.up
-        self.stores = self.clients, peers = make_store(up.init, config), make_store(up.init_peer, config)
-        self.memory = fits_here(config, comm, self.clients, peers)
-        workers = config.mode == "data_parallel"
+        up, workers = self.method.up, config.mode == "data_parallel"
+        self.trainer = Trainer(
+            parts.model, self.plan, self.objective, config.local, config.seed, workers, parts.traits
+        )
+        self.clients, peers = make_store(up.init, config), make_store(up.init_peer, config)
+        self.own = make_store(self.trainer.keeps, config)
+        self.stores = self.clients, self.own, peers
+        self.memory = fits_here(config, comm, (self.clients, self.own), peers)
         self.rounds_per_epoch = self._passes_of_data() if workers else config.rounds_per_epoch
         kind: Kind = "data_parallel" if workers else config.topology
-        self.replica = Replica(comm, self.method, parts.theta_D, sums_of(config, self.method), peers, kind)
-        self.trainer = Trainer(parts.model, self.spec, self.objective, config.local, config.seed, workers)
+        self.replica = Replica(comm, self.method, parts.start_X, sums_of(config, self.method), peers, kind)
         steps = config.rounds * int(self.trainer.steps(self.partition.sizes.max()))
         # Not where a client's row of a batched product may have other last bits, nor where tracing takes longer.
         self.trainer.together = not (config.reproducible or workers or steps < _MANY)
-        self._fusable = self._can_fuse()
         self.ledger = Ledger(config.clients)
+        self.passes = Passes(
+            config,
+            comm,
+            self.method,
+            self.trainer,
+            self.replica,
+            self.ledger,
+            self.data.train,
+            self.partition,
+            self.clients,
+            self.own,
+        )
         self.clock = self._clock()
-        self.rejects = config.on_bad_update == "reject"
         self.homes_K: Tensor | None = None  # each client's rank, where it does not follow from its number
         self.dropped: dict[int, Tensor] = {}  # by round, the clients that were lost with a rank
         self.lost: list[Lost] = []
@@ -100,6 +90,8 @@ class Simulation:
         self.counts: dict[str, int] = dict.fromkeys(self.counters, 0)
         self.simulated_seconds = 0.0
         self.accuracy = self.test_loss = float("nan")
+        self.held = parts.held
+        self.measures: dict[str, float | None] = dict.fromkeys(MEASURES if self.held else ())
         self.started = time.monotonic()
         self.asks: Callable[[], tuple[bool, bool]] = lambda: (False, False)  # to stop, to save, by this rank
         self.asked = (False, False)  # by any rank, as of the last round
@@ -113,11 +105,12 @@ class Simulation:
             home = self.home(clients)
             return nobody(clients) if home is None else (home == rank).nonzero()[:, 0]
 
-        return {"clients": Kept(self.clients, here, here), **self.replica.kept()}
+        own = {} if self.own.empty else {"own": Kept(self.own, here, here)}
+        return {"clients": Kept(self.clients, here, here), **own, **self.replica.kept()}
 
     def home(self, clients: Tensor) -> Tensor | None:
         """The rank that keeps the state of each; None where they keep nothing and can train anywhere."""
-        if self.clients.empty and self.config.mode == "federated":
+        if self.clients.empty and self.own.empty and self.config.mode == "federated":
             return None
         workers = torch.tensor(self.replica.workers)
         return workers[clients % len(workers)] if self.homes_K is None else self.homes_K[clients]
@@ -133,18 +126,6 @@ class Simulation:
         batch = config.local.batch or int(self.partition.sizes.double().mean())
         one, all_ = (self.trainer.time(self.data.train, batch, n) for n in (1, share))
         torch.set_num_threads(share if all_ < _WORTH * one else 1)
-
-    def _can_fuse(self) -> bool:
-        """The method is additive and keeps nothing, all messages have one size, and nothing asks for a single one."""
-        up, config = self.method.up, self.config
-        single = (
-            config.on_bad_update == "reject"
-            or config.clip
-            or config.reproducible
-            or len(self.method.passes) > 1
-        )
-        plain = up.additive and not up.counters and not up.init() and up.nbytes() is not None
-        return self.replica.fuses and plain and not single
 
     def _passes_of_data(self) -> int:
         """Rounds in which a rank sees all its samples once."""
@@ -179,20 +160,29 @@ class Simulation:
             )
         call = self._in_time(call, status)
         before = self.replica.state
-        sent_C = self._passes(call, status)
+        sent_C = self.passes.run(call, status, lambda: self._exchange(status, t))
         if bool(sent_C.any()):
             self.replica.finish()
         else:
             self.replica.skip(before, call.now)
         line = self._account(call, status, sent_C)
         if (t + 1) % self.config.evaluate_every == 0 or t + 1 == self.config.rounds:
-            self.accuracy, self.test_loss = self.trainer.evaluate(
-                self.replica.parameters(), self.data.test, self.config.test_batch, self.comm
-            )
-            line |= {"accuracy": self.accuracy, "test_loss": self.test_loss}
+            self._evaluate()
+            line |= {"accuracy": self.accuracy, "test_loss": self.test_loss, **self.measures}
         return line | {"seconds": time.monotonic() - started}
 
-    def call(self, t: int) -> _Call:
+    def _evaluate(self) -> None:
+        """On the test set; where clients keep parts of the model, on what they hold out themselves."""
+        x_X, of = self.replica.parameters(), (self.trainer, self.objective)
+        if self.held is not None:
+            self.measures, *result = by_client(
+                *of, x_X, self.data.train, self.held, self.own, self.home, self.comm
+            )
+        if self.own.empty:
+            result = list(evaluate(*of, x_X, self.data.test, self.config.test_batch, self.comm))
+        self.accuracy, self.test_loss = result
+
+    def call(self, t: int) -> Call:
         """Who takes part in round t, with what weight, and where."""
         config = self.config
         called = cohort(config, self.partition, t)
@@ -203,7 +193,7 @@ class Simulation:
         now = Round(config.seed, t, config.server_lr(t), self.rounds_per_epoch)
         return self._among(now, called, clients)
 
-    def _among(self, now: Round, called: Tensor, clients: Tensor) -> _Call:
+    def _among(self, now: Round, called: Tensor, clients: Tensor) -> Call:
         config, samples = self.config, self.partition.sizes_of(clients)
         # A client that was drawn by its number of samples counts once; so do a vote and a rank.
         workers = config.mode == "data_parallel"
@@ -211,11 +201,11 @@ class Simulation:
         weights = (samples if by_samples else torch.ones_like(samples)).double()
         placed = place(clients, samples, self.replica.workers, self.home(clients))
         mine = placed.get(self.comm.rank, clients[:0])
-        chunk = len(clients) if self._pools else self.chunk
+        chunk = len(clients) if self.passes.pools else self.chunk
         chunks = mine.split(chunk) if len(mine) else ()
-        return _Call(now, called, clients, weights / weights.sum(), placed, chunks)
+        return Call(now, called, clients, weights / weights.sum(), placed, chunks)
 
-    def _in_time(self, call: _Call, status: Status) -> _Call:
+    def _in_time(self, call: Call, status: Status) -> Call:
         """The call of those only whose message comes in time; the others have downloaded, and keep what they had."""
         if self.clock is None:
             return call
@@ -224,44 +214,7 @@ class Simulation:
         status.total["late"] = len(call.clients) - len(arrived)
         return self._among(call.now, call.called, call.clients[arrived])
 
-    def _passes(self, call: _Call, status: Status) -> Tensor:
-        """Train this rank's clients and send their messages, in one pass or more over the same gradients. Returns whose
-        message counts, bool, by positions in ``call.clients``."""
-        up, replica = self.method.up, self.replica
-        kept: dict[int, tuple[Tensor, Update]] = {}  # from one pass to the next
-        for codec in self.method.passes:
-            way = replica.open(codec, call.clients, call.weights, call.placed, call.now)
-            sent: list[Tensor] = []
-            with status.watch():
-                for chunk in call.chunks if self._fuses else ():
-                    sent.append(self._send_sum(call, chunk, status))
-                for i, chunk in enumerate(() if self._fuses else call.chunks):
-                    positions, update = kept.pop(i) if i in kept else self._train(call, chunk, status)
-                    if codec is not up:
-                        kept[i] = positions, update
-                    ctx = Context(call.now, call.clients[positions], update.steps_C, replica.shared())
-                    sent.append(self._send(call, update, positions, ctx, status))
-            self._exchange(status, call.now.t)
-            sent_C = self._counts(sent, len(call.clients))
-            if not bool(sent_C.any()):
-                break
-            way.only(sent_C)
-            if codec is not up:
-                mean = Message({"mean": replica.between()[None]})
-                status.reset()
-                status.download += self.ledger.download_of(self.replica.served(call.called), mean)
-        return sent_C
-
-    def _counts(self, sent: list[Tensor], clients: int) -> Tensor:
-        """Whose message counts, bool, of so many clients, when this rank's at the positions ``sent`` have sent one."""
-        if not self.rejects:
-            return torch.ones(clients, dtype=torch.bool)
-        sent_C = torch.zeros(clients, dtype=torch.int32)
-        sent_C[torch.cat([*sent, torch.zeros(0, dtype=torch.int64)])] = 1
-        self.comm.sum([sent_C])
-        return sent_C.bool()
-
-    def _account(self, call: _Call, status: Status, sent_C: Tensor) -> dict[str, Any]:
+    def _account(self, call: Call, status: Status, sent_C: Tensor) -> dict[str, Any]:
         """Add the round to the run's totals, and return its line of metrics."""
         total, sent = status.total, int(sent_C.sum())
         total["rejected"] = len(call.clients) - sent
@@ -278,6 +231,7 @@ class Simulation:
             "loss": float(from_fixed(torch.tensor(total["loss"]))) / self.replica.way.share if sent else None,
             "accuracy": None,
             "test_loss": None,
+            **dict.fromkeys(self.measures),
             "clients": sent,
             "upload_bytes": total["upload"],
             "download_bytes": total["download"],
@@ -297,102 +251,3 @@ class Simulation:
             with together(self.comm, f"round {t}"):
                 if status.error is not None:
                     raise status.error
-
-    def _train(self, call: _Call, positions: Tensor, status: Status) -> tuple[Tensor, Update]:
-        """Train some of this rank's clients; returns those of their positions whose update is usable, and the updates.
-
-        Raises:
-          NumericalError: one is not, with ``on_bad_update: stop``.
-        """
-        replica, server, clients_C = self.replica, self.method.server, call.clients[positions]
-        update = self.trainer.train(
-            replica.parameters(),
-            self.data.train,
-            self.partition,
-            clients_C,
-            call.now.t,
-            server.frozen(replica.state),
-        )
-        finite_C = updates.finite(update)
-        if not (self.rejects or bool(finite_C.all())):
-            bad = int(clients_C[~finite_C][0])
-            raise NumericalError(
-                f"client {bad}, round {call.now.t}: the loss or gradient is not finite (loss "
-                f"{float(update.loss_C[~finite_C][0])}); try a smaller local.lr than {self.config.local.lr:g}"
-            )
-        rows = finite_C.nonzero()[:, 0]
-        update = update.select(rows)
-        if self.config.clip is not None:
-            update, clipped = updates.clip(update, self.config.clip.norm)
-            status.count({"clipped": clipped})
-        return positions[rows], update
-
-    @property
-    def _fuses(self) -> bool:
-        """A rank's clients' messages are made as one, for the sum of their gradients."""
-        return self._fusable and self.observe is None
-
-    @property
-    def _pools(self) -> bool:
-        """Even their gradients are made as one."""
-        return self._fuses and self.trainer.pools
-
-    def _send_sum(self, call: _Call, positions: Tensor, status: Status) -> Tensor:
-        """Train some of this rank's clients and hand over one message for all of them; returns their positions."""
-        replica, up, clients_C = self.replica, self.method.up, call.clients[positions]
-        weight = (weights_C := call.weights[positions]).sum()
-        if self._pools and len(positions) > 1:
-            theta_D, frozen_D = replica.parameters(), self.method.server.frozen(replica.state)
-            g_D, loss_C = self.trainer.pool(
-                theta_D, self.data.train, self.partition, clients_C, weights_C / weight, call.now.t, frozen_D
-            )
-            if not (finite(g_D) and bool((loss_C.abs() <= LARGEST).all())):
-                for position in positions.split(1):
-                    self._train(call, position, status)  # names the client
-                raise NumericalError(
-                    f"round {call.now.t}: the sum of the clients' gradients is not finite; try a smaller local.lr "
-                    f"than {self.config.local.lr:g}"
-                )
-        else:
-            _, (g_CD, loss_C, _) = self._train(call, positions, status)
-            g_D = (weights_C / weight).float() @ g_CD
-        ctx = Context(call.now, clients_C[:1], torch.ones(1, dtype=torch.int64), replica.shared())
-        with phase("encode"):
-            message, _ = up.compress(g_D[None], {}, ctx)
-        updates.check_fits_float32(message, {}, call.now.t)
-        with phase("server"):
-            replica.way.take(weight[None], message, {}, ctx)
-        status.upload += self.ledger.upload_of(clients_C, message)
-        status.loss += int(to_fixed(loss_C * weights_C).sum())
-        return positions
-
-    def _send(self, call: _Call, update: Update, positions: Tensor, ctx: Context, status: Status) -> Tensor:
-        """Compress some of this rank's clients' gradients and hand the messages over; returns the positions of those
-        whose message counts."""
-        if not len(positions):
-            return positions
-        way, codec, before = self.replica.way, self.replica.way.up, self.clients.get(ctx.clients_C)
-        with phase("encode"):
-            message, after = codec.compress(update.g_CD, before, ctx)
-        if not self.rejects:
-            updates.check_fits_float32(message, after, ctx.round.t)
-        else:
-            weights_C = call.weights[positions]
-            fits_C = updates.fits(codec, message, before, after, ctx, way.largest() / weights_C)
-            rows = fits_C.nonzero()[:, 0]
-            if len(rows) < len(positions):
-                message, update, positions = message.select(rows), update.select(rows), positions[rows]
-                before, after = ({n: v[rows] for n, v in state.items()} for state in (before, after))
-                ctx = ctx.select(rows)
-        if not len(positions):
-            return positions
-        if self.observe:
-            self.observe(Sent(codec, update, before, message, ctx))
-        with phase("server"):
-            way.take(call.weights[positions], message, before, ctx)
-        status.upload += self.ledger.uploads(ctx.clients_C, message)
-        if codec is self.method.up:
-            self.clients.put(ctx.clients_C, after)
-            status.count(codec.count(message))
-            status.loss += int(to_fixed(update.loss_C * call.weights[positions]).sum())
-        return positions

@@ -11,6 +11,7 @@ from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, LostError, together
 from fedmpi.config import Config
 from fedmpi.engine.checkpoint import Checkpoints, unless_stopped
+from fedmpi.engine.evaluate import state_dict
 from fedmpi.engine.faults import Faults
 from fedmpi.engine.folder import Claim
 from fedmpi.engine.profile import profiling
@@ -139,7 +140,7 @@ def _train(faults: Faults, lines: bytes | None, display: Display, claim: Claim) 
             if simulation.error is not None:
                 raise simulation.error
             if record:
-                record.finish(result, simulation.spec.views(simulation.replica.parameters()))
+                record.finish(result, state_dict(simulation.trainer, simulation.replica.parameters()))
         comm.settle()  # from here on nobody is needed any more
     return result
 

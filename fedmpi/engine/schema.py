@@ -61,6 +61,13 @@ def check_manifest(folder: Path, described: Manifest, simulation: Simulation) ->
             raise CheckpointError(f"{path}: {name}: expected a finite number of at least 0, got {number}")
     if totals.accuracy is not None and not math.isfinite(totals.accuracy):
         raise CheckpointError(f"{path}: totals.accuracy: expected a finite number, got {totals.accuracy}")
+    if totals.measures.keys() != simulation.measures.keys():
+        expected, got_names = ", ".join(simulation.measures) or "none", ", ".join(totals.measures) or "none"
+        raise CheckpointError(f"{path}: totals.measures: expected {expected}, got {got_names}")
+    if bad := [n for n, value in totals.measures.items() if value is not None and not 0 <= value <= 1]:
+        raise CheckpointError(
+            f"{path}: totals.measures.{bad[0]}: expected 0 to 1, got {totals.measures[bad[0]]}"
+        )
     if not described.ranks:
         raise CheckpointError(f"{path}: ranks: expected at least one, got none")
     seen: dict[str, set[int]] = {}
@@ -109,7 +116,7 @@ def check_metrics(path: Path, data: bytes, described: Manifest, simulation: Simu
         "download_bytes": described.totals.bytes["download"],
         **described.totals.counts,
     }
-    measured = {"loss", "accuracy", "test_loss"}
+    measured = {"loss", "accuracy", "test_loss", *simulation.measures}
     fields = {"round", "seconds", *counted, *measured}
     fields |= set() if simulation.clock is None else {"simulated_seconds"}
     lines, sums = data.splitlines(), dict.fromkeys(counted, 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -260,7 +260,7 @@ def make_store(init: Callable[[], State], config: Config) -> ClientStore:
         raise ConfigError(f"store_folder: cannot use {place}: {error.strerror or error}") from None
 
 
-def fits_here(config: Config, comm: Comm, clients: ClientStore, peers: ClientStore) -> str:
+def fits_here(config: Config, comm: Comm, stores: Sequence[ClientStore], peers: ClientStore) -> str:
     """One sentence on what the state of all clients that may come needs on this machine and what there is; "" where
     they keep nothing.
 
@@ -268,7 +268,8 @@ def fits_here(config: Config, comm: Comm, clients: ClientStore, peers: ClientSto
       ConfigError: it does not fit; names the figures and the ways out.
     """
     come = min(config.clients, config.rounds * config.cohort_size)
-    need = clients.need(come, config.clients * comm.size) * comm.local_size // comm.size  # an index a rank
+    needs = (store.need(come, config.clients * comm.size) for store in stores)  # an index a rank
+    need = sum(needs) * comm.local_size // comm.size
     if config.topology == "aggregator" and comm.rank < comm.local_size:  # rank 0's machine
         need += peers.need(come, config.clients)
     if not need:

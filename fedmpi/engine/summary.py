@@ -21,6 +21,7 @@ def summary(of: Simulation) -> dict[str, Any]:
         "method": of.config.method.name,
         "accuracy": of.accuracy,
         "loss": of.test_loss,
+        **of.measures,
         "rounds": of.config.rounds,
         "clients": of.config.clients,
         "cohort": of.config.cohort_size,

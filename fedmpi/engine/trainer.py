@@ -15,13 +15,17 @@ from torch import Tensor, nn
 from fedmpi import random
 from fedmpi.comm.base import Comm, together
 from fedmpi.config import Local
-from fedmpi.engine.batches import Batches, padded
+from fedmpi.engine.apart import Apart, forward
+from fedmpi.engine.batches import Batches, Orders, padded
+from fedmpi.engine.draws import generators, seed_all
 from fedmpi.engine.layout import Layout
+from fedmpi.engine.probe import Traits
 from fedmpi.engine.stacked import Stacked
 from fedmpi.errors import NumericalError
 from fedmpi.message import Message, from_bytes, to_bytes
+from fedmpi.method import State
 from fedmpi.phases import phase, phased
-from fedmpi.spec import Spec
+from fedmpi.plan import Plan
 from fedmpi.tasks.data import Split
 from fedmpi.tasks.objectives import Objective
 from fedmpi.tasks.partitions import Partition
@@ -30,19 +34,29 @@ _POOL_VALUES = (
     1 << 19
 )  # inputs of a pass; what a convolutional model keeps of each is some hundred times as much
 _LEAST = 1e-9  # of a sample; less counts only where nothing does
-_ORDERED = 1 << 22  # places of samples that are shuffled at once
 
 
 class Update(NamedTuple):
-    """What C clients computed: accumulated gradients, mean losses, local steps τ."""
+    """What C clients computed.
+
+    Attributes:
+      g_CD: what servers subtract: accumulated gradients; of buffers x before − x after.
+      loss_C: mean losses.
+      steps_C: local steps τ.
+      kept: what they keep besides what their method keeps (:meth:`Trainer.keeps`).
+    """
 
     g_CD: Tensor
     loss_C: Tensor
     steps_C: Tensor
+    kept: State = {}  # noqa: RUF012 - a named tuple's default, which nobody changes
 
     def select(self, rows: Tensor) -> Update:
         """Those of the clients at the positions ``rows``; itself where these are all."""
-        return self if len(rows) == len(self.g_CD) else Update(*(value[rows] for value in self))
+        if len(rows) == len(self.g_CD):
+            return self
+        kept = {name: value[rows] for name, value in self.kept.items()}
+        return Update(self.g_CD[rows], self.loss_C[rows], self.steps_C[rows], kept)
 
 
 class Trainer:
@@ -61,24 +75,33 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        spec: Spec,
+        plan: Plan,
         objective: Objective,
         local: Local,
         seed: int,
         continuing: bool = False,
+        traits: Traits = Traits(),  # noqa: B008 - a named tuple
     ) -> None:
-        self.model, self.spec, self.loss, self.local, self.seed = model, spec, objective.loss, local, seed
+        """Args:
+        plan: what of the model travels, what each client keeps, what nobody changes.
+        traits: on what its training depends besides parameters and batch.
+        """
+        self.model, self.plan, self.loss, self.local, self.seed = model, plan, objective.loss, local, seed
+        self.spec = spec = plan.trained
         self.continuing, self.together = continuing, False
         self._objective, self._pads = objective, objective.pads
-        self._orders: dict[int, tuple[int, Tensor]] = {}
-        # In the order of their memory, which is not that of ``spec`` where convolutions are laid out otherwise.
-        self.theta_D = torch.empty(spec.size)
-        self.grad_D = torch.zeros(spec.size)
-        self._laid = Layout(model, spec)
+        self._orders = Orders(seed, local, continuing)
+        self._draws, self._apart = traits.draws, Apart(model, plan)
+        own = self._apart.trained
+        # In the order of their memory, which is not that of ``own`` where convolutions are laid out otherwise.
+        self.theta_D = torch.empty(own.size)
+        self.grad_D = torch.zeros(own.size)
+        self._laid = Layout(model, own)
         self._laid.bind(self.theta_D, self.grad_D)
+        self._plain = traits.plain and self._apart.empty
         # θ_s = θ₀ − η Σ g then, and the sum is what is wanted: no pass over the parameters but this one.
-        self._sums = not local.momentum and not local.weight_decay
-        plain = local.accumulate == 1 and local.precision == "float32"
+        self._sums = not local.momentum and not local.weight_decay and own is spec
+        plain = self._plain and local.accumulate == 1 and local.precision == "float32"
         self._stacked = Stacked(model, spec, self.loss) if plain and not continuing else None
         self._worth: bool | None = None  # to train several clients so
 
@@ -87,7 +110,8 @@ class Trainer:
         """:meth:`pool` can be called: clients make one step, and not in parts."""
         local = self.local
         return (
-            local.accumulate == 1
+            self._plain
+            and local.accumulate == 1
             and not self.continuing
             and local.epochs is None
             and local.steps in (None, 1)
@@ -120,73 +144,82 @@ class Trainer:
             steps = self.local.epochs * -(-sizes // batch)
         return steps.where(sizes > 0, 0)
 
+    def keeps(self) -> State:
+        """What a client keeps for itself before its first round, without the axis C; {} for nothing."""
+        return {"local": self._apart.kept_L} if self.plan.local.size else {}
+
     @phased("compute")
     def train(
         self,
-        theta_D: Tensor,
+        x_X: Tensor,
         data: Split,
         partition: Partition,
         clients_C: Tensor,
         round: int,
-        frozen_D: Tensor | None = None,
+        frozen_X: Tensor | None = None,
+        kept: State | None = None,
     ) -> Update:
-        """Train each of ``clients_C`` from ``theta_D``, whose entries ``frozen_D`` stay as they are."""
+        """Train each of ``clients_C``.
+
+        Args:
+          x_X: what all share.
+          frozen_X: entries of it that stay as they are, bool.
+          kept: what these clients keep for themselves, by :meth:`keeps`.
+        """
         sizes_C = partition.sizes_of(clients_C)
         steps_C = self.steps(sizes_C)
-        if self._stacks(theta_D, data, sizes_C):
-            g_CD, loss_C = self._together(theta_D, data, partition, clients_C, steps_C, round, frozen_D)
+        if self._stacks(x_X, data, sizes_C):
+            g_CD, loss_C = self._together(x_X, data, partition, clients_C, steps_C, round, frozen_X)
             return Update(g_CD, loss_C, steps_C)
-        theta_D, frozen_D = (
-            self._laid.inside(theta_D),
-            None if frozen_D is None else self._laid.inside(frozen_D),
-        )
-        if not self.continuing:
-            self._orders = self._first_orders(partition, clients_C, sizes_C, round)
-        g_CD, losses = torch.zeros(len(clients_C), self.spec.size), []
-        for row, (client, steps) in enumerate(zip(clients_C.tolist(), steps_C.tolist(), strict=True)):
-            index = partition.of(client)
-            losses.append(self._one(theta_D, g_CD[row], data, index, steps, client, round, frozen_D))
-        return Update(g_CD, torch.tensor(losses, dtype=torch.float64), steps_C)
+        self._orders.prepare(partition, clients_C, sizes_C, round)
+        g_CX, losses = torch.zeros(len(clients_C), self.plan.spec.size), []
+        own_CL = (kept or {}).get("local", self._apart.kept_L.expand(len(clients_C), -1))
+        after_CL = torch.empty_like(own_CL, memory_format=torch.contiguous_format)
+        theta_O = self._laid.inside(x_X) if self._apart.empty else None
+        frozen_O = self._apart.mask(frozen_X)
+        frozen_O = None if frozen_O is None else self._laid.inside(frozen_O)
+        with generators(self._draws):
+            for row, (client, steps) in enumerate(zip(clients_C.tolist(), steps_C.tolist(), strict=True)):
+                index = partition.of(client)
+                if theta_O is not None:
+                    losses.append(self._one(theta_O, g_CX[row], data, index, steps, client, round, frozen_O))
+                    continue
+                start_O = self._laid.inside(self._apart.begin(x_X, own_CL[row]))
+                g_O = torch.zeros_like(self.grad_D)
+                losses.append(self._one(start_O, g_O, data, index, steps, client, round, frozen_O))
+                now_O = self._laid.outside(self.theta_D, torch.empty_like(self.theta_D))
+                g_CX[row], after_CL[row] = self._apart.end(x_X, g_O, now_O)
+        after = {"local": after_CL} if self.plan.local.size else {}
+        return Update(g_CX, torch.tensor(losses, dtype=torch.float64), steps_C, after)
 
     @phased("compute")
-    def servers_own(self, theta_D: Tensor, data: Split, samples: int, comm: Comm) -> Tensor:
-        """The accumulated gradient ``(D,)`` of the server on so many samples of its own, drawn from the training set.
+    def servers_own(self, x_X: Tensor, data: Split, samples: int, comm: Comm) -> Tensor:
+        """The accumulated gradient ``(X,)`` of the server on so many samples of its own, drawn from the training set.
         Rank 0 makes it for all: another rank's machine may differ in the last bits.
 
         Raises:
           NumericalError: on every rank; it is not finite.
         """
-        g_D = torch.zeros_like(theta_D)
+        g_X = torch.zeros_like(x_X)
         with together(comm, "the server's own training"):
             if comm.rank == 0:
                 index = random.sample(random.key(self.seed, stream="server data"), len(data.y), samples)
-                steps = int(self.steps(torch.tensor(samples)))
-                self._one(
-                    self._laid.inside(theta_D), g_D, data, index, steps, client=-1, round=0, frozen_D=None
-                )
-                if not bool(g_D.isfinite().all()):
+                steps, g_O = int(self.steps(torch.tensor(samples))), torch.zeros_like(self.grad_D)
+                start_O = self._laid.inside(self._apart.begin(x_X))
+                with generators(self._draws):
+                    self._one(start_O, g_O, data, index, steps, client=-1, round=0, frozen_D=None)
+                if not bool(g_O.isfinite().all()):
                     raise NumericalError(
                         f"server: its own gradient is not finite; try a smaller local.lr than {self.local.lr:g}"
                     )
-        sent = comm.broadcast(to_bytes(Message({"gradient": g_D[None]})))
+                g_X[: self.spec.size] = g_O[: self.spec.size]
+        sent = comm.broadcast(to_bytes(Message({"gradient": g_X[None]})))
         return from_bytes(sent).arrays["gradient"][0]
 
-    @torch.no_grad()
-    @phased("evaluate")
-    def evaluate(self, theta_D: Tensor, test: Split, batch: int, comm: Comm) -> tuple[float, float]:
-        """Accuracy and mean loss of ``theta_D`` on a test set, whose batches the ranks share out."""
-        self.theta_D.copy_(self._laid.inside(theta_D))
-        self.model.eval()
-        batches = torch.arange(len(test.y)).split(batch)
-        # A place a batch, of which each rank fills its own: the sum over ranks is exact in any order.
-        sums = torch.zeros(2, len(batches), dtype=torch.float64)
-        for b in range(comm.rank, len(batches), comm.size):
-            output, y = self.model(test.x[batches[b]]), test.y[batches[b]]
-            sums[0, b] = self._objective.correct(output, y)
-            sums[1, b] = self.loss(output, y).double() * self._objective.count(y)
-        comm.sum([sums])
-        count = self._objective.count(test.y)
-        return float(sums[0].sum()) / count, float(sums[1].sum()) / count
+    def load(self, x_X: Tensor, kept: State | None = None) -> nn.Module:
+        """The model with ``x_X``, and what one client keeps for itself (by default, what a new one starts with)."""
+        self.theta_D.copy_(self._laid.inside(self._apart.begin(x_X, (kept or {}).get("local"))))
+        return self.model
 
     @phased("compute")
     def pool(
@@ -323,7 +356,9 @@ class Trainer:
         total = seen = 0.0
         for step in range(steps):
             with phase("load"):
-                chosen = self._batch(index, batch, client, round, step)
+                chosen = self._orders.batch(index, batch, client, round, step)
+            if self._draws:
+                seed_all(random.key(self.seed, round, client, f"draws {step}"))
             loss, weight = self._backward(data, chosen)
             total += loss * weight
             seen += weight
@@ -340,37 +375,6 @@ class Trainer:
         self._laid.outside(sum_D, g_D)
         return total / max(seen, _LEAST)
 
-    def _batch(self, index: Tensor, batch: int, client: int, round: int, step: int) -> Tensor:
-        """The samples of a step."""
-        if batch == len(index):
-            return index
-        turns = -(-len(index) // batch)
-        if self.continuing:  # one step a round
-            round, turn = divmod(round, turns)
-            shuffle = 0
-        else:
-            shuffle, turn = divmod(step, turns)
-        key = random.key(self.seed, round, client, f"batches {shuffle}")
-        if self._orders.get(client, (None,))[0] != key:
-            self._orders[client] = key, index[random.permutation(key, len(index))]
-        return self._orders[client][1][turn * batch : (turn + 1) * batch]
-
-    def _first_orders(
-        self, partition: Partition, clients_C: Tensor, sizes_C: Tensor, round: int
-    ) -> dict[int, tuple[int, Tensor]]:
-        """What :meth:`_batch` takes from for the clients' first pass, shuffled at once: one after the other, that takes
-        a tenth of a small model's training."""
-        several_C = sizes_C > (self.local.batch or sizes_C.max())
-        clients, sizes = clients_C[several_C], sizes_C[several_C]
-        if not len(clients) or len(clients) * int(sizes.max()) > _ORDERED:
-            return {}
-        keys, orders = random.keys(self.seed, round, clients, "batches 0"), {}
-        order_CN = random.permutations(keys, sizes)
-        for client, key, order_N in zip(clients.tolist(), keys.tolist(), order_CN, strict=True):
-            index = partition.of(client)
-            orders[client] = key, index[order_N[: len(index)]]
-        return orders
-
     def _backward(self, data: Split, chosen: Tensor) -> tuple[float, float]:
         """Add the gradient of the mean loss over what counts of the samples, in so many parts as asked for; returns the
         loss and how many samples' worth that is."""
@@ -381,7 +385,7 @@ class Trainer:
             with phase("load"):
                 x, y = data.x[part], data.y[part]
             with self._autocast():
-                loss = self.loss(self.model(x), y)
+                loss = self.loss(forward(self.model, x), y)
             share = weight / max(whole, _LEAST)
             (loss if share == 1 else loss * share).backward()
             total += loss.item() * share

@@ -76,6 +76,10 @@ class Held:
     def rollback(self) -> None:
         self._next = self.state
 
+    def load(self, state: State) -> None:
+        """Keep ``state`` from here on."""
+        self.state = self._next = state
+
 
 class Way(ABC):
     """One way for one compressor.

@@ -8,15 +8,15 @@ a parameter near 0.01, and sums up to 2^23 fit; a larger one is an error, never 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedmpi.comm.base import Comm
-from fedmpi.errors import NumericalError
-from fedmpi.method import Compressor
+from fedmpi.errors import ConfigError, NumericalError
+from fedmpi.method import Compressor, Segment
 from fedmpi.ops.sums import add_fixed, from_fixed
 from fedmpi.spec import CPU
 
@@ -96,6 +96,66 @@ class Sum:
         return (from_fixed(self.total_S) / share).float() if self.exact else self.total_S / share
 
 
+class Mixed(Sum):
+    """Stretches of different kinds in one sum: weighted means, votes that count one each, and least values.
+
+    Votes are whole numbers in float32 (or fixed point), exact in any order for up to 2^22 of them.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        *,
+        exact: bool,
+        terms: int,
+        flag: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        if terms > LARGEST and any(kind == "votes" for _, kind in segments):
+            raise ConfigError(f"cohort: expected at most {LARGEST:.0f} votes beside other parts, got {terms}")
+        size = sum(size for size, _ in segments)
+        super().__init__(size, integer=False, exact=exact, terms=terms, flag=flag, device=device)
+        self.segments, self.terms = tuple(segments), terms
+        self._sizes = [size for size, _ in segments]
+
+    def add(self, v_CS: Tensor, weights_C: Tensor) -> None:
+        stretches = zip(
+            self.segments, self.total_S.split(self._sizes), v_CS.split(self._sizes, 1), strict=True
+        )
+        for (_, kind), total, v in stretches:
+            if kind == "least":  # whole numbers, also where the others are fixed-point
+                torch.minimum(total, v.amin(0).to(total.dtype), out=total)
+                continue
+            part = Sum(0, integer=False, exact=self.exact, terms=self.terms)
+            part.total_S = total
+            if kind == "votes":
+                part.largest, weights = 1.0, torch.ones_like(weights_C)
+            part.add(v, weights if kind == "votes" else weights_C)
+
+    def start_over(self, comm: Comm) -> Callable[[], None]:
+        stretches = zip(self.segments, self.total_S.split(self._sizes), strict=True)
+        least = [total for (_, kind), total in stretches if kind == "least"]
+        if not least:
+            return super().start_over(comm)
+        told = comm.start_allgather_tensor(torch.cat(least))
+        summed = super().start_over(comm)
+
+        def end() -> None:
+            least_L = told().amin(0)
+            summed()
+            for total, value in zip(least, least_L.split([len(total) for total in least]), strict=True):
+                total.copy_(value)
+
+        return end
+
+    def value(self, share: float = 1.0) -> Tensor:
+        parts = []
+        for (_, kind), total in zip(self.segments, self.total_S.split(self._sizes), strict=True):
+            part = from_fixed(total) if self.exact and kind != "least" else total
+            parts.append((part / share if kind == "mean" and share != 1.0 else part).float())
+        return torch.cat(parts)
+
+
 _BLOCK_VALUES = 1 << 24  # sorted at a time
 
 
@@ -146,6 +206,9 @@ class Sums:
         """The sum of so many clients' (or ranks') vectors; the weights' sum is 1."""
         if self.aggregate != "mean":
             return Ordered(self.aggregate, self.trim, terms)
+        kinds = {kind for _, kind in up.segments}
+        if kinds == {"least"} or len(kinds) > 1:
+            return Mixed(up.segments, exact=self.exact, terms=terms, flag=flag, device=self.device)
         return Sum(up.size, integer=up.integer, exact=self.exact, terms=terms, flag=flag, device=self.device)
 
     def largest(self, up: Compressor, terms: int) -> float:

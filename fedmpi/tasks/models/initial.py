@@ -11,8 +11,7 @@ from fedmpi import random
 from fedmpi.errors import ConfigError
 
 _UNIFORM = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_ONES = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_ONES = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 
 
 def initialize(module: nn.Module, key: int) -> nn.Module:
@@ -53,29 +52,14 @@ def _uniform(key: int, like: torch.Tensor, bound: float) -> torch.Tensor:
 
 
 def check_supported(module: nn.Module) -> None:
-    """ConfigError that names a layer with batch or running statistics (BatchNorm) or dropout, or a parameter without
-    values in the processor's memory. (What layers do not show, :mod:`fedmpi.engine.probe` sees.)
-
-    Running statistics are state that changes outside the parameters, and a batch's statistics make a
-    sum of gradients over clients differ from the gradient of the pooled batch.
-    """
+    """ConfigError that names a parameter without values in the processor's memory. (What a model's training depends on,
+    :mod:`fedmpi.engine.probe` sees.)"""
     for name, p in module.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter) or p.device.type != "cpu":
             where = "without a shape yet" if p.device.type == "cpu" else f"on the device {p.device}"
             raise ConfigError(
                 f"model: parameter {name} is {where}, expected one with values on the CPU; give lazy layers their "
                 "input sizes, and build the model on the CPU"
-            )
-    for prefix, layer in module.named_modules():
-        if isinstance(layer, _BATCH_NORM) or getattr(layer, "running_mean", None) is not None:
-            raise ConfigError(
-                f"{_title(prefix, layer)}: layers with batch or running statistics are not supported; "
-                "use torch.nn.GroupNorm"
-            )
-        if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p:
-            raise ConfigError(
-                f"{_title(prefix, layer)}: dropout is not supported, because its masks would differ from run to "
-                "run; set its p to 0"
             )
 
 
