@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedmpi.errors import MessageError
 
+CPU = torch.device("cpu")
 _MAGIC = b"fMSG"
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _DTYPES = (*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)

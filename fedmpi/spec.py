@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from fedmpi.errors import ConfigError
 
-CPU = torch.device("cpu")
 _ROW = 64  # entries of a row of a tensor of one dimension
 
 

@@ -21,13 +21,13 @@ from fedmpi import methods
 from fedmpi.comm import Comm, run_ranks
 from fedmpi.comm.local import LocalComm
 from fedmpi.integrations.reducer import Reducer
-from fedmpi.message import Message, equal, from_bytes, to_bytes
+from fedmpi.message import CPU, Message, equal, from_bytes, to_bytes
 from fedmpi.method import Context, Method, Round, State, placed
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import Setup
 from fedmpi.methods.dense import Dense
 from fedmpi.methods.joint import Part, join
-from fedmpi.spec import CPU, Spec
+from fedmpi.spec import Spec
 
 from . import pretend
 from . import test_conformance as conformance

@@ -21,8 +21,8 @@ from fedmpi.errors import ConfigError
 from fedmpi.integrations import state
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.integrations.settings import Shapes
+from fedmpi.message import CPU
 from fedmpi.methods.base import Options
-from fedmpi.spec import CPU
 from fedmpi.validation import Strict, describe
 
 

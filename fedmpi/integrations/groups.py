@@ -18,12 +18,12 @@ from fedmpi.integrations.settings import Settings, Shapes
 from fedmpi.meet import ways
 from fedmpi.meet.base import End, Held, Roster, Way
 from fedmpi.meet.ways import GatherWay, OwnerWay
-from fedmpi.message import Message, concat, from_bytes, to_bytes
+from fedmpi.message import CPU, Message, concat, from_bytes, to_bytes
 from fedmpi.method import Compressor, Round, State, believed, placed
 from fedmpi.methods.base import Options, Setup
 from fedmpi.ops import fast
 from fedmpi.ops.sums import finite
-from fedmpi.spec import CPU, Spec
+from fedmpi.spec import Spec
 
 _Result = tuple[Tensor | None, tuple[State, State]]
 

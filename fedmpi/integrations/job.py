@@ -13,8 +13,8 @@ from fedmpi.integrations import auto
 from fedmpi.integrations.modules import warn_of_nothing
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.integrations.settings import Settings, Shapes
+from fedmpi.message import CPU
 from fedmpi.methods.base import Options
-from fedmpi.spec import CPU
 
 T = TypeVar("T")
 AnyMethod = Options | auto.AutoOptions | dict[str, Any] | str

@@ -22,9 +22,9 @@ from fedmpi.integrations.modules import sparse_gradient
 from fedmpi.integrations.settings import Settings, Shapes
 from fedmpi.integrations.state import load, saved
 from fedmpi.meet import ways
+from fedmpi.message import CPU
 from fedmpi.methods.base import Options
 from fedmpi.ops import bits
-from fedmpi.spec import CPU
 
 
 class Reducer:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError, NumericalError
+from fedmpi.message import CPU
 from fedmpi.method import Compressor, Segment
 from fedmpi.ops.sums import add_fixed, from_fixed
-from fedmpi.spec import CPU
 
 LARGEST = 2.0**22
 

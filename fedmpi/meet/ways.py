@@ -39,9 +39,8 @@ from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.meet.base import End, Held, Peers, Roster, Way
 from fedmpi.meet.sums import Sums
-from fedmpi.message import Message, concat, from_bytes, from_rows, to_bytes, to_rows
+from fedmpi.message import CPU, Message, concat, from_bytes, from_rows, to_bytes, to_rows
 from fedmpi.method import Compressor, Context, State, believed, placed
-from fedmpi.spec import CPU
 
 Name = Literal["auto", "sum", "gather", "merge", "owner"]
 GATHER_BYTES = 1 << 30  # of peers' state that "auto" lets a rank keep
