@@ -34,9 +34,16 @@ def load(folder: Path, every: int = 4) -> Data:
 
 
 def build(shape: tuple[int, ...], classes: int, hidden: int = 16) -> nn.Module:
-    """Any module from samples of ``shape`` to ``classes`` numbers, without batch norm and dropout; further arguments
-    are further keys of ``model``. Every rank builds it from the same seed."""
+    """Any module from samples of ``shape`` to ``classes`` numbers; further arguments are further keys of ``model``. Every
+    rank builds it from the same seed."""
     return nn.Sequential(nn.Linear(*shape, hidden), nn.Tanh(), nn.Linear(hidden, classes))
+
+
+def build_norm(shape: tuple[int, ...], classes: int, hidden: int = 64, p: float = 0.2) -> nn.Module:
+    """One with batch norm, whose statistics travel beside the parameters, and dropout."""
+    inputs = torch.Size(shape).numel()
+    first, last = nn.Linear(inputs, hidden), nn.Linear(hidden, classes)
+    return nn.Sequential(nn.Flatten(), first, nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(p), last)
 
 
 class ScaledSign(Compressor):

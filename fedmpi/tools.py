@@ -40,6 +40,12 @@ def _methods_arguments(commands: _Commands) -> None:
         "--model", metavar="MODEL", help="measure bytes for a model on 3x32x32 images, e.g. resnet9"
     )
     listing.add_argument(
+        "--parts",
+        metavar="RULES",
+        help="with --model: bytes by part, for rules as in a configuration's parts and one METHOD (dense); what "
+        "batch norm keeps is averaged",
+    )
+    listing.add_argument(
         "names",
         nargs="*",
         metavar="METHOD",
@@ -49,11 +55,17 @@ def _methods_arguments(commands: _Commands) -> None:
 
 
 def _methods(arguments: argparse.Namespace) -> int:
-    from fedmpi.analysis.listing import costs, describe
+    from fedmpi.analysis.listing import costs, describe, parts
+    from fedmpi.errors import ConfigError
     from fedmpi.spec import Spec
     from fedmpi.tasks.models import build
 
-    if arguments.model:
+    if arguments.parts and not (arguments.model and len(arguments.names) < 2):
+        raise ConfigError("--parts: expected --model and at most one METHOD, by which all else travels")
+    if arguments.parts:
+        model = build(arguments.model, (3, 32, 32), 10, 0)
+        print(parts(model, arguments.parts, (arguments.names or ["dense"])[0]))
+    elif arguments.model:
         print(costs(Spec.of(build(arguments.model, (3, 32, 32), 10, 0)), arguments.names))
     elif arguments.params:
         print(costs(Spec(("parameters",), ((arguments.params,),)), arguments.names))

@@ -52,7 +52,7 @@ LAYERS = {
     }
     | {"machine", "phases", "plain_file", "strict_yaml"},
     "analysis": BASE
-    | {"comm", "config", "engine", "method", "methods", "message", "ops", "spec", "tasks"}
+    | {"comm", "config", "engine", "method", "methods", "message", "ops", "plan", "spec", "tasks"}
     | {"strict_yaml", "validation"},
     "integrations": BASE
     | {
@@ -72,7 +72,7 @@ LAYERS = {
     | {"analysis", "comm", "config", "engine", "integrations"}
     | {"message", "method", "methods", "ops", "spec", "tasks", "validation"},
     "doctor": {"comm", "errors"},
-    "tools": {"analysis", "comm", "config", "doctor", "integrations", "spec", "tasks", "validation"},
+    "tools": {"analysis", "comm", "config", "doctor", "errors", "integrations", "spec", "tasks", "validation"},
     "cli": {"analysis", "bench", "comm", "config", "engine", "errors", "project", "start", "tools"},
     "__main__": {"cli", "start"},
     "__init__": {"integrations"},  # on demand

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedmpi import random
+from fedmpi import plan, random
 from fedmpi.engine.progress import human
+from fedmpi.errors import ConfigError
 from fedmpi.method import Method, Round, State
 from fedmpi.methods import METHODS, build, entry, parse
 from fedmpi.methods.base import Entry, Setup
 from fedmpi.methods.play import play
 from fedmpi.spec import Spec
-from fedmpi.validation import yaml_value
+from fedmpi.validation import checked, yaml_value
 
 
 def describe(names: Sequence[str] = ()) -> str:
@@ -61,6 +65,36 @@ def costs(spec: Spec, chosen: Sequence[str] = ()) -> str:
         rows.append(f"| {' | '.join(cells)} |")
     title = f"Bytes of one client for {spec.size:,} parameters ({human(full)} uncompressed), as measured:"
     return "\n".join([title, "", *rows])
+
+
+def parts(model: nn.Module, rules: str, method: str) -> str:
+    """A Markdown table of the parts of a model under ``rules`` (YAML: ``[{match: ..., travels: ...}]``), the rest by
+    ``method``: numbers, and the bytes of one client as :func:`costs` measures them."""
+    listed = [checked(plan.Rule, rule, "--parts") for rule in _rules(rules)]
+    keeping = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, _BatchNorm))
+    buffers = [name for name, _ in model.named_buffers() if name.startswith(keeping)]
+    made = plan.make(plan.Tensors.of(model, buffers), parse(yaml_value(method, "METHOD"), "METHOD"), listed)
+    rows = ["| part | tensors | numbers | upload first | again | download |", "|:--|--:|--:|--:|--:|--:|"]
+    for p in made.parts:
+        rows.append(_row(p.name, p.method, p.spec))
+    rows.append(_row("all", made.method, made.spec))
+    if made.local.names:
+        rows.append(f"| local | {len(made.local.names)} | {made.local.size:,} | 0 | 0 | 0 |")
+    return "\n".join(rows)
+
+
+def _row(name: str, method: Method, spec: Spec) -> str:
+    measured = (f"{n:,}" for n in _measure(method, spec))
+    return f"| {' | '.join((name, str(len(spec.names)), f'{spec.size:,}', *measured))} |"
+
+
+def _rules(text: str) -> list[Any]:
+    rules = yaml_value(text, "--parts")
+    if not isinstance(rules, list) or not rules:
+        raise ConfigError(
+            f"--parts: expected a list of rules, [{{match: ..., travels: ...}}], got {text:.80}"
+        )
+    return rules
 
 
 def _measure(method: Method, spec: Spec) -> tuple[int, int, int]:
