@@ -118,10 +118,15 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """The make-believe accelerator (tests/pretend), which CI has to have."""
+    """The make-believe accelerator (tests/pretend)."""
     if why := pretend.missing():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(why)
+        absent(why)
     return pretend.load()
+
+
+def absent(why: str) -> None:
+    """What a test needs is not here: CI has to have it."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(why)
 
 
 class Mpi:

@@ -31,7 +31,7 @@ from fedmpi.spec import Spec
 
 from . import pretend
 from . import test_conformance as conformance
-from .conftest import JOBS, torchrun
+from .conftest import JOBS, absent, torchrun
 
 CASES, CLIENTS, SPEC = conformance.CASES, conformance.CLIENTS, conformance.SPEC
 
@@ -315,6 +315,49 @@ def test_late_copies_come_with_the_event_that_follows_them(device: torch.device)
     there = source.to(device, non_blocking=True)
     source.fill_(7)  # too early
     assert (there + 0).cpu().tolist() == [7, 7, 7]
+
+
+@pytest.mark.parametrize("name", ["topk", "powersgd", "lookback"])
+def test_a_state_goes_on_on_the_other_device(name: str, device: torch.device) -> None:
+    """Saved on the CPU and loaded on the device, or the other way: the steps after it are the same."""
+
+    def steps(reducer: Reducer, first: int, last: int) -> Tensor:
+        for t in range(first, last):
+            parameters = {}
+            for n, shape in SHAPES.items():
+                parameters[n] = torch.zeros(shape, device=reducer.device, requires_grad=True)
+                generator = torch.Generator().manual_seed(100 * t + reducer.comm.rank)
+                parameters[n].grad = torch.randn(shape, generator=generator).to(reducer.device)
+            reducer.average(parameters)
+        return torch.cat([p.grad.flatten().cpu() for p in parameters.values() if p.grad is not None])
+
+    def main(comm: Comm, places: tuple[torch.device, torch.device]) -> Tensor:
+        before, after = (Reducer(SHAPES, CASES[name], comm, place, exact_below=100) for place in places)
+        steps(before, 0, 2)
+        state = before.state_dict() | {"measuring": False}
+        tensors = [v for g in state["groups"] for part in ("state", "memory") for v in g[part].values()]
+        assert {v.device for v in tensors} <= {CPU}
+        after.load_state_dict(state)
+        return steps(after, 2, 4)
+
+    expected = run_ranks(2, lambda comm: main(comm, (CPU, CPU)), timeout=60)
+    for places in ((CPU, device), (device, CPU)):
+        for got, wanted in zip(
+            run_ranks(2, lambda c, p=places: main(c, p), timeout=60), expected, strict=True
+        ):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_compiler_ci_fails_and_others_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    why = pretend.missing()
+    assert why == "no no-such-compiler to compile the make-believe device with"
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match=why):
+        absent(why)
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match=why):
+        absent(why)
 
 
 @pytest.mark.parametrize("rows", [True, pytest.param(False, marks=pytest.mark.slow)])
