@@ -247,6 +247,17 @@ DROP_INS = [
 ]
 
 
+def of_a_step(name: str, reducer: Reducer) -> int:
+    """How often the host may wait in a step: for its method, for what ranks tell each other, and for copies."""
+    method = reducer.groups[0].method
+    up, groups, passes = method.up, len(reducer.groups), len(method.passes)
+    # Are the gradient, the message and the mean finite, and everybody's; and the copy that is sent.
+    most = sum(budget(name)) + 5 * groups + 4 * (passes - 1)
+    if up.nbytes() is None:  # array by array
+        most += len(up.layout()) - 1
+    return most + 4 * (up.optional is not None)  # who has one, and what it is, of those sent and of all
+
+
 def averaged(name: str, device: torch.device) -> Callable[[Comm], list[Tensor]]:
     """A rank's gradients after each of three steps."""
 
@@ -264,6 +275,8 @@ def averaged(name: str, device: torch.device) -> Callable[[Comm], list[Tensor]]:
             with pretend.watched() as seen:
                 reducer.average(parameters)
             assert not seen.mixed, f"{name}: {seen.mixed}"
+            most = of_a_step(name, reducer)
+            assert seen.waited <= most, f"{name}: a step waits {seen.waits}, expected at most {most}"
             # What goes to the host is what is sent from there: messages, never a gradient beside them.
             assert seen.longest <= comm.sent - before, f"{name}: {seen.longest} of {comm.sent - before} bytes"
             found.append(
