@@ -102,8 +102,8 @@ class _OneEach(Way):
 
     def _optional(self, mine: Tensor, flags_W: Tensor) -> tuple[Tensor, Tensor]:
         """The optional arrays of all ranks that have one, in one more collective where there is any, and which have
-        (bool)."""
-        name, has_W = self.up.optional, flags_W > 1
+        (bool, on the CPU)."""
+        name, has_W = self.up.optional, (flags_W > 1).cpu()
         assert name is not None
         field = self.up.layout()[name]
         if not bool(has_W.any()):
@@ -164,7 +164,7 @@ class GatherWay(_OneEach):
             if optional is None:
                 return everybody
             rows_NB, has_W = self._optional(message.arrays[optional], rows_WB[:, -1])
-            return Message(everybody.arrays | {optional: rows_NB}, {optional: has_W.cpu().long()})
+            return Message(everybody.arrays | {optional: rows_NB}, {optional: has_W.long()})
 
         return rows
 
@@ -311,7 +311,7 @@ def _each(rows_NB: Tensor, has_W: Tensor) -> Tensor | None:
     if not len(rows_NB):
         return None
     optional_WB = rows_NB.new_zeros(len(has_W), *rows_NB.shape[1:])
-    optional_WB[has_W.cpu().nonzero()[:, 0].to(rows_NB.device)] = rows_NB
+    optional_WB[has_W.nonzero()[:, 0].to(rows_NB.device)] = rows_NB
     return optional_WB
 
 

@@ -68,7 +68,7 @@ class Votes(Merge):
         rows_EB = merged_1N.new_empty(0, bits.nbytes(self.count_rows), dtype=torch.uint8)
         if optional_WB is not None:
             empty_1R = bits.unpack(optional_WB, self.count_rows).all(0, keepdim=True)
-            rows_EB = bits.pack(empty_1R[empty_1R.any(1)])
+            rows_EB = bits.pack(empty_1R[_where(empty_1R.any(1).cpu(), empty_1R.device)])
         some_1 = torch.tensor([len(rows_EB) > 0])
         tag_1 = torch.full((1,), len(rows_EB) > 0, device=merged_1N.device)
         signs_1B = _tagged(merged_1N[:, : bits.nbytes(self.spec.size)], self.spec.size, tag_1)
