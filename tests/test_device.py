@@ -7,6 +7,7 @@ A new row needs no edit here: it may wait as :data:`FEW` says, or gets a line in
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -385,11 +386,7 @@ def test_a_hook_computes_where_the_parameters_are(rows: bool, device: torch.devi
     assert json.loads(answer.read_text()) == dict.fromkeys(asked, "")
 
 
-PROPERTIES = [
-    name
-    for name in dir(conformance)
-    if name.startswith("test_") and "ranks" not in name and "rounds" not in name
-]
+PROPERTIES = [name for name in dir(conformance) if name.startswith("test_") and "ranks" not in name]
 
 
 @pytest.mark.slow
@@ -399,25 +396,9 @@ def test_conformance_on_a_device(
     property: str, case: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The suite itself (tests/test_conformance.py), whose gradients, states and parameters lie there."""
-    gradients, at, store = conformance.gradients, conformance.at, conformance.ClientStore
-
-    class There(store):
-        def get(self, clients_C: Tensor) -> State:
-            return placed(super().get(clients_C), device)
-
-        def put(self, clients_C: Tensor, state: State) -> None:
-            super().put(clients_C, placed(state, CPU))
-
-    def contexts(method: Any, t: int, clients: Tensor | None = None, state: State | None = None) -> Context:
-        state = method.server.init(torch.zeros(SPEC.size, device=device)) if state is None else state
-        return at(method, t, clients, state)
-
-    monkeypatch.setattr(conformance, "gradients", lambda *a, **k: gradients(*a, **k).to(device))
-    monkeypatch.setattr(conformance, "ClientStore", There)
-    monkeypatch.setattr(conformance, "at", contexts)
-    options = CASES[case]
-    wanted = getattr(conformance, property).__code__.co_varnames[0]
-    method = methods.build(options, SPEC, Setup(seed=1))
+    monkeypatch.setattr(conformance, "PLACE", device)
+    test, options = getattr(conformance, property), CASES[case]
+    takes_method = "method" in inspect.signature(test).parameters
     with pretend.watched() as seen:
-        getattr(conformance, property)(method if wanted == "method" else options)
+        test(methods.build(options, SPEC, Setup(seed=1)) if takes_method else options)
     assert not seen.mixed
