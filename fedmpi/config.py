@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +20,8 @@ from pydantic import (
 
 from fedmpi import methods, own
 from fedmpi.errors import ConfigError
+from fedmpi.local import MOST as _MOST
+from fedmpi.local import Local, Schedule
 from fedmpi.methods.base import Options
 from fedmpi.optimizers import Name, Optimizer
 from fedmpi.overrides import override, read
@@ -30,8 +31,6 @@ from fedmpi.tasks.models import MODELS
 from fedmpi.tasks.objectives import OBJECTIVES
 from fedmpi.tasks.partitions import PARTITIONS
 from fedmpi.validation import Strict, checked, choose, mapping, no_words
-
-_MOST = 10**9  # of anything that is counted: more is a slip, and overflows somewhere
 
 
 class Choice(BaseModel):
@@ -68,53 +67,6 @@ _Method = Annotated[SerializeAsAny[Options], BeforeValidator(lambda value: metho
 
 class _Section(Strict):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Local(_Section):
-    """What a client does in a round."""
-
-    lr: float = Field(gt=0, description="η, the clients' learning rate")
-    steps: int | None = Field(
-        None, ge=1, le=_MOST, description="τ local steps; this or epochs (default: 1 step)"
-    )
-    epochs: int | None = Field(None, ge=1, le=_MOST, description="passes over the client's own data")
-    batch: int | None = Field(
-        None, ge=1, le=_MOST, description="samples a step (default: all of the client's)"
-    )
-    momentum: float = Field(0.0, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    accumulate: int = Field(
-        1, ge=1, le=_MOST, description="parts that a batch is computed in, to save memory"
-    )
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="bfloat16: mixed precision (torch.autocast); parameters stay float32"
-    )
-
-    @model_validator(mode="after")
-    def _one_of(self) -> Local:
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError("expected steps or epochs, not both")
-        return self
-
-
-class Schedule(_Section):
-    """How the server's learning rate changes over the run."""
-
-    name: Literal["constant", "linear", "cosine", "step"] = "constant"
-    warmup: int = Field(0, ge=0, le=_MOST, description="rounds in which it rises linearly from 0")
-    final: float = Field(0.0, ge=0, le=1, description="linear's and cosine's last value, as a share of lr")
-    milestones: tuple[int, ...] = Field((), description="step's rounds")
-    gamma: float = Field(0.1, gt=0, le=1, description="what step multiplies it by at each of them")
-
-    def factor(self, t: int, rounds: int) -> float:
-        """What the learning rate is multiplied by in round ``t`` of ``rounds``."""
-        if t < self.warmup:
-            return (t + 1) / self.warmup
-        if self.name == "step":
-            return self.gamma ** sum(t >= m for m in self.milestones)
-        done = (t - self.warmup) / max(1, rounds - self.warmup)
-        left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.name]
-        return self.final + (1 - self.final) * left
 
 
 class ServerConfig(_Section):
@@ -296,6 +248,28 @@ class Config(_Section):
             if value != only:
                 expected = "none" if only is None else only
                 raise ValueError(f"{key}: expected {expected}{why} with mode: data_parallel, got {value}")
+        return self
+
+    @model_validator(mode="after")
+    def _clients_rule(self) -> Config:
+        local = self.local
+        if local.fednova and self.on_bad_update == "reject":
+            raise ValueError(
+                "local.fednova: expected on_bad_update: stop, got reject: what steps weigh is known before who is "
+                "rejected"
+            )
+        if self.mode == "data_parallel":
+            for key, value, only in (
+                ("optimizer", local.optimizer, "sgd"),
+                ("mu", local.mu, 0.0),
+                ("scaffold", local.scaffold, None),
+                ("fednova", local.fednova, False),
+            ):
+                if value != only:
+                    raise ValueError(
+                        f"local.{key}: expected {only} with mode: data_parallel, where the step is the server's (use "
+                        f"server.optimizer), got {value}"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -58,10 +58,10 @@ class Round(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A stretch of what is summed; of clients' it takes the weighted mean, the votes' sum, or the least, from 0 on."""
+    """A stretch of what is summed: to clients' weighted mean, the sum of their votes or numbers, or the least and 0."""
 
     size: int
-    kind: Literal["mean", "votes", "least"]
+    kind: Literal["mean", "votes", "total", "least"]
 
 
 @dataclass(frozen=True)

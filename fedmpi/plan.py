@@ -129,6 +129,7 @@ class Plan:
       buffers: the others.
       local: what each client keeps for itself: parameters, then buffers.
       frozen: what nobody changes.
+      control: where SCAFFOLD's c, one number a parameter, lies in the vector, at its end; None: it has none.
       parts: the slices, which cover the vector in its order.
       method: of all parts.
     """
@@ -138,12 +139,15 @@ class Plan:
     buffers: Spec
     local: Spec
     frozen: frozenset[str]
+    control: slice | None
     parts: tuple[Part, ...]
     method: Method
 
     def start(self, model: nn.Module) -> Tensor:
         """x ``(X,)`` of a model as it is."""
-        return self.spec.flatten(_values(model, self.spec))
+        stepping = Spec(self.trained.names + self.buffers.names, self.trained.shapes + self.buffers.shapes)
+        start = stepping.flatten(_values(model, stepping))
+        return torch.cat([start, start.new_zeros(self.spec.size - len(start))])
 
     def kept(self, model: nn.Module) -> Tensor:
         """What a client keeps for itself before its first round ``(L,)``."""
@@ -168,8 +172,12 @@ def make(
     options: Options = _DENSE,
     rules: Sequence[Rule] = (),
     setup: Setup = Setup(),  # noqa: B008 - frozen
+    control: Options | Literal["exact"] | None = None,
 ) -> Plan:
     """The plan of a model's ``tensors`` that travel by ``options`` but for what ``rules`` say.
+
+    Args:
+      control: how SCAFFOLD's control variates travel; None: there are none.
 
     Raises:
       ConfigError: a rule fits no tensor, a method does not fit its part, or buffers are to go by a method.
@@ -225,12 +233,25 @@ def make(
         if own.size:
             parts.append(Part(title, own, slice(start, start + own.size), build(own), setup.seed, 1.0))
             start += own.size
+    trained, buffers, at = _spec(whole, shapes), _spec(spec.names[len(whole) :], shapes), None
+    if control is not None:
+        own = Spec(tuple(f"{name} (control)" for name in trained.names), trained.shapes)
+        at, seed = slice(start, start + own.size), random.key(setup.seed, stream="part control")
+        method = methods.build(_DENSE if control == "exact" else control, own, Setup(seed, setup.clients))
+        if any(codec.integer for codec in method.passes):
+            raise ConfigError(
+                "local.scaffold: expected a method whose messages are numbers, got one of votes"
+            )
+        # Each message counts the same, whatever its client's samples: c moves by their sum over all clients.
+        parts.append(Part("control", own, at, method, seed, 1 / (setup.clients or 1), each=True))
+        spec = Spec(spec.names + own.names, spec.shapes + own.shapes)
     return Plan(
         spec,
-        _spec(whole, shapes),
-        _spec(spec.names[len(whole) :], shapes),
+        trained,
+        buffers,
         _spec([*named(tensors.parameters, "local"), *named(tensors.buffers, "local")], shapes),
         frozenset(name for name in shapes if fate[name] == "frozen"),
+        at,
         tuple(parts),
         join(spec, parts),
     )

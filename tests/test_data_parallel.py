@@ -10,7 +10,8 @@ from torch import nn
 
 from fedmpi.comm import run_ranks, solo
 from fedmpi.comm.base import Comm
-from fedmpi.config import Schedule, parse
+from fedmpi.config import parse
+from fedmpi.local import Schedule
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.run import run
 from fedmpi.engine.summary import summary
@@ -95,7 +96,7 @@ def test_an_epoch_shows_each_sample_once() -> None:
     index = simulation.partition.of(0)
     turns = -(-len(index) // 100)
     assert simulation.rounds_per_epoch == turns
-    batch = simulation.trainer._batch
+    batch = simulation.trainer._orders.batch
     first = torch.cat([batch(index, 100, 0, t, 0) for t in range(turns)])
     second = torch.cat([batch(index, 100, 0, turns + t, 0) for t in range(turns)])
     assert torch.equal(first.sort().values, index.sort().values)

@@ -33,8 +33,9 @@ LAYERS = {
     "methods": BASE
     | {"method", "message", "spec", "ops", "optimizers", "own", "validation"},  # never comm or engine
     "meet": {"comm", "errors", "message", "method", "methods", "ops", "phases"},
+    "local": {"methods", "validation"},
     "plan": BASE | {"method", "methods", "spec", "validation"},
-    "config": {"errors", "methods", "own", "tasks", "optimizers", "overrides", "plan", "validation"},
+    "config": {"errors", "local", "methods", "own", "tasks", "optimizers", "overrides", "plan", "validation"},
     "engine": BASE
     | {
         "comm",
@@ -52,7 +53,7 @@ LAYERS = {
     }
     | {"machine", "phases", "plain_file", "strict_yaml"},
     "analysis": BASE
-    | {"comm", "config", "engine", "method", "methods", "message", "ops", "plan", "spec", "tasks"}
+    | {"comm", "config", "engine", "local", "method", "methods", "message", "ops", "plan", "spec", "tasks"}
     | {"strict_yaml", "validation"},
     "integrations": BASE
     | {

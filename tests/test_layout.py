@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fedmpi import plan, random
 from fedmpi.comm import solo
-from fedmpi.config import Local
+from fedmpi.local import Local
 from fedmpi.engine.evaluate import evaluate
 from fedmpi.engine.layout import Layout
 from fedmpi.engine.trainer import Trainer

@@ -13,7 +13,7 @@ from torch import nn
 from fedmpi import config, plan, random
 from fedmpi.comm import run_ranks, solo
 from fedmpi.comm.base import Comm
-from fedmpi.config import Local
+from fedmpi.local import Local
 from fedmpi.engine.batches import Batches, padded
 from fedmpi.engine.evaluate import evaluate
 from fedmpi.engine.rounds import Simulation

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from fedmpi.comm import solo
-from fedmpi.config import Config, Schedule
+from fedmpi.config import Config
 from fedmpi.engine.passes import Sent
 from fedmpi.engine.progress import Display
 from fedmpi.engine.rounds import Simulation
+from fedmpi.local import Schedule
 from fedmpi.spec import Spec
 
 

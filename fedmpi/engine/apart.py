@@ -70,22 +70,22 @@ class Apart:
     def begin(self, x_X: Tensor, kept_L: Tensor | None = None) -> Tensor:
         """Set the buffers, and return the parameters ``(O,)`` that a client starts from, or a new one without
         ``kept_L``."""
-        size = self.plan.trained.size
+        size, end = self.plan.trained.size, self.plan.trained.size + self.plan.buffers.size
         kept_L = self.kept_L if kept_L is None else kept_L
         own_L, local_L = kept_L[: self._own.size], kept_L[self._own.size :]
-        self._buffers.load(torch.cat([x_X[size:], local_L]))
+        self._buffers.load(torch.cat([x_X[size:end], local_L]))
         return torch.cat([x_X[:size], own_L]) if len(own_L) else x_X[:size]
 
     def end(self, x_X: Tensor, g_O: Tensor, theta_O: Tensor) -> tuple[Tensor, Tensor]:
         """What a client that began with ``x_X``, whose directions' sum is ``g_O`` and who came to ``theta_O``, has for
-        the servers ``(X,)``, and what it keeps ``(L,)``.
+        the servers of parameters and buffers, and what it keeps ``(L,)``.
 
         Raises:
           ConfigError: a buffer changed that nobody expects to.
         """
         size, shared = self.plan.trained.size, self.plan.buffers.size
         now = self._buffers.read()
-        g_X = torch.cat([g_O[:size], x_X[size:] - now[:shared]])
+        g_X = torch.cat([g_O[:size], x_X[size : size + shared] - now[:shared]])
         return g_X, torch.cat([theta_O[size:], now[shared:]])
 
     def mask(self, frozen_X: Tensor | None) -> Tensor | None:

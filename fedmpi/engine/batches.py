@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedmpi import random
-from fedmpi.config import Local
+from fedmpi.local import Local
 from fedmpi.tasks.data import Split
 from fedmpi.tasks.dataset import IGNORE
 from fedmpi.tasks.partitions import Partition

@@ -72,10 +72,11 @@ def by_client(
     ranks = home(clients)
     ranks = clients % comm.size if ranks is None else ranks
     sums_K = torch.zeros(3, held.clients, dtype=torch.float64)
-    if own.empty:
+    personal = bool(trainer.plan.local.names)
+    if not personal:
         model = trainer.load(x_X).eval()
     for client in clients[ranks == comm.rank].tolist():
-        if not own.empty:
+        if personal:
             kept = own.get(torch.tensor([client]))
             model = trainer.load(x_X, {name: value[0] for name, value in kept.items()}).eval()
         index = held.of(client)

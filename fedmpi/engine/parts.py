@@ -61,7 +61,8 @@ def load(config: Config) -> Parts:
     named = [r for r in config.rules if not any(tensors.fits(r, name) for name in tensors.parameters)]
     listed = [n for n, _ in model.named_buffers() if any(fnmatchcase(n, r.match) for r in named)]
     tensors = plan.Tensors.of(model, {*traits.changes, *listed})  # the probe sees a few steps only
-    made = plan.make(tensors, config.method, config.rules, Setup(config.seed, config.clients, config.rule))
+    setup = Setup(config.seed, config.clients, config.rule)
+    made = plan.make(tensors, config.method, config.rules, setup, config.local.scaffold)
     for name, parameter in model.named_parameters():
         if name in made.frozen:
             parameter.requires_grad_(False)

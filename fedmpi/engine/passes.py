@@ -22,7 +22,8 @@ from fedmpi.engine.trainer import Trainer, Update
 from fedmpi.errors import NumericalError
 from fedmpi.meet.sums import LARGEST
 from fedmpi.message import Message
-from fedmpi.method import Compressor, Context, Method, Round, State
+from fedmpi.method import Compressor, Context, Method, Round, State, believed
+from fedmpi.methods.joint import Joint
 from fedmpi.ops.sums import finite, to_fixed
 from fedmpi.phases import phase
 from fedmpi.tasks.data import Split
@@ -68,7 +69,6 @@ class Passes:
         trainer: Trainer,
         replica: Replica,
         ledger: Ledger,
-        train: Split,
         partition: Partition,
         clients: ClientStore,
         own: ClientStore,
@@ -80,7 +80,7 @@ class Passes:
             trainer,
             replica,
         )
-        self.ledger, self._data, self._partition = ledger, train, partition
+        self.ledger, self._partition = ledger, partition
         self._clients, self._own = clients, own
         self.observe: Callable[[Sent], None] | None = None
         self._rejects = config.on_bad_update == "reject"
@@ -99,10 +99,11 @@ class Passes:
         plain = plain and up.nbytes() is not None
         return self.replica.fuses and plain and not single
 
-    def run(self, call: Call, status: Status, exchange: Callable[[], None]) -> Tensor:
+    def run(self, call: Call, data: Split, status: Status, exchange: Callable[[], None]) -> Tensor:
         """Train this rank's clients and send their messages, in one pass or more over the same gradients. Returns whose
         message counts, bool, by positions in ``call.clients``. ``exchange`` ends a pass: it adds up what all ranks
         counted."""
+        self._data = data
         up, replica = self.method.up, self.replica
         kept: dict[int, tuple[Tensor, Update]] = {}  # from one pass to the next
         for codec in self.method.passes:
@@ -136,6 +137,15 @@ class Passes:
         sent_C[torch.cat([*sent, torch.zeros(0, dtype=torch.int64)])] = 1
         self.comm.sum([sent_C])
         return sent_C.bool()
+
+    def _kept(self, update: Update, message: Message, before: State, ctx: Context) -> State:
+        """What clients keep for themselves once ``message`` counts: of SCAFFOLD's c_i − c_i⁺ they take off what
+        arrives."""
+        kept = update.kept
+        if self.trainer.plan.control and isinstance(up := self.method.up, Joint):
+            arrives_CD = up.decoded("control", message, believed(up, before), ctx)
+            kept = kept | {"control": kept["control"] - arrives_CD}
+        return kept
 
     def _train(self, call: Call, positions: Tensor, status: Status) -> tuple[Tensor, Update]:
         """Train some of this rank's clients; returns those of their positions whose update is usable, and the updates.
@@ -233,7 +243,7 @@ class Passes:
         status.upload += self.ledger.uploads(ctx.clients_C, message)
         if codec is self.method.up:
             self._clients.put(ctx.clients_C, after)
-            self._own.put(ctx.clients_C, update.kept)
+            self._own.put(ctx.clients_C, self._kept(update, message, before, ctx))
             status.count(codec.count(message))
             status.loss += int(to_fixed(update.loss_C * call.weights[positions]).sum())
         return positions

@@ -54,7 +54,14 @@ class Simulation:
         self.fingerprint = fingerprint(self.data, self.partition)
         up, workers = self.method.up, config.mode == "data_parallel"
         self.trainer = Trainer(
-            parts.model, self.plan, self.objective, config.local, config.seed, workers, parts.traits
+            parts.model,
+            self.plan,
+            self.objective,
+            config.local,
+            config.seed,
+            workers,
+            parts.traits,
+            config.rounds,
         )
         self.clients, peers = make_store(up.init, config), make_store(up.init_peer, config)
         self.own = make_store(self.trainer.keeps, config)
@@ -74,7 +81,6 @@ class Simulation:
             self.trainer,
             self.replica,
             self.ledger,
-            self.data.train,
             self.partition,
             self.clients,
             self.own,
@@ -160,7 +166,7 @@ class Simulation:
             )
         call = self._in_time(call, status)
         before = self.replica.state
-        sent_C = self.passes.run(call, status, lambda: self._exchange(status, t))
+        sent_C = self.passes.run(call, self.data.train, status, lambda: self._exchange(status, t))
         if bool(sent_C.any()):
             self.replica.finish()
         else:
@@ -178,7 +184,7 @@ class Simulation:
             self.measures, *result = by_client(
                 *of, x_X, self.data.train, self.held, self.own, self.home, self.comm
             )
-        if self.own.empty:
+        if self.held is None or not self.plan.local.names:
             result = list(evaluate(*of, x_X, self.data.test, self.config.test_batch, self.comm))
         self.accuracy, self.test_loss = result
 
@@ -203,7 +209,12 @@ class Simulation:
         mine = placed.get(self.comm.rank, clients[:0])
         chunk = len(clients) if self.passes.pools else self.chunk
         chunks = mine.split(chunk) if len(mine) else ()
-        return Call(now, called, clients, weights / weights.sum(), placed, chunks)
+        weights = weights / weights.sum()
+        if config.local.fednova and len(clients):  # τ_eff
+            rate = config.local.lr * config.local.schedule.factor(now.t, config.rounds)
+            weight = self.trainer.rule.weight(self.trainer.steps(samples), rate)
+            now = now._replace(lr=config.server_lr(now.t) * float(weights @ weight))
+        return Call(now, called, clients, weights, placed, chunks)
 
     def _in_time(self, call: Call, status: Status) -> Call:
         """The call of those only whose message comes in time; the others have downloaded, and keep what they had."""

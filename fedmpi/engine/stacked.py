@@ -18,10 +18,17 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedmpi.engine.batches import Batches, padded
+from fedmpi.engine.rules import Rule
+from fedmpi.phases import phase
 from fedmpi.spec import Spec
+from fedmpi.tasks.data import Split
+from fedmpi.tasks.objectives import Objective
 
 _Program = Callable[[dict[str, Tensor], Tensor, Tensor], tuple[dict[str, Tensor], Tensor]]
 
+LEAST = 1e-9
+"""Of a sample; less counts only where nothing does."""
 _TRACING = threading.Lock()  # torch.fx patches modules for all threads meanwhile; ranks may be threads
 _WORTH = 1 << 22  # operations of a step; one with more takes longer than starting it does
 
@@ -65,3 +72,48 @@ class Stacked:
             grad, loss_C = self._programs[shapes](theta, x_CB, y_CB)
             torch.cat([grad[name].flatten(1) for name in self._spec.names], 1, out=grad_CD)
         return loss_C
+
+
+def at_once(
+    stacked: Stacked,
+    rule: Rule,
+    objective: Objective,
+    lr: float,
+    theta_D: Tensor,
+    data: Split,
+    batches_of: Callable[[Tensor], Batches],
+    clients_C: Tensor,
+    steps_C: Tensor,
+    frozen_D: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Accumulated gradients ``(C, D)`` and losses ``(C,)`` of clients that train from ``theta_D``: first steps, then
+    second ones, and so on. Who makes most of them stands first, and from step to step fewer are left.
+
+    Args:
+      batches_of: the batches of clients in some order.
+      steps_C: int64, how many each makes.
+    """
+    order = steps_C.argsort(descending=True, stable=True)
+    steps_C, back, batches = steps_C[order], order.argsort(), batches_of(clients_C[order])
+    theta_CD = theta_D.expand(padded(len(order)), -1).clone()
+    grad_CD, g_CD = torch.empty_like(theta_CD), torch.zeros(len(order), len(theta_D))
+    memory = rule.init(g_CD)
+    loss_C, seen_C = (torch.zeros(len(order), dtype=torch.float64) for _ in range(2))
+    for step in range(int(steps_C[0])):
+        on = int((steps_C > step).sum())
+        with phase("load"):
+            taken, rows = batches.step(step, on), padded(on)
+            x_CB, y_CB = taken.first(rows).of(data)
+        losses_C = stacked(theta_CD[:rows], x_CB, y_CB, grad_CD[:rows])[:on]
+        own = {name: value[:on] for name, value in memory.items()}
+        direction_CD = rule.direction(own, grad_CD[:on], theta_CD[:on], theta_D, frozen_D)
+        g_CD[:on] += direction_CD
+        if rule.plain:  # θ_s = θ₀ − η Σ g
+            torch.add(theta_D, g_CD[:on], alpha=-lr, out=theta_CD[:on])
+        else:
+            theta_CD[:on].add_(direction_CD, alpha=-lr)
+        weight_C = objective.weights(y_CB[:on])
+        loss_C[:on] += losses_C * weight_C
+        seen_C[:on] += weight_C
+    ordered = bool((steps_C[:-1] == steps_C[1:]).all())
+    return (g_CD if ordered else g_CD[back]), (loss_C / seen_C.clamp(min=LEAST))[back]

@@ -6,6 +6,7 @@ Shape suffixes: C clients of a chunk, O of them that go on, D parameters, B samp
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
@@ -14,16 +15,17 @@ from torch import Tensor, nn
 
 from fedmpi import random
 from fedmpi.comm.base import Comm, together
-from fedmpi.config import Local
 from fedmpi.engine.apart import Apart, forward
 from fedmpi.engine.batches import Batches, Orders, padded
 from fedmpi.engine.draws import generators, seed_all
 from fedmpi.engine.layout import Layout
 from fedmpi.engine.probe import Traits
-from fedmpi.engine.stacked import Stacked
+from fedmpi.engine.rules import Rule
+from fedmpi.engine.stacked import LEAST, Stacked, at_once
 from fedmpi.errors import NumericalError
+from fedmpi.local import Local
 from fedmpi.message import Message, from_bytes, to_bytes
-from fedmpi.method import State
+from fedmpi.method import State, nest, unnest
 from fedmpi.phases import phase, phased
 from fedmpi.plan import Plan
 from fedmpi.tasks.data import Split
@@ -33,7 +35,6 @@ from fedmpi.tasks.partitions import Partition
 _POOL_VALUES = (
     1 << 19
 )  # inputs of a pass; what a convolutional model keeps of each is some hundred times as much
-_LEAST = 1e-9  # of a sample; less counts only where nothing does
 
 
 class Update(NamedTuple):
@@ -81,10 +82,12 @@ class Trainer:
         seed: int,
         continuing: bool = False,
         traits: Traits = Traits(),  # noqa: B008 - a named tuple
+        rounds: int = 1,
     ) -> None:
         """Args:
         plan: what of the model travels, what each client keeps, what nobody changes.
         traits: on what its training depends besides parameters and batch.
+        rounds: of the run, over which the clients' rate changes.
         """
         self.model, self.plan, self.loss, self.local, self.seed = model, plan, objective.loss, local, seed
         self.spec = spec = plan.trained
@@ -98,9 +101,10 @@ class Trainer:
         self.grad_D = torch.zeros(own.size)
         self._laid = Layout(model, own)
         self._laid.bind(self.theta_D, self.grad_D)
-        self._plain = traits.plain and self._apart.empty
+        self.rule, self._rounds = Rule.of(local), rounds
+        self._plain = traits.plain and self._apart.empty and not (local.keep or plan.control)
         # θ_s = θ₀ − η Σ g then, and the sum is what is wanted: no pass over the parameters but this one.
-        self._sums = not local.momentum and not local.weight_decay and own is spec
+        self._sums = self.rule.plain and own is spec and not plan.control
         plain = self._plain and local.accumulate == 1 and local.precision == "float32"
         self._stacked = Stacked(model, spec, self.loss) if plain and not continuing else None
         self._worth: bool | None = None  # to train several clients so
@@ -108,14 +112,9 @@ class Trainer:
     @property
     def pools(self) -> bool:
         """:meth:`pool` can be called: clients make one step, and not in parts."""
-        local = self.local
-        return (
-            self._plain
-            and local.accumulate == 1
-            and not self.continuing
-            and local.epochs is None
-            and local.steps in (None, 1)
-        )
+        local, one_each = self.local, self._plain and not self.continuing
+        one_step = local.epochs is None and local.steps in (None, 1)
+        return one_each and one_step and self.rule.first and local.accumulate == 1
 
     def time(self, data: Split, batch: int, threads: int) -> float:
         """Seconds of a step on ``batch`` samples with so many threads: the best of a few."""
@@ -146,7 +145,12 @@ class Trainer:
 
     def keeps(self) -> State:
         """What a client keeps for itself before its first round, without the axis C; {} for nothing."""
-        return {"local": self._apart.kept_L} if self.plan.local.size else {}
+        kept = {"local": self._apart.kept_L} if self.plan.local.size else {}
+        if self.local.keep:
+            kept |= nest(self.rule.init(self.theta_D), "optimizer.")
+        if self.plan.control:
+            kept["control"] = torch.zeros(self.spec.size)
+        return kept
 
     @phased("compute")
     def train(
@@ -169,28 +173,74 @@ class Trainer:
         sizes_C = partition.sizes_of(clients_C)
         steps_C = self.steps(sizes_C)
         if self._stacks(x_X, data, sizes_C):
-            g_CD, loss_C = self._together(x_X, data, partition, clients_C, steps_C, round, frozen_X)
-            return Update(g_CD, loss_C, steps_C)
+            assert self._stacked is not None
+            lr = self.local.lr * self.local.schedule.factor(round, self._rounds)
+            batches = partial(Batches, self.seed, partition, round=round, batch=self.local.batch)
+            how = self._stacked, self.rule, self._objective, lr
+            g_CX, loss_C = at_once(*how, x_X, data, batches, clients_C, steps_C, frozen_X)
+            return Update(self._scaled(g_CX, steps_C, round), loss_C, steps_C)
         self._orders.prepare(partition, clients_C, sizes_C, round)
         g_CX, losses = torch.zeros(len(clients_C), self.plan.spec.size), []
-        own_CL = (kept or {}).get("local", self._apart.kept_L.expand(len(clients_C), -1))
-        after_CL = torch.empty_like(own_CL, memory_format=torch.contiguous_format)
-        theta_O = self._laid.inside(x_X) if self._apart.empty else None
+        after = {name: value.clone() for name, value in (kept or {}).items()}
         frozen_O = self._apart.mask(frozen_X)
         frozen_O = None if frozen_O is None else self._laid.inside(frozen_O)
+        theta_O = self._laid.inside(x_X) if self._plain else None
         with generators(self._draws):
             for row, (client, steps) in enumerate(zip(clients_C.tolist(), steps_C.tolist(), strict=True)):
-                index = partition.of(client)
+                call = data, partition.of(client), steps, client, round, frozen_O
                 if theta_O is not None:
-                    losses.append(self._one(theta_O, g_CX[row], data, index, steps, client, round, frozen_O))
-                    continue
-                start_O = self._laid.inside(self._apart.begin(x_X, own_CL[row]))
-                g_O = torch.zeros_like(self.grad_D)
-                losses.append(self._one(start_O, g_O, data, index, steps, client, round, frozen_O))
-                now_O = self._laid.outside(self.theta_D, torch.empty_like(self.theta_D))
-                g_CX[row], after_CL[row] = self._apart.end(x_X, g_O, now_O)
-        after = {"local": after_CL} if self.plan.local.size else {}
-        return Update(g_CX, torch.tensor(losses, dtype=torch.float64), steps_C, after)
+                    losses.append(self._one(theta_O, g_CX[row], *call))
+                else:
+                    own = {name: value[row] for name, value in after.items()}
+                    losses.append(self._with_kept(x_X, g_CX[row], own, *call))
+        loss_C = torch.tensor(losses, dtype=torch.float64)
+        return Update(self._scaled(g_CX, steps_C, round), loss_C, steps_C, after)
+
+    def _with_kept(
+        self,
+        x_X: Tensor,
+        g_X: Tensor,
+        own: State,
+        data: Split,
+        index: Tensor,
+        steps: int,
+        client: int,
+        round: int,
+        frozen_O: Tensor | None,
+    ) -> float:
+        """A client's training with buffers and what it keeps: ``g_X`` is filled, ``own`` changed in place.
+
+        SCAFFOLD's part is c_i − c_i⁺ with c_i⁺ = c_i − c + (x − y)/(τη), option II; c_i itself stays, until it is known
+        what of the difference arrives.
+        """
+        start_O, g_O = (
+            self._laid.inside(self._apart.begin(x_X, own.get("local"))),
+            torch.zeros_like(self.grad_D),
+        )
+        size, control, shift_O = self.spec.size, self.plan.control, None
+        if control:
+            drift_D = x_X[control] - own["control"]
+            shift_O = self._laid.inside(torch.cat([drift_D, drift_D.new_zeros(len(g_O) - size)]))
+        memory = unnest(own, "optimizer.") or None
+        loss = self._one(start_O, g_O, data, index, steps, client, round, frozen_O, memory, shift_O)
+        now_O = self._laid.outside(self.theta_D, torch.empty_like(self.theta_D))
+        ended_X, local_L = self._apart.end(x_X, g_O, now_O)
+        if control:
+            g_X[control] = x_X[control] - g_O[:size] / steps
+        g_X[: len(ended_X)] = ended_X
+        if "local" in own:
+            own["local"].copy_(local_L)
+        return loss
+
+    def _scaled(self, g_CX: Tensor, steps_C: Tensor, round: int) -> Tensor:
+        """Accumulated gradients as the server takes them: in units of ``local.lr``, divided by what FedNova says."""
+        factor = self.local.schedule.factor(round, self._rounds)
+        if self.local.fednova:
+            weight_C = self.rule.weight(steps_C, self.local.lr * factor)
+            g_CX[:, : self.spec.size] *= (factor / weight_C).float()[:, None]
+        elif factor != 1:
+            g_CX[:, : self.spec.size] *= factor
+        return g_CX
 
     @phased("compute")
     def servers_own(self, x_X: Tensor, data: Split, samples: int, comm: Comm) -> Tensor:
@@ -254,6 +304,7 @@ class Trainer:
         g_D = self._laid.outside(self.grad_D, torch.empty_like(self.grad_D))
         if self.local.weight_decay:
             g_D.add_(theta_D, alpha=self.local.weight_decay * float(weights_C.sum()))
+        g_D.mul_(self.local.schedule.factor(round, self._rounds))
         return (g_D if frozen_D is None else g_D.masked_fill(frozen_D, 0)), loss_C
 
     def _alike(self, sizes_C: Tensor, samples: int) -> Iterator[Tensor]:
@@ -286,55 +337,6 @@ class Trainer:
             self._worth = self._stacked.worth(data.x[:batch], data.y[:batch])
         return self._worth and (self._pads or bool((sizes_C == sizes_C[0]).all()))
 
-    def _together(
-        self,
-        theta_D: Tensor,
-        data: Split,
-        partition: Partition,
-        clients_C: Tensor,
-        steps_C: Tensor,
-        round: int,
-        frozen_D: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """All clients' first steps, then all second ones, and so on: who makes most of them stands first, and from step
-        to step fewer are left."""
-        local, order = self.local, steps_C.argsort(descending=True, stable=True)
-        steps_C, back = steps_C[order], order.argsort()
-        batches = Batches(self.seed, partition, clients_C[order], round, local.batch)
-        theta_CD = theta_D.expand(padded(len(order)), -1).clone()
-        grad_CD, g_CD = torch.empty_like(theta_CD), torch.zeros(len(order), self.spec.size)
-        velocity_CD = torch.zeros_like(g_CD) if local.momentum else None
-        loss_C, seen_C = (torch.zeros(len(order), dtype=torch.float64) for _ in range(2))
-        for step in range(int(steps_C[0])):
-            on = int((steps_C > step).sum())
-            with phase("load"):
-                taken, rows = batches.step(step, on), padded(on)
-                x_CB, y_CB = taken.first(rows).of(data)
-            assert self._stacked is not None
-            losses_C = self._stacked(theta_CD[:rows], x_CB, y_CB, grad_CD[:rows])[:on]
-            velocity_OD = None if velocity_CD is None else velocity_CD[:on]
-            direction_OD = self._direction(grad_CD[:on], theta_CD[:on], frozen_D, velocity_OD)
-            g_CD[:on] += direction_OD
-            if self._sums:
-                torch.add(theta_D, g_CD[:on], alpha=-local.lr, out=theta_CD[:on])
-            else:
-                theta_CD[:on].add_(direction_OD, alpha=-local.lr)
-            weight_C = self._objective.weights(y_CB[:on])
-            loss_C[:on] += losses_C * weight_C
-            seen_C[:on] += weight_C
-        ordered = bool((steps_C[:-1] == steps_C[1:]).all())
-        return (g_CD if ordered else g_CD[back]), (loss_C / seen_C.clamp(min=_LEAST))[back]
-
-    def _direction(
-        self, grad: Tensor, theta: Tensor, frozen_D: Tensor | None, velocity: Tensor | None
-    ) -> Tensor:
-        """What a step subtracts η times, ``(D,)`` or ``(C, D)``; ``velocity`` is changed in place."""
-        if self.local.weight_decay:
-            grad = grad.add(theta, alpha=self.local.weight_decay)
-        if frozen_D is not None:
-            grad = grad.masked_fill(frozen_D, 0)
-        return grad if velocity is None else velocity.mul_(self.local.momentum).add_(grad)
-
     def _one(
         self,
         theta_D: Tensor,
@@ -345,13 +347,16 @@ class Trainer:
         client: int,
         round: int,
         frozen_D: Tensor | None,
+        memory: State | None = None,
+        shift_D: Tensor | None = None,
     ) -> float:
-        """A client's training, whose accumulated gradient becomes ``g_D``; ``theta_D`` and ``frozen_D`` are laid out as
-        the trainer's memory."""
+        """A client's training, whose directions' sum becomes ``g_D``; ``theta_D``, ``frozen_D``, the rule's ``memory``
+        and ``shift_D``, which is added to every gradient, are laid out as the trainer's memory."""
         batch = min(self.local.batch or len(index), len(index))
         self._begin(theta_D)
         self.grad_D.zero_()
-        velocity_D = torch.zeros_like(self.theta_D) if self.local.momentum else None
+        lr = self.local.lr * self.local.schedule.factor(round, self._rounds)
+        memory = self.rule.init(self.theta_D) if memory is None else memory
         sum_D = self.grad_D if self._sums else torch.zeros_like(self.theta_D)
         total = seen = 0.0
         for step in range(steps):
@@ -366,14 +371,16 @@ class Trainer:
                 if frozen_D is not None:
                     self.grad_D.masked_fill_(frozen_D, 0)
                 if step + 1 < steps:
-                    torch.add(theta_D, self.grad_D, alpha=-self.local.lr, out=self.theta_D)
+                    torch.add(theta_D, self.grad_D, alpha=-lr, out=self.theta_D)
                 continue
-            direction_D = self._direction(self.grad_D, self.theta_D, frozen_D, velocity_D)
+            if shift_D is not None:
+                self.grad_D.add_(shift_D)
+            direction_D = self.rule.direction(memory, self.grad_D, self.theta_D, theta_D, frozen_D)
             sum_D.add_(direction_D)
-            self.theta_D.add_(direction_D, alpha=-self.local.lr)
+            self.theta_D.add_(direction_D, alpha=-lr)
             self.grad_D.zero_()
         self._laid.outside(sum_D, g_D)
-        return total / max(seen, _LEAST)
+        return total / max(seen, LEAST)
 
     def _backward(self, data: Split, chosen: Tensor) -> tuple[float, float]:
         """Add the gradient of the mean loss over what counts of the samples, in so many parts as asked for; returns the
@@ -386,7 +393,7 @@ class Trainer:
                 x, y = data.x[part], data.y[part]
             with self._autocast():
                 loss = self.loss(forward(self.model, x), y)
-            share = weight / max(whole, _LEAST)
+            share = weight / max(whole, LEAST)
             (loss if share == 1 else loss * share).backward()
             total += loss.item() * share
         return total, whole

@@ -97,7 +97,7 @@ class Sum:
 
 
 class Mixed(Sum):
-    """Stretches of different kinds in one sum: weighted means, votes that count one each, and least values.
+    """Stretches of different kinds in one sum: weighted means, votes or numbers that count one each, least values.
 
     Votes are whole numbers in float32 (or fixed point), exact in any order for up to 2^22 of them.
     """
@@ -129,8 +129,8 @@ class Mixed(Sum):
             part = Sum(0, integer=False, exact=self.exact, terms=self.terms)
             part.total_S = total
             if kind == "votes":
-                part.largest, weights = 1.0, torch.ones_like(weights_C)
-            part.add(v, weights if kind == "votes" else weights_C)
+                part.largest = 1.0
+            part.add(v, weights_C if kind == "mean" else torch.ones_like(weights_C))
 
     def start_over(self, comm: Comm) -> Callable[[], None]:
         stretches = zip(self.segments, self.total_S.split(self._sizes), strict=True)

@@ -32,6 +32,7 @@ class Part(NamedTuple):
       method: how it travels.
       seed: of its keys, so that equal parts do not draw equal numbers.
       lr: the server's rate for it; None: the round's.
+      each: of its vectors the plain sum is taken, in which every client counts 1.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Part(NamedTuple):
     method: Method
     seed: int
     lr: float | None = None
+    each: bool = False
 
     def round(self, round: Round) -> Round:
         return round._replace(seed=self.seed, lr=round.lr if self.lr is None else self.lr)
@@ -136,7 +138,11 @@ class Joint(Together):
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        return tuple(segment for up in self.ups for segment in up.segments)
+        return tuple(
+            Segment(size, "total" if p.each else kind)
+            for p, up in zip(self.parts, self.ups, strict=True)
+            for size, kind in up.segments
+        )
 
     def within(self, ctx: Context, index: int) -> Context:
         return self.parts[index].ctx(ctx)
@@ -147,7 +153,7 @@ class Joint(Together):
         states = []
         for i, (at, up) in enumerate(zip(self.summed(), self.ups, strict=True)):
             own = unnest(peer, f"{self.names[i]}.")
-            counts = [1.0] * len(weights) if up.integer else weights
+            counts = [1.0] * len(weights) if up.integer or self.parts[i].each else weights
             states.append(up.add(total_CS[:, at], self.own(message, i), own, self.within(ctx, i), counts))
         return self._nested(states)
 
@@ -163,6 +169,13 @@ class Joint(Together):
         for i, (at, up) in enumerate(zip(self.summed(), self.ups, strict=True)):
             lifted[:, self.slices[i]] = up.lift(v_CS[:, at], self.within(ctx, i))
         return lifted
+
+    def decoded(self, name: str, message: Message, peer: State, ctx: Context) -> Tensor:
+        """What the part ``name`` of the messages stands for, ``(C, D)`` of the part."""
+        i = self.names.index(name)
+        own = unnest(peer, f"{name}."), self.within(ctx, i)
+        v_CS, _ = self.ups[i].decompress(self.own(message, i), *own)
+        return self.ups[i].lift(v_CS.float(), own[1])
 
     def count(self, message: Message) -> dict[str, int]:
         return {

@@ -1,0 +1,109 @@
+"""What a client does in a round: the keys of ``local`` in a configuration."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+
+from fedmpi import methods
+from fedmpi.methods.base import Options
+from fedmpi.validation import Strict
+
+MOST = 10**9
+"""Of anything that is counted: more is a slip, and overflows somewhere."""
+_Control = Annotated[
+    Literal["exact"] | SerializeAsAny[Options],
+    BeforeValidator(lambda value: value if value == "exact" else methods.parse(value, "local.scaffold")),
+]
+
+
+class _Section(Strict):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Schedule(_Section):
+    """How the server's learning rate changes over the run."""
+
+    name: Literal["constant", "linear", "cosine", "step"] = "constant"
+    warmup: int = Field(0, ge=0, le=MOST, description="rounds in which it rises linearly from 0")
+    final: float = Field(0.0, ge=0, le=1, description="linear's and cosine's last value, as a share of lr")
+    milestones: tuple[int, ...] = Field((), description="step's rounds")
+    gamma: float = Field(0.1, gt=0, le=1, description="what step multiplies it by at each of them")
+
+    def factor(self, t: int, rounds: int) -> float:
+        """What the learning rate is multiplied by in round ``t`` of ``rounds``."""
+        if t < self.warmup:
+            return (t + 1) / self.warmup
+        if self.name == "step":
+            return self.gamma ** sum(t >= m for m in self.milestones)
+        done = (t - self.warmup) / max(1, rounds - self.warmup)
+        left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.name]
+        return self.final + (1 - self.final) * left
+
+
+class Local(_Section):
+    """What a client does in a round."""
+
+    lr: float = Field(gt=0, description="η, the clients' learning rate")
+    steps: int | None = Field(
+        None, ge=1, le=MOST, description="τ local steps; this or epochs (default: 1 step)"
+    )
+    epochs: int | None = Field(None, ge=1, le=MOST, description="passes over the client's own data")
+    batch: int | None = Field(
+        None, ge=1, le=MOST, description="samples a step (default: all of the client's)"
+    )
+    optimizer: Literal["sgd", "nesterov", "adam", "adamw"] = Field(
+        "sgd", description="a step's rule; sgd with momentum is torch.optim.SGD's"
+    )
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd's and nesterov's")
+    weight_decay: float = Field(0.0, ge=0, description="added to the gradient; adamw's apart from it")
+    beta1: float = Field(0.9, ge=0, lt=1, description="adam's and adamw's β₁")
+    beta2: float = Field(0.999, ge=0, lt=1, description="adam's and adamw's β₂")
+    epsilon: float = Field(1e-8, gt=0, description="adam's and adamw's ε")
+    keep: bool = Field(False, description="each client keeps its optimizer's memory from round to round")
+    mu: float = Field(
+        0.0, ge=0, description="FedProx's μ: clients stay near the model that they started from"
+    )
+    clip: float | None = Field(None, gt=0, description="a step's gradient is shortened to this L2 norm")
+    scaffold: _Control | None = Field(
+        None,
+        description="SCAFFOLD (Karimireddy et al. 2020, option II): clients correct their drift by control variates, "
+        "which travel as a part of their own: exact, or by a method",
+    )
+    fednova: bool = Field(
+        False,
+        description="FedNova (Wang et al. 2020): clients' directions are divided by what their steps weigh",
+    )
+    schedule: Schedule = Field(Schedule.model_validate({}), description="how lr changes from round to round")
+    accumulate: int = Field(1, ge=1, le=MOST, description="parts that a batch is computed in, to save memory")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16: mixed precision (torch.autocast); parameters stay float32"
+    )
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Local:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("expected steps or epochs, not both")
+        adaptive = self.optimizer in ("adam", "adamw")
+        if adaptive and self.momentum:
+            raise ValueError(f"momentum: expected none with optimizer: {self.optimizer}, whose beta1 it is")
+        if self.optimizer == "nesterov" and not self.momentum:
+            raise ValueError("momentum: expected one above 0 with optimizer: nesterov, got 0")
+        if self.keep and not (adaptive or self.momentum):
+            raise ValueError(
+                "keep: expected an optimizer with a memory (momentum, adam, adamw), got sgd without one"
+            )
+        if self.scaffold and (
+            self.optimizer != "sgd" or self.momentum or self.mu or self.fednova or self.clip
+        ):
+            raise ValueError(
+                "scaffold: expected plain sgd (no momentum, mu, clip, fednova), of which the paper's c_i are gradients"
+            )
+        if self.fednova and (adaptive or self.optimizer == "nesterov" or (self.mu and self.momentum)):
+            raise ValueError(
+                "fednova: expected optimizer: sgd, with momentum or mu, for which the paper says what steps weigh; got "
+                f"{self.optimizer}{' with both' if self.mu and self.momentum else ''}"
+            )
+        return self
