@@ -20,10 +20,8 @@ from fedmpi import methods, random
 from fedmpi.analysis.leak import Defence, Observed, Victim, attack, observe
 from fedmpi.analysis.page import Page, Table, png, prepare
 from fedmpi.analysis.plots import figure, mean_error
-from fedmpi.analysis.watch import Steps
-from fedmpi.comm import solo
+from fedmpi.analysis.watch import Steps, plain
 from fedmpi.config import Config
-from fedmpi.engine.rounds import Simulation
 from fedmpi.errors import ConfigError
 from fedmpi.method import Method
 from fedmpi.methods import METHODS
@@ -146,7 +144,7 @@ def analyze(
             f"--noise: expected at least 0, and with it a --clip above 0, got {noise:g} and {clip}"
         )
     prepare(out, "--out")
-    victim = Victim(Simulation(config, solo()))
+    victim = Victim(plain(config))
     data = victim.data
     if len(data.shape) != 3 or not data.train.x.is_floating_point():
         raise ConfigError(f"data: expected images (channels, height, width), got samples {data.shape}")

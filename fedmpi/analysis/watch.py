@@ -18,8 +18,24 @@ from fedmpi.config import Config
 from fedmpi.engine.passes import Sent
 from fedmpi.engine.progress import Display
 from fedmpi.engine.rounds import Simulation
+from fedmpi.errors import ConfigError
 from fedmpi.local import Schedule
 from fedmpi.spec import Spec
+
+
+def plain(config: Config) -> Simulation:
+    """The run in this process, of a model that is one vector of parameters and nothing else.
+
+    Raises:
+      ConfigError: training changes buffers, or parts of it travel by methods of their own.
+    """
+    simulation = Simulation(config, solo())
+    if more := [p.name for p in simulation.plan.parts[1:]]:
+        raise ConfigError(
+            f"analyze: expected a model all of which travels by one method, got parts of its own ({', '.join(more)}); "
+            "leave out parts and local.scaffold, and take a model without running statistics (GroupNorm for BatchNorm)"
+        )
+    return simulation
 
 
 class Watched:
@@ -31,7 +47,7 @@ class Watched:
 
     def __init__(self, config: Config, see: Callable[[Sent], None], schedule: str = "constant") -> None:
         self.config, self._schedule = config, Schedule.model_validate({"name": schedule})
-        self.simulation = Simulation(config, solo())
+        self.simulation = plain(config)
         self.simulation.passes.observe = see
         self.simulation.set_threads()
 
