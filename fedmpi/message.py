@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedmpi.errors import MessageError
 
+CPU = torch.device("cpu")
 _MAGIC = b"fMSG"
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _DTYPES = (*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -50,15 +51,17 @@ class Message(NamedTuple):
 
     Attributes:
       arrays: name → ``(C, *row)``, or ``(sum of lengths, *row)`` for a ragged one.
-      lengths: name → int64 ``(C,)``, the rows each client has of a ragged array. The receiver knows
-        them from another array (a tag, a count), which is one of ``arrays`` and so is counted.
+      lengths: name → int64 ``(C,)`` on the CPU, wherever the arrays lie: the rows each client has of a
+        ragged array. The receiver knows them from another array (a tag, a count), which is one of ``arrays``
+        and so is counted.
       finite: of a compressor that :attr:`~fedmpi.method.Compressor.tells`, as it is made: no gradient that it was
-        made of has an infinity or NaN. It does not travel.
+        made of has an infinity or NaN. It does not travel. Where the gradients lie on a device it may be a bool
+        tensor there, so that nobody waits for it before he must.
     """
 
     arrays: dict[str, Tensor]
     lengths: Mapping[str, Tensor] = {}
-    finite: bool | None = None
+    finite: bool | Tensor | None = None
 
     @property
     def clients(self) -> int:
@@ -69,7 +72,7 @@ class Message(NamedTuple):
 
     def nbytes(self) -> Tensor:
         """Bytes that each client sends, int64 ``(C,)``, measured on the arrays."""
-        total_C = torch.zeros(self.clients, dtype=torch.int64)
+        total_C = torch.zeros(self.clients, dtype=torch.int64, device="cpu")
         for name, array in self.arrays.items():
             row = array[:1].nbytes if len(array) else 0
             total_C += self.lengths[name] * row if name in self.lengths else row
@@ -90,15 +93,22 @@ class Message(NamedTuple):
         if len(index) == self.clients:
             return self
         arrays, lengths = {}, {}
-        keep_C = torch.zeros(self.clients, dtype=torch.bool)
+        keep_C = torch.zeros(self.clients, dtype=torch.bool, device="cpu")
         keep_C[index] = True
         for name, array in self.arrays.items():
             if name in self.lengths:
-                arrays[name] = array[keep_C.repeat_interleave(self.lengths[name])]
+                kept = keep_C.repeat_interleave(self.lengths[name]).nonzero()[:, 0]
+                arrays[name] = array.index_select(0, kept.to(array.device))
                 lengths[name] = self.lengths[name][index]
             else:
-                arrays[name] = array[index]
+                arrays[name] = array.index_select(0, index.to(array.device))
         return Message(arrays, lengths)
+
+    def to(self, device: torch.device) -> Message:
+        """The same with its arrays there; itself where they are. How many rows are whose stays on the host."""
+        if all(array.device == device for array in self.arrays.values()):
+            return self
+        return self._replace(arrays={name: array.to(device) for name, array in self.arrays.items()})
 
 
 def concat(messages: Sequence[Message]) -> Message:
@@ -124,11 +134,13 @@ def equal(a: Message, b: Message) -> bool:
 def _raw(array: Tensor) -> bytes:
     flat = array.detach().cpu().reshape(-1)
     # Not contiguous(): it keeps the odd strides that a view of at most one element may have.
-    return torch.empty(len(flat), dtype=flat.dtype).copy_(flat).view(torch.uint8).numpy().tobytes()
+    return (
+        torch.empty(len(flat), dtype=flat.dtype, device="cpu").copy_(flat).view(torch.uint8).numpy().tobytes()
+    )
 
 
 def to_bytes(message: Message) -> bytes:
-    """The message as one self-describing frame (little-endian)."""
+    """The message as one self-describing frame (little-endian), of arrays on any device."""
     parts = [_MAGIC, struct.pack("<IH", message.clients, len(message.arrays))]
     for name, array in message.arrays.items():
         encoded, ragged, row = name.encode(), name in message.lengths, array.shape[1:]
@@ -197,17 +209,23 @@ class _Reader:
         # Python integers cannot overflow, and nothing is allocated before the bytes are known to be there.
         raw = self.take(math.prod(shape) * dtype.itemsize, what)
         if not raw:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape)
 
 
-def from_bytes(buffer: bytes, layout: Layout | None = None, clients: int | None = None) -> Message:
+def from_bytes(
+    buffer: bytes,
+    layout: Layout | None = None,
+    clients: int | None = None,
+    device: torch.device | None = None,
+) -> Message:
     """The message that :func:`to_bytes` made.
 
     Args:
       buffer: the frame, from an untrusted sender.
       layout: what the method's compressor sends; anything else is refused.
       clients: how many clients' messages are expected.
+      device: where its arrays are to lie; default: the CPU, where they are checked.
 
     Raises:
       MessageError: a truncated, oversized or foreign buffer; nothing larger than it is allocated.
@@ -250,4 +268,5 @@ def from_bytes(buffer: bytes, layout: Layout | None = None, clients: int | None 
         raise MessageError(f"message: it lacks {sorted(layout.keys() - arrays.keys())}")
     if reader.at != len(buffer):
         raise MessageError(f"message: {len(buffer) - reader.at} bytes follow its end (oversized)")
-    return Message(arrays, lengths)
+    message = Message(arrays, lengths)
+    return message if device is None else message.to(device)

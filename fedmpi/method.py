@@ -70,8 +70,8 @@ class Context:
 
     Attributes:
       round: the round.
-      clients_C: int64, their ids.
-      steps_C: int64, local steps τ that each gradient is the sum of.
+      clients_C: int64, their ids; on the CPU, wherever their gradients lie.
+      steps_C: int64, on the CPU, local steps τ that each gradient is the sum of.
       shared: what the server has published to all (:meth:`Server.shared`).
       part: the tensor that this call is about, where each is compressed by itself.
     """
@@ -83,7 +83,7 @@ class Context:
     part: int | None = None
 
     def keys(self, stream: str) -> Tensor:
-        """One key a client, int64 ``(C,)``."""
+        """One key a client, int64 ``(C,)``, on the CPU as the ids are: whoever draws says where."""
         stream = stream if self.part is None else f"{stream}, part {self.part}"
         return random.keys(self.round.seed, self.round.t, self.clients_C, stream)
 
@@ -114,8 +114,7 @@ class Merge(ABC):
         would send for their mean, as the server would have decided on it.
 
         Args:
-          optional_WB: the senders' :attr:`Compressor.optional` arrays, zeros for one who has none; None where nobody
-            has one.
+          optional_WB: the senders' :attr:`Compressor.optional` arrays, zeros for who has none; None: nobody has.
         """
 
     def message(self, merged_1N: Tensor, optional_WB: Tensor | None = None) -> Message:
@@ -137,8 +136,7 @@ class Compressor(ABC):
         there instead of saying what it was.
       optional: the ragged array, of at most one row a client, that most messages go without.
       merge: None, or how ranks can share out the averaging.
-      tells: messages say whether the gradients were finite (:attr:`~fedmpi.message.Message.finite`), which
-        :meth:`compress` takes as they come; nobody else need look for that.
+      tells: messages say whether gradients were finite (:attr:`~fedmpi.message.Message.finite`): nobody else need look.
       counters: names of what :meth:`count` counts, shown in every round's metrics.
     """
 
@@ -161,7 +159,7 @@ class Compressor(ABC):
         return (Segment(self.size, "votes" if self.integer else "mean"),)
 
     def init(self) -> State:
-        """A client's state before its first message, without the axis C; {} for a stateless method."""
+        """A client's state before its first message, without the axis C, on the CPU; {} for a stateless method."""
         return {}
 
     def init_peer(self) -> State:
@@ -219,8 +217,7 @@ _RENAMED = {
 
 
 class Decoder(ABC):
-    """From means to directions, without parameters: all that a job with an optimizer of its own (a DDP hook) needs of
-    a method's far end.
+    """From means to directions, without parameters: all that a DDP hook needs of a method's far end.
 
     ``memory`` below is what :meth:`memory` gave, or any state with the same entries (a server's, a view).
     """
@@ -244,8 +241,7 @@ class Decoder(ABC):
         """The gradient ``(D,)`` that the last pass's mean stands for, and the new memory.
 
         Args:
-          mean_S: the mean; of an integer method the sum. A majority may come packed, as the array
-            :attr:`Merge.array` of a message.
+          mean_S: the mean; of an integer method the sum, or a majority, packed as :attr:`Merge.array` of a message.
           out: ``(D,)``, contiguous, where the gradient may stand; None: nowhere given.
         """
 
@@ -308,8 +304,7 @@ class Server(ABC):
         """The view after a download that brings it to ``version``: its parameters equal the server's to the bit."""
 
     def between(self, state: State, index: int, mean_S: Tensor, round: Round) -> State:
-        """The state (or view) after pass ``index``, which is not the last, whose clients' vectors have the mean
-        ``mean_S``."""
+        """As :meth:`Decoder.between`, of a state or a view."""
         return state
 
     def prepare(self, state: State, g_D: Tensor) -> State:
@@ -378,6 +373,11 @@ class Method:
                 "train with it through `fedmpi train`, also with mode: data_parallel"
             )
         return self.decoder
+
+
+def placed(state: Mapping[str, Tensor], device: torch.device) -> State:
+    """A state there: what :meth:`Compressor.init` and :meth:`Decoder.memory` make lies on the CPU."""
+    return {name: value.to(device) for name, value in state.items()}
 
 
 def nest(state: Mapping[str, Tensor], prefix: str = "inner.") -> State:

@@ -29,13 +29,14 @@ class Optimizer(NamedTuple):
     epsilon: float = 1e-3
     step: float = 1.0
 
-    def init(self, size: int) -> dict[str, Tensor]:
-        """The state for vectors of ``size`` numbers."""
+    def init(self, size: int, device: torch.device) -> dict[str, Tensor]:
+        """The state for vectors of ``size`` numbers there."""
         if self.name == "sgd":
             return {}
         if self.name == "momentum":
-            return {"momentum": torch.zeros(size)}
-        return {"momentum": torch.zeros(size), "variance": torch.full((size,), self.epsilon**2)}
+            return {"momentum": torch.zeros(size, device=device)}
+        variance = torch.full((size,), self.epsilon**2, device=device)
+        return {"momentum": torch.zeros(size, device=device), "variance": variance}
 
     def direction(self, state: dict[str, Tensor], g: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """u and the new state; the server then does θ ← θ − η u."""

@@ -61,7 +61,7 @@ def _mix_tensor(x: Tensor) -> Tensor:
 @lru_cache(maxsize=1)
 def constants() -> Tensor:
     """The generator's three constants, int64, for compiled kernels that draw by themselves."""
-    return torch.tensor([_signed(c) for c in (_GOLDEN, _MIX_1, _MIX_2)], dtype=torch.int64)
+    return torch.tensor([_signed(c) for c in (_GOLDEN, _MIX_1, _MIX_2)], dtype=torch.int64, device="cpu")
 
 
 @lru_cache(maxsize=1024)
@@ -91,9 +91,14 @@ def keys(seed: int, round: int, clients_C: Tensor, stream: str) -> Tensor:
 
 
 def bits(key: int | Tensor, n: int, start: int = 0, device: torch.device | None = None) -> Tensor:
-    """``n`` words of 64 bits, int64 ``(n,)``; ``(C, n)`` for keys ``(C,)``. Word i is that of ``start + i``."""
+    """``n`` words of 64 bits, int64 ``(n,)``; ``(C, n)`` for keys ``(C,)``. Word i is that of ``start + i``.
+
+    Args:
+      device: where they are drawn; default: where the keys lie.
+    """
     if isinstance(key, Tensor):
-        device, key = key.device, key[..., None]
+        device = key.device if device is None else device
+        key = key.to(device)[..., None]
     i_N = torch.arange(start + 1, start + n + 1, dtype=torch.int64, device=device)
     return _mix_tensor(i_N * _signed(_GOLDEN) + key)
 
@@ -132,7 +137,12 @@ def half_normal_table() -> Tensor:
     normal = NormalDist()
     mass = [2.0 ** (e - 32) * (1 + j / 2**_TABLE_BITS) for e in range(31) for j in range(2**_TABLE_BITS)]
     table = [round(-normal.inv_cdf(p) * 2**_FIXED) for p in mass]
-    return torch.tensor([*table, 0], dtype=torch.int64)
+    return torch.tensor([*table, 0], dtype=torch.int64, device="cpu")
+
+
+@lru_cache(maxsize=8)
+def _table_on(device: torch.device) -> Tensor:
+    return half_normal_table().to(device)
 
 
 def normal(key: int | Tensor, n: int, device: torch.device | None = None) -> Tensor:
@@ -147,7 +157,7 @@ def normal(key: int | Tensor, n: int, device: torch.device | None = None) -> Ten
     as_double = x.double().view(torch.int64)
     cell = (as_double >> (52 - _TABLE_BITS)) - (1023 << _TABLE_BITS)
     fraction = (as_double >> (52 - _TABLE_BITS - 23)) & ((1 << 23) - 1)
-    table = half_normal_table().to(words.device)
+    table = _table_on(words.device)
     low, high = table[cell], table[cell + 1]
     value = low * (1 << 23) + (high - low) * fraction  # < 2^56: exact in integers
     magnitude = (value >> 12).double() * 2.0 ** -(_FIXED + 11)
@@ -159,7 +169,7 @@ def bijection(key: int, log2: int) -> Tensor:
     x ← (x · multiplier + offset) & mask; x ← x ^ (x >> shift)."""
     mask, shift = (1 << log2) - 1, (log2 + 1) // 2
     draws = [_mix(key + (i + 1) * _GOLDEN) & mask for i in range(2 * _ROUNDS)]
-    return torch.tensor([mask, shift, *(draw | (i % 2 == 0) for i, draw in enumerate(draws))])
+    return torch.tensor([mask, shift, *(draw | (i % 2 == 0) for i, draw in enumerate(draws))], device="cpu")
 
 
 def _bijection(x: Tensor, key: int, log2: int) -> Tensor:
@@ -181,11 +191,12 @@ def permutations(keys_C: Tensor, sizes_C: Tensor) -> Tensor:
     largest = int(sizes_C.max())
     if largest < SORT_BELOW:
         words_CN = bits(keys_C, largest)
-        words_CN[torch.arange(largest) >= sizes_C[:, None]] = _LAST
+        places_N = torch.arange(largest, device=words_CN.device)
+        words_CN.masked_fill_(places_N >= sizes_C.to(words_CN.device)[:, None], _LAST)
         return words_CN.argsort(stable=True)
-    order_CN = torch.arange(largest).repeat(len(keys_C), 1)
+    order_CN = torch.arange(largest, device=keys_C.device).repeat(len(keys_C), 1)
     for order_N, key, n in zip(order_CN, keys_C.tolist(), sizes_C.tolist(), strict=True):
-        order_N[:n] = permutation(key, n)
+        order_N[:n] = permutation(key, n, keys_C.device)
     return order_CN
 
 

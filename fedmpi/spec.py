@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,11 @@ class Spec:
                 counts += [min(_ROW, size - at) for at in range(0, size, _ROW)]
             elif size:
                 counts += [size // shape[0]] * shape[0]
-        return torch.tensor([0, *counts]).cumsum(0)
+        return torch.tensor([0, *counts], device="cpu").cumsum(0)
+
+    def rows_on(self, device: torch.device) -> Tensor:
+        """:attr:`rows` there."""
+        return self.rows if device.type == "cpu" else _rows_on(self, device)
 
     def plain(self) -> dict[str, list[int]]:
         """Name → shape, as JSON types."""
@@ -78,3 +82,8 @@ class Spec:
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The vector ``(D,)`` of named tensors (a copy)."""
         return torch.cat([tensors[name].detach().reshape(-1) for name in self.names])
+
+
+@lru_cache(maxsize=256)  # a job's groups
+def _rows_on(spec: Spec, device: torch.device) -> Tensor:
+    return spec.rows.to(device)

@@ -16,6 +16,8 @@ import pytest
 import torch
 import yaml
 
+from . import pretend
+
 pytest.register_assert_rewrite("tests.codecs", "tests.softmax")
 
 JOBS = Path(__file__).parent / "jobs"
@@ -112,6 +114,19 @@ def model_hash(run: Path) -> str:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The make-believe accelerator (tests/pretend)."""
+    if why := pretend.missing():
+        absent(why)
+    return pretend.load()
+
+
+def absent(why: str) -> None:
+    """What a test needs is not here: CI has to have it."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(why)
 
 
 class Mpi:

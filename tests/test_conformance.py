@@ -7,7 +7,6 @@ The properties are those of the protocol (fedmpi/method.py). Gradients are corre
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
@@ -20,8 +19,8 @@ from fedmpi import methods
 from fedmpi.comm import run_ranks, solo
 from fedmpi.engine.store import ClientStore
 from fedmpi.errors import MessageError
-from fedmpi.message import concat, equal, from_bytes, to_bytes
-from fedmpi.method import Context, Method, Round, State, believed
+from fedmpi.message import CPU, concat, equal, from_bytes, to_bytes
+from fedmpi.method import Context, Method, Round, State, believed, placed
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import FeedbackOptions, Setup
 from fedmpi.methods.play import play
@@ -32,6 +31,7 @@ from .jobs.runs import outcome
 
 SPEC = Spec(("conv.weight", "conv.bias", "fc.weight", "fc.bias"), ((4, 2, 3, 3), (4,), (11, 20), (11,)))
 CLIENTS, ROUNDS, LR = 5, 8, 0.1
+PLACE = CPU  # of gradients, states and parameters; tests/test_device.py puts them elsewhere
 OWN = os.environ.get("FEDMPI_METHOD", "configs.own:SIGN")
 ROWS = METHODS | {OWN: methods.entry(OWN)}
 
@@ -74,19 +74,29 @@ def gradients(round: int, seed: int = 0) -> Tensor:
     noise = torch.randn(CLIENTS, SPEC.size, generator=generator.manual_seed(seed * 100 + round))
     g = base[0] + 0.25 * round * base[1] + 0.3 * noise
     g[:, ::17] = 0
-    return g
+    return g.to(PLACE)
 
 
 def at(method: Method, t: int, clients: Tensor | None = None, state: State | None = None) -> Context:
     """Round ``t``, with what the server publishes at the start or (given its state) now."""
     clients = torch.arange(CLIENTS) if clients is None else clients
     round = Round(seed=1, t=t, lr=LR, rounds_per_epoch=3)
-    state = method.server.init(torch.zeros(SPEC.size)) if state is None else state
+    state = method.server.init(torch.zeros(SPEC.size, device=PLACE)) if state is None else state
     return Context(round, clients, torch.ones_like(clients), method.server.shared(state))
 
 
-def start(method: Method) -> tuple[ClientStore, ClientStore]:
-    return ClientStore(method.up.init), ClientStore(method.up.init_peer)
+class Store(ClientStore):
+    """What clients keep, which is handed out where methods compute."""
+
+    def get(self, clients_C: Tensor) -> State:
+        return placed(super().get(clients_C), PLACE)
+
+    def put(self, clients_C: Tensor, state: State) -> None:
+        super().put(clients_C, placed(state, CPU))
+
+
+def start(method: Method) -> tuple[Store, Store]:
+    return Store(method.up.init), Store(method.up.init_peer)
 
 
 def test_bytes_are_measured_and_frames_round_trip(method: Method) -> None:
@@ -99,7 +109,7 @@ def test_bytes_are_measured_and_frames_round_trip(method: Method) -> None:
             assert int(message.nbytes().sum()) == sum(a.nbytes for a in message.arrays.values())
             assert message.nbytes().min() > 0
             frame = to_bytes(message)
-            assert equal(from_bytes(frame, up.layout(), CLIENTS), message)
+            assert equal(from_bytes(frame, up.layout(), CLIENTS, PLACE), message)
             alone = [message.select(torch.tensor([c])) for c in range(CLIENTS)]
             assert [int(m.nbytes()[0]) for m in alone] == message.nbytes().tolist()
             assert equal(concat(alone), message)
@@ -139,13 +149,13 @@ def test_tensors_without_dimensions_or_numbers(options: dict[str, Any]) -> None:
     method = methods.build(options, spec, Setup(seed=1))
     ids = torch.arange(CLIENTS)
     senders, receivers = start(method)
-    memory = method.server.init(torch.zeros(spec.size))
+    memory = method.server.init(torch.zeros(spec.size, device=PLACE))
     for t in range(3):
-        g_CD = torch.randn(CLIENTS, spec.size, generator=torch.Generator().manual_seed(t))
+        g_CD = torch.randn(CLIENTS, spec.size, generator=torch.Generator().manual_seed(t)).to(PLACE)
         for up in method.passes:
             ctx = at(method, t, state=memory)
             message, state = up.compress(g_CD, senders.get(ids), ctx)
-            frame = from_bytes(to_bytes(message), up.layout(), CLIENTS)
+            frame = from_bytes(to_bytes(message), up.layout(), CLIENTS, PLACE)
             v, peer = up.decompress(frame, receivers.get(ids) if up is method.up else {}, ctx)
             assert v.shape == (CLIENTS, up.size)
             assert bool(v.float().isfinite().all())
@@ -171,9 +181,11 @@ def test_adding_is_decoding_and_adding(method: Method) -> None:
             message, state = up.compress(gradients(t), senders.get(ids), at(method, t))
             peer = receivers.get(ids) if up is method.up else {}
             v, expected = up.decompress(message, peer, at(method, t))
-            total = torch.ones(1, up.size)
+            total = torch.ones(1, up.size, device=PLACE)
             new = up.add(total.expand(CLIENTS, -1), message, peer, at(method, t), weights)
-            torch.testing.assert_close(total[0], 1 + torch.tensor(weights) @ v.float(), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                total[0], 1 + torch.tensor(weights, device=PLACE) @ v.float(), rtol=1e-4, atol=1e-4
+            )
             assert all(torch.equal(a, b) for a, b in _pairs(new, expected))
         senders.put(ids, state)
         receivers.put(ids, new)
@@ -193,9 +205,9 @@ def test_sender_believes_what_the_receiver_holds(method: Method) -> None:
     up, (senders, receivers) = method.up, start(method)
     for t in range(ROUNDS):
         ids = torch.tensor([c for c in range(CLIENTS) if (c * 7 + t * 3) % 4])
-        message, state = up.compress(gradients(t)[ids], senders.get(ids), at(method, t, ids))
+        message, state = up.compress(gradients(t)[ids.to(PLACE)], senders.get(ids), at(method, t, ids))
         senders.put(ids, state)
-        received = from_bytes(to_bytes(message), up.layout())
+        received = from_bytes(to_bytes(message), up.layout(), device=PLACE)
         _, peer = up.decompress(received, receivers.get(ids), at(method, t, ids))
         receivers.put(ids, peer)
         everybody = torch.arange(CLIENTS)
@@ -229,7 +241,7 @@ def test_pure_and_random_only_by_key(method: Method) -> None:
     ids = torch.arange(CLIENTS)
     state = start(method)[0].get(ids)
     for t in range(3):
-        g, kept = gradients(t), copy.deepcopy(state)
+        g, kept = gradients(t), {name: value.clone() for name, value in state.items()}
         g_kept = g.clone()
         for up in method.passes:
             torch.manual_seed(t)
@@ -251,7 +263,7 @@ def test_pure_and_random_only_by_key(method: Method) -> None:
 def rounds_of(method: Method, rounds: int) -> Any:
     """Server states after each round, starting with the initial one."""
     server, senders = method.server, start(method)[0].get(torch.arange(CLIENTS))
-    state = server.init(torch.linspace(-1, 1, SPEC.size))
+    state = server.init(torch.linspace(-1, 1, SPEC.size, device=PLACE))
     yield state
     for t in range(rounds):
         last = play(method, gradients(t), senders, state, at(method, t).round)[-1]
@@ -263,7 +275,7 @@ def rounds_of(method: Method, rounds: int) -> Any:
 def test_a_client_that_missed_any_rounds_rebuilds_the_parameters(method: Method) -> None:
     """From θ₀, the seed and its downloads alone, to the bit; each client misses other rounds."""
     server = method.server
-    views = {c: server.view(torch.linspace(-1, 1, SPEC.size)) for c in range(4)}
+    views = {c: server.view(torch.linspace(-1, 1, SPEC.size, device=PLACE)) for c in range(4)}
     comes = {0: lambda v: True, 1: lambda v: v % 3 == 1, 2: lambda v: v in (1, 39), 3: lambda v: v == 40}
     for version, state in enumerate(rounds_of(method, 40)):
         for client, view in views.items():
@@ -271,7 +283,7 @@ def test_a_client_that_missed_any_rounds_rebuilds_the_parameters(method: Method)
                 download = server.download(state, int(view["version"]))
                 published = sum(value.nbytes for value in server.shared(state).values())
                 assert int(download.nbytes()[0]) <= 4 * SPEC.size + published + 8 * 40
-                received = from_bytes(to_bytes(download))
+                received = from_bytes(to_bytes(download), device=PLACE)
                 views[client] = view = server.reconcile(view, received, version)
                 assert torch.equal(server.parameters(view), server.parameters(state)), (client, version)
                 assert all(torch.equal(a, b) for a, b in _pairs(server.shared(view), server.shared(state)))
@@ -288,7 +300,8 @@ def test_states_survive_a_file_exactly(method: Method) -> None:
     up, ids = method.up, torch.arange(CLIENTS)
 
     def through_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return load(save({name: value.clone().contiguous() for name, value in state.items()}))
+        read = load(save({name: value.cpu().clone().contiguous() for name, value in state.items()}))
+        return {name: value.to(state[name].device) for name, value in read.items()}
 
     kept, saved = start(method)[0].get(ids), start(method)[0].get(ids)
     for t in range(4):
@@ -296,7 +309,7 @@ def test_states_survive_a_file_exactly(method: Method) -> None:
         again, saved = up.compress(gradients(t), through_file(saved), at(method, t))
         assert equal(message, again)
     states = list(rounds_of(method, 3))
-    total = torch.ones(up.size, dtype=torch.int32 if up.integer else torch.float32)
+    total = torch.ones(up.size, dtype=torch.int32 if up.integer else torch.float32, device=PLACE)
     round = at(method, 3).round
     resumed = method.server.finish(through_file(states[-1]), total, round)
     direct = method.server.finish(states[-1], total, round)

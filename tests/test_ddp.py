@@ -55,7 +55,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_the_hook_with_gradients_on_a_gpu(tmp_path: Path) -> None:
-    """Two processes share the device; messages are made on the host."""
+    """Two processes share the device; messages are made there, and staged for Gloo."""
     answer = tmp_path / "answer.json"
     done = torchrun(2, str(JOBS / "ddp_checks.py"), str(answer), "group", "cuda")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -21,6 +21,7 @@ from fedmpi.errors import ConfigError
 from fedmpi.integrations import state
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.integrations.settings import Shapes
+from fedmpi.message import CPU
 from fedmpi.methods.base import Options
 from fedmpi.validation import Strict, describe
 
@@ -58,8 +59,15 @@ class Auto:
 
     _UNCOUNTED = 2  # memory is touched for the first time, DDP rebuilds its buckets
 
-    def __init__(self, shapes: Shapes, options: AutoOptions, comm: Comm, settings: dict[str, Any]) -> None:
-        self.options, self.comm = options, comm
+    def __init__(
+        self,
+        shapes: Shapes,
+        options: AutoOptions,
+        comm: Comm,
+        settings: dict[str, Any],
+        device: torch.device = CPU,
+    ) -> None:
+        self.options, self.comm, self._device = options, comm, device
         self._shapes, self._settings = shapes, settings
         self.tried: list[Options] = [methods.parse("bf16"), *options.candidates]
         self.reducer = self._make(self.tried[0])
@@ -69,7 +77,7 @@ class Auto:
         self._last: float | None = None
 
     def _make(self, options: Options) -> Reducer:
-        return Reducer(self._shapes, options, self.comm, **self._settings)
+        return Reducer(self._shapes, options, self.comm, self._device, **self._settings)
 
     @property
     def plain(self) -> bool:

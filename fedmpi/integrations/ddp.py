@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -32,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fedmpi.comm.base import Comm, together
 from fedmpi.errors import ConfigError
 from fedmpi.integrations.job import AnyMethod, Job
-from fedmpi.integrations.modules import hookable, shapes_of, trained
+from fedmpi.integrations.modules import device_of, hookable, shapes_of, trained
 from fedmpi.integrations.ranks import among
 
 T = TypeVar("T")
@@ -49,13 +48,14 @@ class _Bucket:
 
     def __init__(self, gradients: dict[str, Tensor], buffer: Tensor, groups: set[int]) -> None:
         self.gradients, self.buffer, self.groups = gradients, buffer, groups
-        cuda = buffer.device.type == "cuda"
-        self.future: torch.futures.Future[Tensor] = torch.futures.Future(
-            devices=[buffer.device] if cuda else []
-        )
-        self.ready = torch.cuda.Event() if cuda else None
+        self.future = _future(buffer)
+        self.ready = torch.cuda.Event() if buffer.is_cuda else None
         if self.ready is not None:
             self.ready.record()
+
+
+def _future(buffer: Tensor) -> torch.futures.Future[Tensor]:
+    return torch.futures.Future(devices=[] if buffer.device.type == "cpu" else [buffer.device])
 
 
 class State:
@@ -153,11 +153,8 @@ class State:
     def _keep(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """The bucket as it is: the mean of one rank."""
         self._job.reducer.passed(0, last=bucket.is_last())
-        buffer = bucket.buffer()
-        future: torch.futures.Future[Tensor] = torch.futures.Future(
-            devices=[buffer.device] if buffer.is_cuda else []
-        )
-        future.set_result(buffer)
+        future = _future(bucket.buffer())
+        future.set_result(bucket.buffer())
         return future
 
     def _pass(self, bucket: Any) -> torch.futures.Future[Tensor]:
@@ -180,6 +177,7 @@ class State:
         try:
             if self._error is not None:
                 raise self._error
+            self._enter(bucket.buffer.device)
             self._fill(bucket)
             self._reducer.start(*complete)
             due, self._sent = (self._sent + complete, []) if last else (self._sent, complete)
@@ -204,27 +202,24 @@ class State:
 
     def _fill(self, bucket: _Bucket) -> None:
         scale = self._scaler.get_scale() if self._scaler else 1.0
-        with self._stream(bucket.buffer.device):
-            if bucket.ready is not None:
-                bucket.ready.wait()
-            for name, gradient in bucket.gradients.items():
-                self._reducer.group(name).fill(name, gradient, scale)
+        if bucket.ready is not None:
+            bucket.ready.wait()
+        for name, gradient in bucket.gradients.items():
+            self._reducer.group(name).fill(name, gradient, scale)
 
     def _answer(self, bucket: _Bucket) -> None:
         scale = self._scaler.get_scale() if self._scaler else 1.0
-        with self._stream(bucket.buffer.device):
-            for name, gradient in bucket.gradients.items():
-                self._reducer.group(name).answer(name, gradient, scale)
-            self._waiting.remove(bucket)
-            bucket.future.set_result(bucket.buffer)
+        for name, gradient in bucket.gradients.items():
+            self._reducer.group(name).answer(name, gradient, scale)
+        self._waiting.remove(bucket)
+        bucket.future.set_result(bucket.buffer)
 
-    def _stream(self, device: torch.device) -> AbstractContextManager[Any]:
-        if device.type != "cuda":
-            return nullcontext()
-        if device not in self._streams:
+    def _enter(self, device: torch.device) -> None:
+        """From here on this thread has a GPU's stream of its own, beside the backward pass's: for all that it does,
+        since what is kept between steps is read by the next one, and saved."""
+        if device.type == "cuda" and device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
-        context: AbstractContextManager[Any] = torch.cuda.stream(self._streams[device])
-        return context
+            torch.cuda.set_stream(self._streams[device])
 
 
 def _hook(state: State, bucket: Any) -> torch.futures.Future[Tensor]:
@@ -283,7 +278,7 @@ def attach(
     ranks = among(ddp.process_group, comm)
     with together(ranks, "looking at its parameters"):
         parameters = trained(ddp.module, set(ddp.parameters_to_ignore))
-    job = Job(shapes_of(parameters), method, ranks, settings)
+    job = Job(shapes_of(parameters), method, ranks, settings, device_of(parameters))
     group = (ddp.process_group or dist.group.WORLD) if comm == "group" else None
     state = State(job, {p: name for name, p in parameters.items()}, scaler, group)
     try:

@@ -18,8 +18,8 @@ from fedmpi.integrations.settings import Settings, Shapes
 from fedmpi.meet import ways
 from fedmpi.meet.base import End, Held, Roster, Way
 from fedmpi.meet.ways import GatherWay, OwnerWay
-from fedmpi.message import Message, concat, from_bytes, to_bytes
-from fedmpi.method import Compressor, Round, State, believed
+from fedmpi.message import CPU, Message, concat, from_bytes, to_bytes
+from fedmpi.method import Compressor, Round, State, believed, placed
 from fedmpi.methods.base import Options, Setup
 from fedmpi.ops import fast
 from fedmpi.ops.sums import finite
@@ -47,15 +47,17 @@ class Group:
         settings: Settings,
         owner: int | None = None,
         room: float = ways.GATHER_BYTES,
+        device: torch.device = CPU,
     ) -> None:
         """Args:
           options: of the method; dense for those that are averaged as they are.
           owner, room: as :func:`fedmpi.meet.ways.build` takes them.
+          device: where gradients are gathered and compressed, and state is kept.
 
         Raises:
           ConfigError: the method changes parameters itself, or does not fit.
         """
-        self.comm, self.settings = comm, settings
+        self.comm, self.settings, self.device = comm, settings, device
         self.spec = Spec(tuple(shapes), tuple(shapes.values()))
         self.names = self.spec.names
         # A key of its own: equal groups must not draw equal numbers.
@@ -64,9 +66,11 @@ class Group:
         self.method = methods.build(options, self.spec, setup)
         self.plain = methods.build("dense", self.spec, setup)
         self.decoder, up = self.method.directions(), self.method.up
-        self.ways = {codec: ways.build(comm, codec) for codec in self.method.passes[:-1]}
-        self.ways[up] = ways.build(comm, up, settings.exchange, owner=owner, room=room, packed=True)
-        self.ways[self.plain.up] = ways.build(comm, self.plain.up, "sum")
+        self.ways = {codec: ways.build(comm, codec, device=device) for codec in self.method.passes[:-1]}
+        self.ways[up] = ways.build(
+            comm, up, settings.exchange, owner=owner, room=room, packed=True, device=device
+        )
+        self.ways[self.plain.up] = ways.build(comm, self.plain.up, "sum", device=device)
         for way in self.ways.values():
             way.reuse = True  # a mean is copied, or decoded, before the next step
         self.place(self.memory_D())
@@ -77,10 +81,11 @@ class Group:
 
     def reset(self) -> None:
         """Forget all that was kept between steps."""
-        self.state: State = {name: value[None].clone() for name, value in self.method.up.init().items()}
-        self.memory = self.decoder.memory()
+        fresh = {name: value[None].clone() for name, value in self.method.up.init().items()}
+        self.state: State = placed(fresh, self.device)
+        self.memory = placed(self.decoder.memory(), self.device)
         way = self.ways[self.method.up]
-        way.peers = Held(way.init())
+        way.peers = Held(placed(way.init(), self.device))
         self._after = self.state, self.memory
 
     @property
@@ -92,7 +97,7 @@ class Group:
 
     def memory_D(self) -> Tensor:
         """Where gradients are gathered."""
-        return torch.zeros(self.spec.size)
+        return torch.zeros(self.spec.size, device=self.device)
 
     def place(self, flat_D: Tensor) -> None:
         """Gradients are in ``flat_D`` from now on."""
@@ -150,7 +155,7 @@ class Group:
         assert end is not None
         mean_D, self._after = end()
         # What messages decode to and what servers keep may overflow too. Both are the same on every rank.
-        if mean_D is None or not all(map(finite, (mean_D, *self._after[1].values()))):
+        if mean_D is None or not finite(mean_D, *self._after[1].values()):
             self.flat_D.fill_(math.nan)
             return False
         if mean_D.data_ptr() != self.flat_D.data_ptr():
@@ -204,7 +209,7 @@ class Group:
         if (
             codec is not self.plain.up
         ):  # finite gradients may make a message, or leave a residual, that overflows
-            usable = usable and all(map(finite, (*message.arrays.values(), *after.values())))
+            usable = usable and finite(*message.arrays.values(), *after.values())
         way.open(roster)
         way.take(roster.weights[here], message, state, ctx, usable)
         end = way.send()
@@ -244,5 +249,5 @@ class Group:
             return
         frames = self.comm.allgather(to_bytes(Message(believed(up, self.state))))
         if way.init():
-            way.peers = Held(concat([from_bytes(frame) for frame in frames]).arrays)
+            way.peers = Held(concat([from_bytes(frame, device=self.device) for frame in frames]).arrays)
         self.rollback()

@@ -25,7 +25,7 @@ from torch import Tensor
 from fedmpi import methods
 from fedmpi.errors import CommError, ConfigError
 from fedmpi.integrations.job import AnyMethod, Job
-from fedmpi.integrations.modules import DTYPES
+from fedmpi.integrations.modules import DTYPES, device_of
 from fedmpi.integrations.settings import Settings
 from fedmpi.message import Message
 from fedmpi.method import Context, Method, Round
@@ -122,7 +122,7 @@ class Compression:
             wire = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
             return wire, _Sent(like, tensor.shape, None, "", ctx)
         codec = self._codec(tensor.numel())
-        message, _ = codec.up.compress(tensor.detach().to("cpu", torch.float32).reshape(1, -1), {}, ctx)
+        message, _ = codec.up.compress(tensor.detach().to(torch.float32).reshape(1, -1), {}, ctx)
         [(name, array_1N)] = message.arrays.items()
         return array_1N[0], _Sent(like, tensor.shape, codec, name, ctx)
 
@@ -208,7 +208,7 @@ def DistributedOptimizer(
     _at_least_one(backward_passes_per_step)
     parameters = _parameters(optimizer, named_parameters)
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    job = Job(shapes, method, HorovodComm(), settings)
+    job = Job(shapes, method, HorovodComm(), settings, device_of(parameters))
     cls = _distributed(type(optimizer))
     wrapped = cls.__new__(cls)
     # A scheduler made before has put its count of steps over the given optimizer's step().

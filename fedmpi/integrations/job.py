@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from fedmpi.comm.base import Comm, LostError, together
@@ -12,6 +13,7 @@ from fedmpi.integrations import auto
 from fedmpi.integrations.modules import warn_of_nothing
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.integrations.settings import Settings, Shapes
+from fedmpi.message import CPU
 from fedmpi.methods.base import Options
 
 T = TypeVar("T")
@@ -19,18 +21,25 @@ AnyMethod = Options | auto.AutoOptions | dict[str, Any] | str
 
 
 class Job:
-    """One method's reducer, or the ones that ``auto`` tries."""
+    """One method's reducer, or the ones that ``auto`` tries, which compute on ``device``."""
 
-    def __init__(self, shapes: Shapes, method: AnyMethod, comm: Comm, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        shapes: Shapes,
+        method: AnyMethod,
+        comm: Comm,
+        settings: dict[str, Any],
+        device: torch.device = CPU,
+    ) -> None:
         with together(comm, "reading its method and settings"):
             options, checked = auto.parse(method), Settings.of(**settings)
         self.alone = comm.size == 1  # nothing is to be averaged, and so nothing compressed
         self._auto: auto.Auto | None = None
         if isinstance(options, auto.AutoOptions):
-            self._auto = auto.Auto(shapes, options, comm, settings)
+            self._auto = auto.Auto(shapes, options, comm, settings, device)
         else:
             warn_of_nothing(shapes, options, checked)
-            self._reducer = Reducer(shapes, options, comm, **settings)
+            self._reducer = Reducer(shapes, options, comm, device, **settings)
 
     @property
     def reducer(self) -> Reducer:

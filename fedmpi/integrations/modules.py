@@ -111,6 +111,16 @@ def sparse_gradient(name: str) -> str:
     )
 
 
+_ELSEWHERE = ("meta", "mps")  # without memory, or without the float64 that sums are made in
+
+
+def device_of(parameters: Mapping[str, Tensor]) -> torch.device:
+    """Where gradients are compressed: where all of the parameters lie; the CPU for those of several devices."""
+    devices = {p.device for p in parameters.values()}
+    device = devices.pop()
+    return torch.device("cpu") if devices or device.type in _ELSEWHERE else device
+
+
 def shapes_of(parameters: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(p.shape) for name, p in parameters.items()}
 

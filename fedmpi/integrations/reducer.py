@@ -22,6 +22,7 @@ from fedmpi.integrations.modules import sparse_gradient
 from fedmpi.integrations.settings import Settings, Shapes
 from fedmpi.integrations.state import load, saved
 from fedmpi.meet import ways
+from fedmpi.message import CPU
 from fedmpi.methods.base import Options
 from fedmpi.ops import bits
 
@@ -36,12 +37,18 @@ class Reducer:
     """
 
     def __init__(
-        self, shapes: Shapes, method: Options | dict[str, Any] | str, comm: Comm, **settings: Any
+        self,
+        shapes: Shapes,
+        method: Options | dict[str, Any] | str,
+        comm: Comm,
+        device: torch.device = CPU,
+        **settings: Any,
     ) -> None:
         """Args:
           shapes: of all parameters that get gradients, in the model's order; the same on every rank.
           method: its options, as in a configuration.
           comm: this rank's end. All calls come from one thread.
+          device: where it computes; gradients may lie elsewhere, and are copied then.
           settings: fields of :class:`Settings`.
 
         Raises:
@@ -49,7 +56,7 @@ class Reducer:
           CommError: the ranks disagree on any of this.
         """
         self.settings = Settings.of(**settings)
-        self.options, self.comm = methods.parse(method), comm
+        self.options, self.comm, self.device = methods.parse(method), comm, device
         self._agree(shapes)
         exact, compressed = self.settings.split(shapes)
         self.groups: list[Group] = []
@@ -63,10 +70,10 @@ class Reducer:
             parts = self.settings.parts(compressed, comm.size) if separable else [compressed]
             for i, part in enumerate(parts):
                 owner, room = i % comm.size if separable else None, ways.GATHER_BYTES / len(parts)
-                self.groups.append(Group(part, self.options, comm, self.settings, owner, room))
+                self.groups.append(Group(part, self.options, comm, self.settings, owner, room, device))
         if exact:
             alike = self.settings.model_copy(update={"exchange": "sum"})
-            self.groups.append(Group(exact, methods.parse("dense"), comm, alike))
+            self.groups.append(Group(exact, methods.parse("dense"), comm, alike, device=device))
         self.group_of = {name: i for i, group in enumerate(self.groups) for name in group.names}
         self.size = sum(group.spec.size for group in self.groups)
         self.step = self.skipped = 0

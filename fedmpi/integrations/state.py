@@ -20,7 +20,7 @@ from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.integrations.groups import Group
 from fedmpi.integrations.settings import Settings
-from fedmpi.method import State
+from fedmpi.method import State, placed
 from fedmpi.methods.base import Options
 from fedmpi.schema import Schema, differs, schema_of, shown
 
@@ -87,9 +87,9 @@ def load(reducer: Kept, state: object) -> None:
         )
     for group, values in zip(reducer.groups, state["groups"], strict=True):
         group.reset()
-        group.memory = _copy(values["memory"])
+        group.memory = placed(_copy(values["memory"]), group.device)
         if same:
-            group.state = _copy(values["state"])
+            group.state = placed(_copy(values["state"]), group.device)
         group.rollback()
         group.believe()
     reducer.step, reducer.skipped = state["step"], state["skipped"]
@@ -268,7 +268,7 @@ def _feed(digest: Any, state: State) -> None:
 
 
 def _copy(state: State) -> State:
-    """Tensors of one's own, where the hook computes."""
+    """Tensors of one's own, on the CPU: a state is the same wherever it is loaded."""
     return {name: _own(value) for name, value in state.items()}
 
 

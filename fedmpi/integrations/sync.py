@@ -17,7 +17,7 @@ from fedmpi.comm.base import Comm, together
 from fedmpi.errors import ConfigError
 from fedmpi.integrations.ddp import Scaler
 from fedmpi.integrations.job import AnyMethod, Job
-from fedmpi.integrations.modules import shapes_of, trained, uncompiled
+from fedmpi.integrations.modules import device_of, shapes_of, trained, uncompiled
 from fedmpi.integrations.ranks import among, matching, same_ranks
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class Sync:
             matching(comm, group)
         with together(comm, "looking at its parameters"):
             self._parameters = trained(inner, ignored)
-        self._job = Job(shapes_of(self._parameters), method, comm, settings)
+        self._job = Job(shapes_of(self._parameters), method, comm, settings, device_of(self._parameters))
 
     def __call__(self) -> None:
         """Replace each parameter's gradient by the mean over all ranks. One that some ranks lack counts as zero there;

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError, NumericalError
+from fedmpi.message import CPU
 from fedmpi.method import Compressor, Segment
 from fedmpi.ops.sums import add_fixed, from_fixed
 
@@ -38,12 +39,21 @@ class Sum:
       largest: the largest magnitude of a weighted value of an exact sum.
     """
 
-    def __init__(self, size: int, *, integer: bool, exact: bool, terms: int, flag: bool = False) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        integer: bool,
+        exact: bool,
+        terms: int,
+        flag: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
         self.integer, self.exact = integer, exact and not integer
         self.floats = not (integer or exact)
         votes = next(t for t in (torch.int8, torch.int16, torch.int32) if terms <= torch.iinfo(t).max)
         dtype = votes if integer else torch.int64 if exact else torch.float32
-        self._all = torch.zeros(size + flag, dtype=dtype)
+        self._all = torch.zeros(size + flag, dtype=dtype, device=device)
         self.total_S, self.flag_1 = self._all[:size], self._all[size:]
         self.largest = largest_term(terms)
 
@@ -92,12 +102,19 @@ class Mixed(Sum):
     Votes are whole numbers in float32 (or fixed point), exact in any order for up to 2^22 of them.
     """
 
-    def __init__(self, segments: Sequence[Segment], *, exact: bool, terms: int, flag: bool = False) -> None:
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        *,
+        exact: bool,
+        terms: int,
+        flag: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
         if terms > LARGEST and any(kind == "votes" for _, kind in segments):
             raise ConfigError(f"cohort: expected at most {LARGEST:.0f} votes beside other parts, got {terms}")
-        super().__init__(
-            sum(size for size, _ in segments), integer=False, exact=exact, terms=terms, flag=flag
-        )
+        size = sum(size for size, _ in segments)
+        super().__init__(size, integer=False, exact=exact, terms=terms, flag=flag, device=device)
         self.segments, self.terms = tuple(segments), terms
         self._sizes = [size for size, _ in segments]
 
@@ -177,11 +194,13 @@ class Sums:
     Attributes:
       exact: the same to the bit in any order.
       aggregate, trim: mean, or what :class:`Ordered` takes, where one rank has all vectors.
+      device: where messages are decoded and added up.
     """
 
     exact: bool = False
     aggregate: str = "mean"
     trim: float = 0.0
+    device: torch.device = CPU
 
     def __call__(self, up: Compressor, terms: int, flag: bool = False) -> Sum:
         """The sum of so many clients' (or ranks') vectors; the weights' sum is 1."""
@@ -189,8 +208,8 @@ class Sums:
             return Ordered(self.aggregate, self.trim, terms)
         kinds = {kind for _, kind in up.segments}
         if kinds == {"least"} or len(kinds) > 1:
-            return Mixed(up.segments, exact=self.exact, terms=terms, flag=flag)
-        return Sum(up.size, integer=up.integer, exact=self.exact, terms=terms, flag=flag)
+            return Mixed(up.segments, exact=self.exact, terms=terms, flag=flag, device=self.device)
+        return Sum(up.size, integer=up.integer, exact=self.exact, terms=terms, flag=flag, device=self.device)
 
     def largest(self, up: Compressor, terms: int) -> float:
         """The largest magnitude that a weighted number of a message may have."""

@@ -39,8 +39,8 @@ from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.meet.base import End, Held, Peers, Roster, Way
 from fedmpi.meet.sums import Sums
-from fedmpi.message import Message, concat, from_bytes, from_rows, to_bytes, to_rows
-from fedmpi.method import Compressor, Context, State, believed
+from fedmpi.message import CPU, Message, concat, from_bytes, from_rows, to_bytes, to_rows
+from fedmpi.method import Compressor, Context, State, believed, placed
 
 Name = Literal["auto", "sum", "gather", "merge", "owner"]
 GATHER_BYTES = 1 << 30  # of peers' state that "auto" lets a rank keep
@@ -102,8 +102,8 @@ class _OneEach(Way):
 
     def _optional(self, mine: Tensor, flags_W: Tensor) -> tuple[Tensor, Tensor]:
         """The optional arrays of all ranks that have one, in one more collective where there is any, and which have
-        (bool)."""
-        name, has_W = self.up.optional, flags_W > 1
+        (bool, on the CPU)."""
+        name, has_W = self.up.optional, (flags_W > 1).cpu()
         assert name is not None
         field = self.up.layout()[name]
         if not bool(has_W.any()):
@@ -111,7 +111,8 @@ class _OneEach(Way):
         told = self._wait(
             lambda: self.comm.allgather(to_bytes(Message({name: mine[0][None]})) if len(mine) else b"")
         )
-        got = [from_bytes(f, {name: field._replace(ragged=False)}, 1).arrays[name] for f in told if f]
+        layout = {name: field._replace(ragged=False)}
+        got = [from_bytes(f, layout, 1, mine.device).arrays[name] for f in told if f]
         if [bool(f) for f in told] != has_W.tolist():
             raise MessageError(f"message: array {name!r} came from other ranks than those that had one")
         return torch.cat(got), has_W
@@ -147,10 +148,11 @@ class GatherWay(_OneEach):
         layout, optional, message = self.up.layout(), self.up.optional, self._mine
         if self.up.nbytes() is None:  # of different lengths: framed, and an empty frame is not usable
             frames = self._wait(lambda: self.comm.allgather(to_bytes(message) if self._usable else b""))
-            return lambda: concat([from_bytes(f, layout, 1) for f in frames]) if all(frames) else None
+            device = self.sums.device
+            return lambda: concat([from_bytes(f, layout, 1, device) for f in frames]) if all(frames) else None
         if optional is not None:
             del layout[optional]
-        flag_1 = torch.tensor([[self._flag()]], dtype=torch.uint8)
+        flag_1 = torch.full((1, 1), self._flag(), dtype=torch.uint8, device=self.sums.device)
         row_B = torch.cat([to_rows(Message({name: message.arrays[name] for name in layout})), flag_1], 1)[0]
         gathered = self._wait(lambda: self.comm.start_allgather_tensor(row_B))
 
@@ -175,7 +177,7 @@ class VoteWay(GatherWay):
         up, optional_WB = self.up, None
         assert up.merge is not None  # build() saw to it
         if up.optional is not None:
-            optional_WB = _each(everybody.arrays[up.optional], everybody.lengths[up.optional].bool())
+            optional_WB = _each(everybody.arrays[up.optional], everybody.lengths[up.optional] > 0)
         merged_N = up.merge(everybody.arrays[up.merge.array], 0, roster.now, optional_WB)
         if optional_WB is None:
             return merged_N
@@ -197,9 +199,9 @@ class MergeWay(_OneEach):
         length = field.row[0]
         part = -(-length // ranks)
         part += -part % self._ALIGN
-        entries_N = torch.zeros(ranks * part, dtype=field.dtype)
+        entries_N = torch.zeros(ranks * part, dtype=field.dtype, device=self.sums.device)
         entries_N[:length] = self._mine.arrays[name][0]
-        flags_W1 = torch.full((ranks, 1), self._flag(), dtype=torch.uint8)
+        flags_W1 = torch.full((ranks, 1), self._flag(), dtype=torch.uint8, device=self.sums.device)
         sent_WB = torch.cat([entries_N.view(ranks, part).view(torch.uint8), flags_W1], 1)
         got_WB = self._wait(lambda: self.comm.alltoall_tensor(sent_WB))
         rows_WN = got_WB[:, :-1].contiguous().view(field.dtype)
@@ -268,7 +270,8 @@ class OwnerWay(Way):
         if here and all(inbox):
             answer = to_bytes(Message({"mean": self._mean(inbox)[None]}))
         answer = self._wait(lambda: self.comm.broadcast(answer, self.owner))
-        return lambda: from_bytes(answer).arrays["mean"][0] if answer else None
+        device = self.sums.device
+        return lambda: from_bytes(answer, device=device).arrays["mean"][0] if answer else None
 
     def _mean(self, inbox: list[bytes]) -> Tensor:
         total = self._zero(False)
@@ -284,13 +287,16 @@ class OwnerWay(Way):
         """What the frames hold, with whose messages they are: as many at a time as may be decoded together."""
         layout = self.up.layout()
         if self.answers:
-            yield torch.arange(self.comm.size), concat([from_bytes(frame, layout, 1) for frame in inbox])
+            yield (
+                torch.arange(self.comm.size),
+                concat([from_bytes(frame, layout, 1, self.sums.device) for frame in inbox]),
+            )
             return
         step = 1 if self.sums.exact else max(1, _CHUNK_VALUES // self.up.size)
         for rank, frame in enumerate(inbox):
             positions = self.roster.placed.get(rank, self.roster.clients[:0])
             if len(positions):
-                message = from_bytes(frame, layout, clients=len(positions))
+                message = from_bytes(frame, layout, len(positions), self.sums.device)
                 for rows in torch.arange(len(positions)).split(step):
                     yield positions[rows], message.select(rows)
 
@@ -305,7 +311,7 @@ def _each(rows_NB: Tensor, has_W: Tensor) -> Tensor | None:
     if not len(rows_NB):
         return None
     optional_WB = rows_NB.new_zeros(len(has_W), *rows_NB.shape[1:])
-    optional_WB[has_W] = rows_NB
+    optional_WB[has_W.nonzero()[:, 0].to(rows_NB.device)] = rows_NB
     return optional_WB
 
 
@@ -320,6 +326,7 @@ def build(
     owner: int | None = None,
     room: float = GATHER_BYTES,
     packed: bool = False,
+    device: torch.device = CPU,
 ) -> Way:
     """The way asked for, for ranks that have one message each; with ``auto``, the one that sends least.
 
@@ -329,11 +336,12 @@ def build(
 
     Args:
       packed: a majority may stay packed.
+      device: where messages lie and are decoded; the communicator stages them if it cannot send from there.
 
     Raises:
       ConfigError: the compressor does not fit it.
     """
-    sums, kind = Sums(exact), _WAYS.get(way)
+    sums, kind = Sums(exact, device=device), _WAYS.get(way)
     if way == "auto":
         way = _choose(comm, up, exact, owner is not None, room)
         votes = packed and way == "gather" and up.merge is not None and up.integer
@@ -343,7 +351,7 @@ def build(
             "exchange: merge is for signsgd with a majority vote, bf16 and fp16; expected sum or gather"
         )
     made = OwnerWay(comm, up, sums, owner=owner or 0) if kind is None else kind(comm, up, sums)
-    made.peers = Held(made.init())
+    made.peers = Held(placed(made.init(), device))
     return made
 
 

@@ -77,21 +77,25 @@ class Atomo(Compressor):
         return layout | {"dense": Field(torch.float32, (self.layers.dense_size,))}
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
-        counts = torch.zeros(len(g_CD), len(self.layers.factored), dtype=torch.int64)
-        arrays, lengths = {"counts": counts}, {}
+        counts_CL = torch.zeros(len(g_CD), len(self.layers.factored), dtype=torch.int64, device="cpu")
+        arrays, lengths = {"counts": counts_CL}, {}
         for index, layer in enumerate(self.layers.factored):
             left_CRN, right_CRM, sigma_CR = decompose(layer.of(g_CD).double())
             if self.bernoulli:
                 p_CR = probabilities(sigma_CR, self.rank)
-                draw_CR = random.uniform(ctx.keys(f"atoms {layer.name}"), sigma_CR.shape[1])
-                keep_CR = draw_CR < p_CR
+                keys_C = ctx.keys(f"atoms {layer.name}")
+                keep_CR = random.uniform(keys_C, sigma_CR.shape[1], g_CD.device) < p_CR
             else:
                 p_CR = torch.ones_like(sigma_CR)
-                keep_CR = (torch.arange(sigma_CR.shape[1]) < self.rank) & (sigma_CR > 0)
-            scaled_AM = right_CRM[keep_CR] / p_CR[keep_CR][:, None]
-            arrays[f"{layer.name}.atoms"] = torch.cat([left_CRN[keep_CR], scaled_AM], dim=1).float()
-            counts[:, index] = lengths[f"{layer.name}.atoms"] = keep_CR.sum(1)
-        arrays |= {"counts": counts.to(self.count_dtype), "dense": self.layers.dense(g_CD)}
+                places_R = torch.arange(sigma_CR.shape[1], device=g_CD.device)
+                keep_CR = (places_R < self.rank) & (sigma_CR > 0)
+            keep_CR = keep_CR.cpu()  # whose atoms are how many: the host wants to know
+            rows_A, atoms_A = keep_CR.nonzero().to(g_CD.device).unbind(1)
+            scaled_AM = right_CRM[rows_A, atoms_A] / p_CR[rows_A, atoms_A][:, None]
+            arrays[f"{layer.name}.atoms"] = torch.cat([left_CRN[rows_A, atoms_A], scaled_AM], dim=1).float()
+            counts_CL[:, index] = lengths[f"{layer.name}.atoms"] = keep_CR.sum(1)
+        counts = counts_CL.to(self.count_dtype).to(g_CD.device)
+        arrays |= {"counts": counts, "dense": self.layers.dense(g_CD)}
         return Message(arrays, lengths), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
@@ -100,7 +104,7 @@ class Atomo(Compressor):
         Raises:
           MessageError: ``counts`` do not match the atoms that came, or exceed what the sampling can give.
         """
-        counts_CL = message.arrays["counts"].long()
+        counts_CL = message.arrays["counts"].cpu().long()
         for index, (layer, most) in enumerate(zip(self.layers.factored, self.most, strict=True)):
             name, count_C = f"{layer.name}.atoms", counts_CL[:, index]
             if not torch.equal(count_C, message.lengths[name]):
@@ -113,7 +117,9 @@ class Atomo(Compressor):
             start_C, v_CNM = count_C.cumsum(0) - count_C, layer.of(v_CD)
             for turn in range(int(count_C.max()) if len(count_C) else 0):
                 more = (count_C > turn).nonzero()[:, 0]
-                left, right = atoms_A[start_C[more] + turn].split((layer.rows, layer.columns), dim=1)
+                atoms = atoms_A[(start_C[more] + turn).to(atoms_A.device)]
+                left, right = atoms.split((layer.rows, layer.columns), dim=1)
+                more = more.to(atoms_A.device)
                 partial = v_CNM[more]
                 add_outer(partial, left, right)
                 v_CNM[more] = partial
@@ -152,11 +158,12 @@ def probabilities(sigma_CR: Tensor, budget: int) -> Tensor:
     rounded up to a multiple of 2^-24, which is the chance that a uniform draw of 24 bits lies below it.
     """
     tail_CR = sigma_CR.flip(1).cumsum(1).flip(1)
-    left_R = (budget - torch.arange(sigma_CR.shape[1])).clamp(min=1)
+    places_R = torch.arange(sigma_CR.shape[1], device=sigma_CR.device)
+    left_R = (budget - places_R).clamp(min=1)
     # With one atom left to give, σ_i ≤ Σ_{j ≥ i} σ_j is always true: the first such i exists.
     first_C1 = (sigma_CR * left_R <= tail_CR).int().argmax(1, keepdim=True)
     share_C1 = left_R[first_C1] / tail_CR.gather(1, first_C1)
-    p_CR = torch.where(torch.arange(sigma_CR.shape[1]) < first_C1, 1.0, sigma_CR * share_C1)
+    p_CR = torch.where(places_R < first_C1, 1.0, sigma_CR * share_C1)
     rounded_CR = (p_CR * 2.0**24).ceil() * 2.0**-24
     return torch.where(sigma_CR > 0, rounded_CR.clamp(max=1.0), 0.0)
 

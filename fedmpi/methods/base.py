@@ -111,9 +111,9 @@ class MeanServer(Server):
         self.size, self.optimizer, self.sparse = spec.size, optimizer, sparse
 
     def init(self, theta_D: Tensor) -> State:
-        state = self.view(theta_D) | nest(self.optimizer.init(self.size), "optimizer.")
+        state = self.view(theta_D) | nest(self.optimizer.init(self.size, theta_D.device), "optimizer.")
         if self.sparse:
-            state["changed"] = torch.zeros(self.size, dtype=torch.int32)  # version of the last change
+            state["changed"] = torch.zeros_like(theta_D, dtype=torch.int32)  # version of the last change
         return state
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:

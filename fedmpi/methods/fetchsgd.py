@@ -26,7 +26,7 @@ from torch import Tensor
 from fedmpi import random
 from fedmpi.errors import ConfigError
 from fedmpi.message import Field, Layout, Message
-from fedmpi.method import Compressor, Context, Decoder, Method, Round, State
+from fedmpi.method import Compressor, Context, Decoder, Method, Round, State, placed
 from fedmpi.methods.base import Entry, MeanServer, Options, Setup, count_of
 from fedmpi.ops.select import top_k
 from fedmpi.ops.sketch import CountSketch
@@ -82,7 +82,7 @@ class FetchDecoder(Decoder):
         self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
     ) -> tuple[Tensor, State]:
         index_K, delta_K, memory = self.step(memory, mean_S, lr=1.0)
-        return torch.zeros(self.sketch.size).index_add(0, index_K, delta_K), memory
+        return mean_S.new_zeros(self.sketch.size).index_add(0, index_K, delta_K), memory
 
     def step(self, memory: State, mean_S: Tensor, lr: float) -> tuple[Tensor, Tensor, State]:
         """Where and what Δ is, and the sketches without it."""
@@ -108,7 +108,7 @@ class FetchServer(MeanServer):
         self.decoder = decoder
 
     def init(self, theta_D: Tensor) -> State:
-        return super().init(theta_D) | self.decoder.memory()
+        return super().init(theta_D) | placed(self.decoder.memory(), theta_D.device)
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         index_K, delta_K, memory = self.decoder.step(state, mean_S, round.lr)

@@ -82,7 +82,7 @@ class Subspaces:
         total_CD = v_CS.new_zeros(len(v_CS), self.size)
         lifted_CD = fast.scratch("lifted", len(v_CS), self.size, v_CS.device)
         for k, v_Cd in enumerate(v_CS.split(self.dim, 1)):
-            if bool(v_Cd.any()):
+            if fast.waits(v_Cd) or bool(v_Cd.any()):
                 total_CD += self.at(epoch, k).lift(v_Cd, lifted_CD)
         return total_CD
 
@@ -110,8 +110,9 @@ class Coordinates(Compressor):
         k_C = random.integers(ctx.keys("subspace"), 1, subspaces.count)[:, 0]
         coordinates_Cd = g_CD.new_empty(len(g_CD), subspaces.dim)
         for k in k_C.unique().tolist():
-            coordinates_Cd[k_C == k] = subspaces.at(epoch, k).project(g_CD[k_C == k])
-        arrays = {"coordinates": coordinates_Cd, "subspace": k_C.to(self._tag)}
+            rows_K = (k_C == k).nonzero()[:, 0].to(g_CD.device)
+            coordinates_Cd[rows_K] = subspaces.at(epoch, k).project(g_CD[rows_K])
+        arrays = {"coordinates": coordinates_Cd, "subspace": k_C.to(self._tag).to(g_CD.device)}
         return Message(arrays, finite=finite(coordinates_Cd)), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
@@ -119,12 +120,11 @@ class Coordinates(Compressor):
         if self.subspaces.count == 1:
             return coordinates_Cd, peer
         k_C = message.arrays["subspace"].long()
-        if len(k_C) and not 0 <= int(k_C.min()) <= int(k_C.max()) < self.subspaces.count:
-            raise MessageError(
-                f"message: subspace {int(k_C.max())}, expected 0 to {self.subspaces.count - 1}"
-            )
+        told = k_C.tolist()
+        if told and not 0 <= min(told) <= max(told) < self.subspaces.count:
+            raise MessageError(f"message: subspace {max(told)}, expected 0 to {self.subspaces.count - 1}")
         v_CKd = coordinates_Cd.new_zeros(len(k_C), self.subspaces.count, self.subspaces.dim)
-        v_CKd[torch.arange(len(k_C)), k_C] = coordinates_Cd
+        v_CKd[torch.arange(len(k_C), device=k_C.device), k_C] = coordinates_Cd
         return v_CKd.flatten(1), peer
 
     def lift(self, v_CS: Tensor, ctx: Context) -> Tensor:
@@ -159,17 +159,19 @@ class SubspaceServer(Server):
         return {
             "base": theta_D,  # θ at the epoch's start
             "theta": theta_D,
-            "sigma": torch.zeros(self.width),
+            "sigma": theta_D.new_zeros(self.width),
             "epoch": torch.tensor(0),  # of sigma
             "version": torch.tensor(0),
         }
 
     def init(self, theta_D: Tensor) -> State:
         history = {
-            "finals": torch.zeros(0, self.width),  # (E, S)
+            "finals": theta_D.new_zeros(0, self.width),  # (E, S)
             "starts": torch.zeros(1, dtype=torch.int64),  # (E + 1,) the version at each epoch's start
         }
-        return self.view(theta_D) | history | nest(self.optimizer.init(self.width), "optimizer.")
+        return (
+            self.view(theta_D) | history | nest(self.optimizer.init(self.width, theta_D.device), "optimizer.")
+        )
 
     def shapes(self, theta_D: Tensor, state: State) -> dict[str, tuple[int, ...]]:
         return super().shapes(theta_D, state) | {"starts": (len(state["finals"]) + 1,)}
@@ -190,11 +192,11 @@ class SubspaceServer(Server):
         return {
             **state,
             "base": state["theta"],
-            "sigma": torch.zeros(self.width),
+            "sigma": torch.zeros_like(state["sigma"]),
             "epoch": state["epoch"] + 1,
             "finals": torch.cat([state["finals"], state["sigma"][None]]),
             "starts": torch.cat([state["starts"], state["version"][None]]),
-            **nest(self.optimizer.init(self.width), "optimizer."),
+            **nest(self.optimizer.init(self.width, state["theta"].device), "optimizer."),
         }
 
     def skip(self, state: State, round: Round) -> State:

@@ -48,8 +48,9 @@ class ClusteredLookBack(LookBack):
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
         message, new = super().compress(g_CD, state, ctx)
-        full = (message.arrays["scalar"] == 0).nonzero()[:, 0]
-        before = {name: value[full] for name, value in unnest(state).items()}
+        full = (message.lengths["rho"] == 0).nonzero()[:, 0]
+        there_F = full.to(g_CD.device)
+        before = {name: value[there_F] for name, value in unnest(state).items()}
         v_FS, _ = self.inner.decompress(
             self._sent(message, full), believed(self.inner, before), ctx.select(full)
         )
@@ -57,13 +58,13 @@ class ClusteredLookBack(LookBack):
         centroids_KS = ctx.shared["centroids"][:, :n].double()
         nearest_F = self._nearest(v_FS[:, :n].double(), ctx.clients_C[full], centroids_KS)
         arrays = message.arrays | {"cluster": nearest_F.to(torch.uint8)}
-        lengths = {**message.lengths, "cluster": 1 - message.arrays["scalar"].long()}
+        lengths = {**message.lengths, "cluster": 1 - message.lengths["rho"]}
         return Message(arrays, lengths), new | put_rows(state, full, {"cluster": nearest_F})
 
     def _nearest(self, v_FS: Tensor, clients_F: Tensor, centroids_KS: Tensor) -> Tensor:
         norms_K = centroids_KS.norm(dim=1)
         cosine_FK = (v_FS @ centroids_KS.T) / norms_K.clamp(min=torch.finfo(torch.float64).tiny)
-        seed_F = clients_F % self.clusters
+        seed_F = clients_F.to(v_FS.device) % self.clusters
         nearest_F = cosine_FK.masked_fill(norms_K == 0, -torch.inf).argmax(1)
         return torch.where(norms_K[seed_F] == 0, seed_F, nearest_F)
 
@@ -72,11 +73,12 @@ class ClusteredLookBack(LookBack):
         if len(cluster_F) and int(cluster_F.max()) >= self.clusters:
             raise MessageError(f"message: centroid {int(cluster_F.max())}, expected 0 to {self.clusters - 1}")
         v_CS, new = super().decompress(message, peer, ctx)
-        full = (message.arrays["scalar"] == 0).nonzero()[:, 0]
+        full = (message.lengths["rho"] == 0).nonzero()[:, 0]
+        there_F = full.to(v_CS.device)
         moved_CKS = v_CS.new_zeros(len(v_CS), self.clusters, self.width)
-        moved_CKS[full, cluster_F] = v_CS[full]
+        moved_CKS[there_F, cluster_F] = v_CS[there_F]
         weight_CK = v_CS.new_zeros(len(v_CS), self.clusters)
-        weight_CK[full, cluster_F] = 1
+        weight_CK[there_F, cluster_F] = 1
         summed = torch.cat([v_CS, moved_CKS.flatten(1), weight_CK], 1)
         return summed, new | put_rows(peer, full, {"cluster": cluster_F})
 
@@ -97,10 +99,12 @@ class ClusterServer(Server):
 
     def init(self, theta_D: Tensor) -> State:
         state = self.inner.init(theta_D)
-        return self._with(state, torch.zeros(self.clusters, self.width), torch.zeros(self.clusters).long())
+        moved_K = theta_D.new_zeros(self.clusters, dtype=torch.int64)
+        return self._with(state, theta_D.new_zeros(self.clusters, self.width), moved_K)
 
     def view(self, theta_D: Tensor) -> State:
-        return self.inner.view(theta_D) | {"clusters.centroids": torch.zeros(self.clusters, self.width)}
+        centroids_KS = theta_D.new_zeros(self.clusters, self.width)
+        return self.inner.view(theta_D) | {"clusters.centroids": centroids_KS}
 
     def shapes(self, theta_D: Tensor, state: State) -> dict[str, tuple[int, ...]]:
         return super().shapes(theta_D, state) | self.inner.shapes(theta_D, state)

@@ -125,8 +125,8 @@ class LookBack(Compressor):
             return state["lookback"].float()
         arrays, lengths, optional = unnest(state, "kept."), {}, self.inner.optional
         if optional is not None:
-            arrays[optional] = arrays[optional][state["optional"].bool()]
-            lengths[optional] = state["optional"].long()
+            lengths[optional] = state["optional"].cpu().long()
+            arrays[optional] = arrays[optional][_places(lengths[optional] > 0, arrays[optional])]
         v_CS, _ = self.inner.decompress(Message(arrays, lengths), {}, ctx)
         return v_CS.float() * state["held"][:, None]
 
@@ -136,22 +136,22 @@ class LookBack(Compressor):
         if self.keep != "message":
             kept = {"lookback": _apart(v_CS, *inner.arrays.values(), *used).to(state["lookback"].dtype)}
         else:
-            held = torch.ones(len(full), dtype=torch.uint8)
+            held = torch.ones(len(full), dtype=torch.uint8, device=v_CS.device)
             arrays = {name: _apart(array, *used) for name, array in inner.arrays.items()}
             kept = {"held": held}
             if (optional := self.inner.optional) is not None:
                 rows_F, array = inner.lengths[optional], arrays[optional]
                 arrays[optional] = array.new_zeros(len(full), *array.shape[1:])
-                arrays[optional][rows_F.bool()] = array
-                kept["optional"] = rows_F.to(torch.uint8)
+                arrays[optional][_places(rows_F > 0, array)] = array
+                kept["optional"] = rows_F.to(torch.uint8).to(array.device)
             kept |= nest(arrays, "kept.")
         return put_rows(state, full, kept)
 
     def _threshold(self, vv_C: Tensor, ctx: Context) -> Tensor | float:
         if isinstance(self.threshold, DeltaSquared):
-            return self.threshold.delta_sq * ctx.steps_C.double() ** 2 / vv_C
+            return self.threshold.delta_sq * ctx.steps_C.to(vv_C.device).double() ** 2 / vv_C
         if isinstance(self.threshold, tuple):
-            return torch.tensor(self.threshold, dtype=torch.float64)[ctx.clients_C]
+            return torch.tensor(self.threshold, dtype=torch.float64)[ctx.clients_C].to(vv_C.device)
         return self.threshold
 
     def layout(self) -> Layout:
@@ -169,34 +169,39 @@ class LookBack(Compressor):
         sin2_C = (1 - dot_C * dot_C / (vv_C * ll_C)).clamp(0, 1)
         rho_C = (dot_C / ll_C).float()  # infinite where l is too short for a float32 to say how often it fits
         scalar_C = (vv_C > 0) & (ll_C > 0) & (sin2_C <= self._threshold(vv_C, ctx)) & rho_C.isfinite()
+        tag_C = scalar_C.to(torch.uint8)
+        scalar_C = scalar_C.cpu()  # who sends what: the host has to know
         full = (~scalar_C).nonzero()[:, 0]
         sent = message.select(full)
-        arrays = {"scalar": scalar_C.to(torch.uint8), "rho": rho_C[scalar_C]}
+        arrays = {"scalar": tag_C, "rho": rho_C[_places(scalar_C, rho_C)]}
         lengths = {"rho": scalar_C.long()}
         for name, array in sent.arrays.items():
             arrays[f"inner.{name}"] = array
             rows = sent.lengths.get(name, torch.ones_like(full))
-            lengths[f"inner.{name}"] = torch.zeros(len(v_CS), dtype=torch.int64).index_copy(0, full, rows)
-        kept_FS = v_CS if len(full) == len(v_CS) else v_CS[full]
+            lengths[f"inner.{name}"] = torch.zeros_like(lengths["rho"]).index_copy(0, full, rows)
+        kept_FS = v_CS if len(full) == len(v_CS) else v_CS[full.to(v_CS.device)]
         new = {**self._store(state, full, kept_FS, sent, g_CD), **nest(after)}
         return Message(arrays, lengths), new
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
-        self._check(message)
-        scalar_C = message.arrays["scalar"].bool()
+        tag_C = message.arrays["scalar"].cpu()
+        self._check(message, tag_C.long())
+        scalar_C = tag_C.bool()
         full = (~scalar_C).nonzero()[:, 0]
         sent = self._sent(message, full)
-        inner_peer = {name: value[full] for name, value in unnest(peer).items()}
+        there_F = full.to(message.arrays["scalar"].device)
+        inner_peer = {name: value[there_F] for name, value in unnest(peer).items()}
         v_FS, inner_peer = self.inner.decompress(sent, inner_peer, ctx.select(full))
         v_FS = v_FS.float()
-        rho_C = torch.ones(len(scalar_C)).masked_scatter(scalar_C, message.arrays["rho"])
+        rho = message.arrays["rho"]
+        rho_C = rho.new_ones(len(scalar_C)).index_copy(0, _places(scalar_C, rho), rho)
         new = {**self._store(peer, full, v_FS, sent), **put_rows(peer, full, nest(inner_peer))}
         if len(full) == len(scalar_C):
             return v_FS, new
         l_CS = self._load(peer, ctx)
         v_CS = l_CS * rho_C[:, None]
         v_CS[:, self._vector :] = l_CS[:, self._vector :]  # who had a gradient, not how often
-        return v_CS.index_copy_(0, full, v_FS), new
+        return v_CS.index_copy_(0, there_F, v_FS), new
 
     def _sent(self, message: Message, full: Tensor) -> Message:
         """The inner message of the clients ``full``, who sent one."""
@@ -205,9 +210,8 @@ class LookBack(Compressor):
             {name: message.lengths[f"inner.{name}"][full] for name in self._ragged},
         )
 
-    def _check(self, message: Message) -> None:
-        """Raises MessageError when row counts do not fit the tags."""
-        tag_C = message.arrays["scalar"].long()
+    def _check(self, message: Message, tag_C: Tensor) -> None:
+        """Raises MessageError when row counts do not fit the tags, which are on the CPU as they are."""
         for name, rows_C in message.lengths.items():
             if name.removeprefix("inner.") in self._ragged:
                 fits = not bool(rows_C[tag_C == 1].any())
@@ -223,6 +227,11 @@ class LookBack(Compressor):
         return {"scalars": int(message.arrays["scalar"].sum()), **dict.fromkeys(self.inner.counters, 0)}
 
 
+def _places(which_C: Tensor, there: Tensor) -> Tensor:
+    """Where those are, who are known on the CPU: int64, on another tensor's device."""
+    return which_C.nonzero()[:, 0].to(there.device)
+
+
 def _apart(x: Tensor, *others: Tensor) -> Tensor:
     """A copy where ``x`` lies in others' memory, which may be used for the next message or gradient."""
     memory = {other.untyped_storage().data_ptr() for other in others}
@@ -236,6 +245,6 @@ def put_rows(state: State, full: Tensor, rows: State) -> State:
     def put(old: Tensor, value: Tensor) -> Tensor:
         if len(full) in (0, len(old)):
             return value if len(full) else old
-        return old.index_copy(0, full, value)
+        return old.index_copy(0, full.to(old.device), value)
 
     return {name: put(state[name], value) for name, value in rows.items()}

@@ -124,7 +124,7 @@ def orthonormal(p_NR: Tensor, threshold: float = 1e-5, count: int = 0) -> Tensor
     if kernels is None:
         return orthonormal_reference(p_NR, threshold)
     columns_RN = p_NR.T.double().contiguous()
-    room = torch.empty(1 << (len(p_NR) - 1).bit_length(), dtype=torch.float64)
+    room = torch.empty(1 << (len(p_NR) - 1).bit_length(), dtype=torch.float64, device="cpu")
     kernels.orthonormal(columns_RN.numpy(), room.numpy(), threshold)
     return columns_RN.T.float().contiguous()
 

@@ -20,7 +20,6 @@ of all layers' P, Q = Σ M·R, S = Q and the dense parameters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -57,6 +56,13 @@ class Factors:
         self.q0_Q = random.normal(random.key(seed, stream="powersgd Q"), self.q_size)
         # What stands in for P̂ while no first pass has made one: it is never used in a round.
         self.p0_P = self.orthonormal(random.normal(random.key(seed, stream="powersgd P"), self.p_size))
+        self._first = {self.q0_Q.device: (self.p0_P, self.q0_Q)}
+
+    def first(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """P̂ and Q before the first round, there."""
+        if device not in self._first:
+            self._first[device] = self.p0_P.to(device), self.q0_Q.to(device)
+        return self._first[device]
 
     def left(self, p: Tensor) -> Iterator[tuple[Layer, Tensor]]:
         """Each layer's part ``(..., N, R)`` of P ``(..., P)``, a view."""
@@ -80,7 +86,7 @@ class Factors:
     def warm(self, mean_S: Tensor) -> Tensor:
         """The Q ``(Q,)`` that the next round starts from. Its length is of no account: one far from 1, whose product
         with gradients as large would overflow (or with as small ones vanish), is brought there by a power of two."""
-        pairs = zip(self.right(mean_S), self.right(self.q0_Q), strict=True)
+        pairs = zip(self.right(mean_S), self.right(self.first(mean_S.device)[1]), strict=True)
         columns = (torch.where((q_MR == 0).all(0), q0_MR, q_MR).flatten() for (_, q_MR), (_, q0_MR) in pairs)
         return torch.cat([mean_S[:0], *map(_moderate, columns)])
 
@@ -102,10 +108,12 @@ class Factors:
 
 def _moderate(q_N: Tensor) -> Tensor:
     """q where its largest entry lies within 2^±32; else times the power of two that takes that below 1."""
-    largest = float(q_N.abs().amax())
-    if 2.0**-32 <= largest <= 2.0**32 or not math.isfinite(largest):
-        return q_N
-    return (q_N.double() * 2.0 ** -math.frexp(largest)[1]).float()
+    largest = q_N.abs().amax()
+    stays = ((largest >= 2.0**-32) & (largest <= 2.0**32)) | ~largest.isfinite()
+    # The power of two from its bits: no device's own rounds it. Nobody is asked, and so nobody waits.
+    exponent = torch.where(stays, 0, torch.frexp(largest.double()).exponent.long())
+    power = ((1023 - exponent) << 52).view(torch.float64)
+    return (q_N.double() * power).float()
 
 
 class _Pass(Compressor):
@@ -147,7 +155,7 @@ class Left(_Pass):
         p_CD = self.corrected(g_CD, state)
         parts = [(layer.of(p_CD) @ q_MR).flatten(1) for layer, q_MR in self.factors.right(ctx.shared["q"])]
         message = torch.cat(parts, dim=1)
-        sound = finite(message) and finite(self.factors.layers.dense(p_CD))
+        sound = finite(message, self.factors.layers.dense(p_CD))
         return Message({"p": message}, finite=sound), state | ({"corrected": p_CD} if self.feedback else {})
 
 
@@ -189,7 +197,7 @@ class PowerDecoder(Decoder):
         self, memory: State, mean_S: Tensor, round: Round, out: Tensor | None = None
     ) -> tuple[Tensor, State]:
         g_D = self.factors.product(memory["p"], mean_S[None], None if out is None else out[None])[0]
-        return g_D, {"q": self.factors.warm(mean_S), "p": self.factors.p0_P}
+        return g_D, {"q": self.factors.warm(mean_S), "p": self.factors.first(mean_S.device)[0]}
 
 
 class PowerServer(Server):
@@ -207,11 +215,11 @@ class PowerServer(Server):
 
     def init(self, theta_D: Tensor) -> State:
         history = {
-            "lefts": torch.zeros(0, self.factors.p_size),
-            "rights": torch.zeros(0, self.factors.size),
-            "lr": torch.zeros(0),
+            "lefts": theta_D.new_zeros(0, self.factors.p_size),
+            "rights": theta_D.new_zeros(0, self.factors.size),
+            "lr": theta_D.new_zeros(0),
         }
-        memory = self.optimizer.init(self.factors.layers.spec_size)
+        memory = self.optimizer.init(self.factors.layers.spec_size, theta_D.device)
         return self.view(theta_D) | history | nest(memory, "optimizer.")
 
     def shapes(self, theta_D: Tensor, state: State) -> dict[str, tuple[int, ...]]:
@@ -219,14 +227,14 @@ class PowerServer(Server):
         return shapes | {name: (rounds, *shapes[name][1:]) for name in ("lefts", "rights", "lr")}
 
     def view(self, theta_D: Tensor) -> State:
-        p, q = self.factors.p0_P, self.factors.q0_Q
+        p, q = self.factors.first(theta_D.device)
         return {"theta": theta_D, "q": q, "p": p, "version": torch.tensor(0)}
 
     def between(self, state: State, index: int, mean_S: Tensor, round: Round) -> State:
         return self.decoder.between(state, index, mean_S, round)
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
-        p_P, lr = state["p"], torch.tensor(round.lr, dtype=torch.float32)
+        p_P, lr = state["p"], torch.tensor(round.lr, dtype=torch.float32, device=mean_S.device)
         g_D = self.factors.product(p_P, mean_S[None])[0]
         u_D, memory = self.optimizer.direction(unnest(state, "optimizer."), g_D)
         return {
@@ -239,7 +247,7 @@ class PowerServer(Server):
 
     def _after(self, theta_D: Tensor, q_Q: Tensor, version: Tensor) -> State:
         # P̂ was this round's: what stands between rounds must follow from a download.
-        return {"theta": theta_D, "q": q_Q, "p": self.factors.p0_P, "version": version}
+        return {"theta": theta_D, "q": q_Q, "p": self.factors.first(theta_D.device)[0], "version": version}
 
     def download(self, state: State, seen: int) -> Message:
         rounds = missed_rounds(state, seen, ("lefts", "rights", "lr"))

@@ -137,7 +137,11 @@ class Prune(Compressor):
 
     def _framed(self, message: Message, prefix: str) -> Message:
         layout, arrays = self.layout(), nest(message.arrays, prefix)
-        empty = {name: torch.empty(0, *field.row, dtype=field.dtype) for name, field in layout.items()}
+        device = next(iter(arrays.values())).device
+        empty = {
+            name: torch.empty(0, *field.row, dtype=field.dtype, device=device)
+            for name, field in layout.items()
+        }
         rows = {name: torch.full((message.clients,), int(name in arrays)) for name in layout}
         return Message(empty | arrays, rows)
 
@@ -157,10 +161,10 @@ class PruneServer(MeanServer):
         self.m, self.scale, self.key, self.samples = m, scale, key, samples
 
     def view(self, theta_D: Tensor) -> State:
-        return super().view(theta_D * self.scale) | {"kept": torch.empty(0, dtype=torch.int64)}
+        return super().view(theta_D * self.scale) | {"kept": theta_D.new_empty(0, dtype=torch.int64)}
 
     def init(self, theta_D: Tensor) -> State:
-        return super().init(theta_D) | {"sum": torch.zeros(self.size), "pruned": torch.tensor(0)}
+        return super().init(theta_D) | {"sum": torch.zeros_like(theta_D), "pruned": torch.tensor(0)}
 
     def shapes(self, theta_D: Tensor, state: State) -> dict[str, tuple[int, ...]]:
         shapes, kept = super().shapes(theta_D, state), len(state["kept"])
@@ -181,7 +185,7 @@ class PruneServer(MeanServer):
     def frozen(self, state: State) -> Tensor | None:
         if not len(state["kept"]):
             return None
-        return torch.ones(self.size, dtype=torch.bool).index_fill_(0, state["kept"], False)
+        return torch.ones_like(state["theta"], dtype=torch.bool).index_fill_(0, state["kept"], False)
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         if not len(state["kept"]):
@@ -198,7 +202,7 @@ class PruneServer(MeanServer):
         """The survivors, by their gradients' sums or by their votes."""
         if self.m is None:
             return sum_D.nonzero()[:, 0]
-        order_D = random.permutation(self.key, self.size)  # top_k takes the first of equals
+        order_D = random.permutation(self.key, self.size, sum_D.device)  # top_k takes the first of equals
         # What has left the numbers is kept, so that the engine finds it in the parameters.
         finite_D = sum_D.nan_to_num(math.inf)
         return order_D[top_k(finite_D[order_D][None], self.m)[0]].sort().values
@@ -220,7 +224,7 @@ class PruneServer(MeanServer):
             if as_indices(len(kept_M), self.size):
                 arrays["mask.index"] = bits.pack_integers(kept_M[None], bits.index_width(self.size))
             else:
-                mask_D = torch.zeros(self.size, dtype=torch.bool).index_fill_(0, kept_M, True)
+                mask_D = torch.zeros_like(state["theta"], dtype=torch.bool).index_fill_(0, kept_M, True)
                 arrays["mask.map"] = bits.pack(mask_D[None])
         return Message(arrays)
 
@@ -244,7 +248,7 @@ class PruneServer(MeanServer):
         """A mask's indices: as many as were packed, which the bytes tell but for zeros that fill them up."""
         width = bits.index_width(self.size)
         if not width:  # a model of one parameter
-            return torch.zeros(1, dtype=torch.int64)
+            return packed.new_zeros(1, dtype=torch.int64)
         index_N = bits.unpack_integers(packed, 8 * len(packed) // width, width)
         return index_N[: int(index_N.argmax()) + 1]  # they increase
 

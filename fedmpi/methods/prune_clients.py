@@ -64,37 +64,38 @@ class ClientMasks(Compressor):
         return inner | {self.form: Field(torch.uint8, (row,), ragged=True)}
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
-        new = self._new(state)
-        chosen_NM = self._choose(g_CD[new], ctx.shared["kept"])
-        map_NB = bits.pack(torch.zeros_like(g_CD[new], dtype=torch.bool).scatter_(1, chosen_NM, True))
-        mask_CB = state["mask"].index_copy(0, new, map_NB)
+        new, new_N = self._new(state)
+        chosen_NM = self._choose(g_CD[new_N], ctx.shared["kept"])
+        map_NB = bits.pack(torch.zeros_like(g_CD[new_N], dtype=torch.bool).scatter_(1, chosen_NM, True))
+        mask_CB = state["mask"].index_copy(0, new_N, map_NB)
         g_CM = g_CD.gather(1, self._kept(mask_CB))
         message, after = self.inner.compress(g_CM, unnest(state), ctx)
         sent = bits.pack_integers(chosen_NM, self.width) if self.form == "mask.index" else map_NB
-        rows_C = torch.zeros(len(g_CD), dtype=torch.int64).index_fill_(0, new, 1)
+        rows_C = torch.zeros(len(g_CD), dtype=torch.int64, device="cpu").index_fill_(0, new, 1)
         arrays = nest(message.arrays) | {self.form: sent}
         return Message(arrays, {self.form: rows_C}), {"mask": mask_CB, **nest(after)}
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
-        new, rows_C = self._new(peer), message.lengths[self.form]
+        (new, new_N), rows_C = self._new(peer), message.lengths[self.form]
         expected_C = torch.zeros_like(rows_C).index_fill_(0, new, 1)
         if not torch.equal(rows_C, expected_C):
             raise MessageError(
                 f"message: {rows_C.tolist()} masks of clients {ctx.clients_C.tolist()}, expected {expected_C.tolist()}"
             )
         mask_ND = self._read(message.arrays[self.form], ctx.shared["kept"])
-        mask_CB = peer["mask"].index_copy(0, new, bits.pack(mask_ND))
+        mask_CB = peer["mask"].index_copy(0, new_N, bits.pack(mask_ND))
         v_CM, _ = self.inner.decompress(Message(unnest(message.arrays)), {}, ctx)
         v_CS = v_CM.new_zeros(len(v_CM), self.size).scatter_(1, self._kept(mask_CB), v_CM)
-        v_CS[new, self.params :] = mask_ND.to(v_CS.dtype)
+        v_CS[new_N, self.params :] = mask_ND.to(v_CS.dtype)
         return v_CS, {"mask": mask_CB}
 
     def lift(self, v_CS: Tensor, ctx: Context) -> Tensor:
         return v_CS[:, : self.params]
 
-    def _new(self, state: State) -> Tensor:
-        """Rows of the clients that have no mask, int64 ``(N,)``."""
-        return (state["mask"] == 0).all(1).nonzero()[:, 0]
+    def _new(self, state: State) -> tuple[Tensor, Tensor]:
+        """Rows of the clients that have no mask, int64 ``(N,)``: on the CPU, and where the masks lie."""
+        new = (state["mask"] == 0).all(1).cpu().nonzero()[:, 0]
+        return new, new.to(state["mask"].device)
 
     def _kept(self, mask_CB: Tensor) -> Tensor:
         """The positions in each client's mask, int64 ``(C, M)``, increasing."""
@@ -102,7 +103,7 @@ class ClientMasks(Compressor):
 
     def _choose(self, g_ND: Tensor, kept_U: Tensor) -> Tensor:
         """Masks from gradients, among the union where there is one: positions, int64 ``(N, M)``, increasing."""
-        order = random.permutation(self.key, self.params)  # top_k takes the first of equals
+        order = random.permutation(self.key, self.params, g_ND.device)  # top_k takes the first of equals
         if len(kept_U):
             order = order[torch.isin(order, kept_U)]
         return order[top_k(g_ND[:, order], self.m)].sort(1).values
@@ -121,7 +122,7 @@ class ClientMasks(Compressor):
                 raise MessageError(
                     f"message: a mask with {int(index_NM.max())}, expected less than {self.params}"
                 )
-            mask_ND = torch.zeros(len(sent), self.params, dtype=torch.bool).scatter_(1, index_NM, True)
+            mask_ND = sent.new_zeros(len(sent), self.params, dtype=torch.bool).scatter_(1, index_NM, True)
         valid_ND = mask_ND[:, kept_U] if len(kept_U) else mask_ND
         if bool((mask_ND.sum(1) != self.m).any()) or bool((valid_ND.sum(1) != self.m).any()):
             raise MessageError(

@@ -71,7 +71,7 @@ class Qsgd(Compressor):
         # No entry exceeds its norm, so that x ≤ s; in a bucket of zeros any divisor gives level 0.
         x_CD = size_CD / self._spread(norms_CN.where(norms_CN > 0, 1.0)) * self.levels
         low_CD = x_CD.floor()
-        up_CD = random.uniform(ctx.keys("rounding"), self.size) < x_CD - low_CD
+        up_CD = random.uniform(ctx.keys("rounding"), self.size, g_CD.device) < x_CD - low_CD
         level_CD = (low_CD + up_CD).to(torch.uint8)
         planes = [g_CD < 0, *((level_CD >> i) & 1 for i in range(self.width - 1))]
         packed_CbB = torch.stack([bits.pack(plane_CD) for plane_CD in planes], 1)

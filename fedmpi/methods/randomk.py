@@ -47,21 +47,21 @@ class RandomK(Compressor):
         super().__init__(spec)
         self.k, self.factor = k, factor
 
-    def _coordinates(self, ctx: Context) -> Tensor:
+    def _coordinates(self, ctx: Context, device: torch.device) -> Tensor:
         """int64 ``(C, k)``, a function of each client's key."""
-        drawn = [random.sample(key, self.size, self.k) for key in ctx.keys("coordinates").tolist()]
-        return torch.stack(drawn) if drawn else torch.empty(0, self.k, dtype=torch.int64)
+        drawn = [random.sample(key, self.size, self.k, device) for key in ctx.keys("coordinates").tolist()]
+        return torch.stack(drawn) if drawn else torch.empty(0, self.k, dtype=torch.int64, device=device)
 
     def layout(self) -> Layout:
         return {"values": Field(torch.float32, (self.k,))}
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
-        return Message({"values": g_CD.gather(1, self._coordinates(ctx))}), state
+        return Message({"values": g_CD.gather(1, self._coordinates(ctx, g_CD.device))}), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         values_CK = message.arrays["values"] * self.factor
         v_CD = values_CK.new_zeros(len(values_CK), self.size)
-        return v_CD.scatter_(1, self._coordinates(ctx), values_CK), peer
+        return v_CD.scatter_(1, self._coordinates(ctx, v_CD.device), values_CK), peer
 
 
 def build(options: RandomKOptions, spec: Spec, setup: Setup) -> Method:

@@ -45,7 +45,8 @@ class RTopK(Sparse):
         self.r = r
 
     def choose(self, g_CD: Tensor, ctx: Context) -> Tensor:
-        drawn = [random.sample(key, self.r, self.k) for key in ctx.keys("candidates").tolist()]
+        keys = ctx.keys("candidates").tolist()
+        drawn = [random.sample(key, self.r, self.k, g_CD.device) for key in keys]
         return top_k(g_CD, self.r).gather(1, torch.stack(drawn))
 
 

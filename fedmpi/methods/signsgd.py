@@ -56,7 +56,8 @@ class Votes(Merge):
             return bits.vote(rows_WN, round.key("tie"), 8 * start)
         present_WR = ~bits.unpack(optional_WB, self.count_rows)
         first, n = 8 * start, 8 * rows_WN.shape[1]
-        present_WN = bits.spread_rows(present_WR, self.spec.rows)[:, first : first + n]
+        starts_R = self.spec.rows_on(rows_WN.device)
+        present_WN = bits.spread_rows(present_WR, starts_R, self.spec.size)[:, first : first + n]
         present_WN = F.pad(present_WN, (0, n - present_WN.shape[1]))
         return bits.vote_of_present(rows_WN, present_WN, round.key("tie"), first)
 
@@ -64,12 +65,13 @@ class Votes(Merge):
         """Abstains where all senders do."""
         if not self.skip:
             return Message({"signs": merged_1N})
-        rows_EB = torch.empty(0, bits.nbytes(self.count_rows), dtype=torch.uint8)
+        rows_EB = merged_1N.new_empty(0, bits.nbytes(self.count_rows), dtype=torch.uint8)
         if optional_WB is not None:
             empty_1R = bits.unpack(optional_WB, self.count_rows).all(0, keepdim=True)
-            rows_EB = bits.pack(empty_1R[empty_1R.any(1)])
+            rows_EB = bits.pack(empty_1R[_where(empty_1R.any(1).cpu(), empty_1R.device)])
         some_1 = torch.tensor([len(rows_EB) > 0])
-        signs_1B = _tagged(merged_1N[:, : bits.nbytes(self.spec.size)], self.spec.size, some_1)
+        tag_1 = torch.full((1,), len(rows_EB) > 0, device=merged_1N.device)
+        signs_1B = _tagged(merged_1N[:, : bits.nbytes(self.spec.size)], self.spec.size, tag_1)
         return Message({"signs": signs_1B, "rows": rows_EB}, {"rows": some_1.long()})
 
 
@@ -108,17 +110,18 @@ class Sign(Compressor):
         if self.momentum:
             g_CD = self.momentum * state["momentum"] + (1 - self.momentum) * g_CD
             state = {"momentum": g_CD}
-        odd_1 = torch.zeros(1, dtype=torch.uint8)
+        odd_1 = torch.zeros(1, dtype=torch.uint8, device=g_CD.device)
         arrays = {"signs": bits.pack_signs(g_CD, ctx.keys("sign of zero"), odd_1)}
         if self.scaled:
             arrays["scale"] = (absolute(g_CD) / self.spec.size).float()
         if not self.skip:
-            return Message(arrays, finite=not odd_1), state
-        empty_CR = bits.empty_rows(g_CD, self.spec.rows)
+            return Message(arrays, finite=_none(odd_1)), state
+        empty_CR = bits.empty_rows(g_CD, self.spec.rows_on(g_CD.device))
         some_C = empty_CR.any(1)
         arrays["signs"] = _tagged(arrays["signs"], self.spec.size, some_C)
-        arrays["rows"] = bits.pack(empty_CR[some_C])
-        return Message(arrays, {"rows": some_C.long()}, finite=not odd_1), state
+        some_C = some_C.cpu()
+        arrays["rows"] = bits.pack(empty_CR[_where(some_C, g_CD.device)])
+        return Message(arrays, {"rows": some_C.long()}, finite=_none(odd_1)), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         size, signs_CB = self.spec.size, message.arrays["signs"]
@@ -143,7 +146,7 @@ class Sign(Compressor):
         """
         if not self.skip:
             return None
-        some_C, rows_EB = _tags(message.arrays["signs"], self.spec.size), message.arrays["rows"]
+        some_C, rows_EB = _tags(message.arrays["signs"], self.spec.size).cpu(), message.arrays["rows"]
         if not torch.equal(message.lengths["rows"], some_C.long()):
             raise MessageError(
                 f"message: {message.lengths['rows'].tolist()} arrays 'rows' of the clients, expected "
@@ -151,12 +154,12 @@ class Sign(Compressor):
             )
         if not len(rows_EB):
             return None
-        empty_CR = torch.zeros(len(some_C), self.count_rows, dtype=torch.bool)
-        empty_CR[some_C] = bits.unpack(rows_EB, self.count_rows)
+        empty_CR = rows_EB.new_zeros(len(some_C), self.count_rows, dtype=torch.bool)
+        empty_CR[_where(some_C, rows_EB.device)] = bits.unpack(rows_EB, self.count_rows)
         return empty_CR
 
     def _abstain(self, v_CD: Tensor, empty_CR: Tensor | None) -> Tensor:
-        return v_CD if empty_CR is None else bits.clear_rows(v_CD, empty_CR, self.spec.rows)
+        return v_CD if empty_CR is None else bits.clear_rows(v_CD, empty_CR, self.spec.rows_on(v_CD.device))
 
     def add(
         self, total_CS: Tensor, message: Message, peer: State, ctx: Context, weights: Sequence[float]
@@ -171,6 +174,16 @@ class Sign(Compressor):
             self._abstain(v_1D, None if empty_CR is None else empty_CR[c : c + 1])
             total_S.add_(v_1D[0], alpha=weight)
         return peer
+
+
+def _none(odd_1: Tensor) -> bool | Tensor:
+    """Whether there was nothing odd, for whoever asks to wait for."""
+    return odd_1[0] == 0 if fast.waits(odd_1) else not odd_1
+
+
+def _where(some_C: Tensor, device: torch.device) -> Tensor:
+    """The clients that have something, who are known on the CPU: int64, there."""
+    return some_C.nonzero()[:, 0].to(device)
 
 
 def _tagged(signs_CB: Tensor, size: int, some_C: Tensor) -> Tensor:
@@ -190,8 +203,8 @@ def _tags(signs_CB: Tensor, size: int) -> Tensor:
 def majority(votes_D: Tensor, round: Round) -> Tensor:
     """Where the sum of ±1 is positive; a tie is the coin of its index, the same for everybody."""
     positive_D, tie_D = votes_D > 0, votes_D == 0
-    if bool(tie_D.any()):
-        positive_D |= tie_D & random.coins(round.key("tie"), len(votes_D))
+    if fast.waits(votes_D) or bool(tie_D.any()):
+        positive_D |= tie_D & random.coins(round.key("tie"), len(votes_D), votes_D.device)
     return positive_D
 
 
@@ -207,10 +220,13 @@ class Majority(Decoder):
     ) -> tuple[Tensor, State]:
         if mean_S.dtype == torch.uint8:  # of two voters, packed
             signs_1B, out_1D = mean_S[None, : bits.nbytes(self.size)], None if out is None else out[None]
-            return bits.unpack_signs(signs_1B, self.size, torch.ones(1), out_1D)[0], memory
+            one_1 = torch.ones(1, device=mean_S.device)
+            return bits.unpack_signs(signs_1B, self.size, one_1, out_1D)[0], memory
         g_D = majority(mean_S[: self.size], round).float().mul_(2).sub_(1)
-        if self.skips and bool((still_1R := _still(mean_S, self.size)).any()):
-            bits.clear_rows(g_D[None], still_1R, self.spec.rows)
+        if self.skips:
+            still_1R = _still(mean_S, self.size)
+            if fast.waits(g_D) or bool(still_1R.any()):
+                bits.clear_rows(g_D[None], still_1R, self.spec.rows_on(g_D.device))
         return g_D, memory
 
 
@@ -236,9 +252,9 @@ class VoteServer(Server):
         self.keep = max(1, -(-4 * self.size // (row + 4)) - 1)  # more rounds than these cost more than θ
 
     def init(self, theta_D: Tensor) -> State:
-        history = {"signs": torch.zeros(0, self.row, dtype=torch.uint8), "lr": torch.zeros(0)}
+        history = {"signs": theta_D.new_zeros(0, self.row, dtype=torch.uint8), "lr": theta_D.new_zeros(0)}
         if self.skips:
-            history["rows"] = torch.zeros(0, self.rows, dtype=torch.uint8)
+            history["rows"] = theta_D.new_zeros(0, self.rows, dtype=torch.uint8)
         return self.view(theta_D) | history
 
     def shapes(self, theta_D: Tensor, state: State) -> dict[str, tuple[int, ...]]:
@@ -246,7 +262,8 @@ class VoteServer(Server):
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         positive_D = majority(mean_S[: self.size], round)
-        packed_1B, lr = bits.pack(positive_D[None]), torch.tensor(round.lr, dtype=torch.float32)
+        packed_1B = bits.pack(positive_D[None])
+        lr = torch.tensor(round.lr, dtype=torch.float32, device=mean_S.device)
         history, rows_B = {}, None
         if self.skips:
             still_1R = _still(mean_S, self.size)
@@ -263,9 +280,9 @@ class VoteServer(Server):
     def _step(self, theta_D: Tensor, signs_B: Tensor, lr: Tensor, rows_B: Tensor | None) -> Tensor:
         step_1D = fast.scratch("signs", 1, self.size, theta_D.device)
         bits.unpack_signs(signs_B[None, : bits.nbytes(self.size)], self.size, lr[None], step_1D)
-        if rows_B is not None and bool(rows_B.any()):
+        if rows_B is not None and (fast.waits(rows_B) or bool(rows_B.any())):
             still_1R = bits.unpack(rows_B[None], len(self.spec.rows) - 1)
-            bits.clear_rows(step_1D, still_1R, self.spec.rows)
+            bits.clear_rows(step_1D, still_1R, self.spec.rows_on(theta_D.device))
         return theta_D - step_1D[0]
 
     def view(self, theta_D: Tensor) -> State:
@@ -291,7 +308,7 @@ class VoteServer(Server):
         if "signs" in arrays:
             signs_MB, lr_M, rows = arrays["signs"][0], arrays["lr"][0], [None] * len(arrays["lr"][0])
             if self.skips:
-                some_M, told = _tags(signs_MB, self.size), iter(arrays["rows"][0])
+                some_M, told = _tags(signs_MB, self.size).cpu(), iter(arrays["rows"][0])
                 if int(some_M.sum()) != len(arrays["rows"][0]):
                     raise MessageError(
                         f"message: rows of {len(arrays['rows'][0])} rounds, expected {int(some_M.sum())} by their tags"

@@ -23,7 +23,8 @@ def pack(bits_CN: Tensor) -> Tensor:
     kernels = fast.compiled("bits", bits_CN) if bits_CN.dtype == torch.bool else None
     if kernels is None or not bits_CN.numel():
         return pack_reference(bits_CN)
-    packed_CB = torch.empty(*bits_CN.shape[:-1], nbytes(bits_CN.shape[-1]), dtype=torch.uint8)
+    shape = *bits_CN.shape[:-1], nbytes(bits_CN.shape[-1])
+    packed_CB = torch.empty(shape, dtype=torch.uint8, device=bits_CN.device)
     kernels.pack(bits_CN.contiguous(), packed_CB)
     return packed_CB
 
@@ -32,9 +33,9 @@ def pack_reference(bits_CN: Tensor) -> Tensor:
     """:func:`pack` by torch."""
     n = bits_CN.shape[-1]
     padded = F.pad(bits_CN.to(torch.uint8), (0, -n % 8))
-    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=bits_CN.device)
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits_CN.device)
     bytes_CB8 = padded.view(*padded.shape[:-1], nbytes(n), 8)
-    return (bytes_CB8 * weights).sum(-1, dtype=torch.uint8)  # eight different weights: no overflow
+    return (bytes_CB8 << shifts).sum(-1, dtype=torch.uint8)  # eight different bits: no overflow
 
 
 def unpack(bytes_CB: Tensor, n: int) -> Tensor:
@@ -44,7 +45,7 @@ def unpack(bytes_CB: Tensor, n: int) -> Tensor:
     kernels = fast.compiled("bits", out_CN)
     if kernels is None or not out_CN.numel() or bytes_CB.shape[-1] != nbytes(n):
         return unpack_reference(bytes_CB, n)
-    one_C = torch.ones(lead.numel(), dtype=torch.uint8)
+    one_C = torch.ones(lead.numel(), dtype=torch.uint8, device=out_CN.device)
     kernels.unpack(bytes_CB.contiguous(), one_C, 1 - one_C, out_CN)
     return out_CN.view(torch.bool)
 
@@ -65,19 +66,19 @@ def pack_signs(g_CN: Tensor, keys_C: Tensor, odd_1: Tensor | None = None) -> Ten
     kernels = fast.compiled("bits", g_CN) if g_CN.dtype == torch.float32 else None
     if kernels is None or len(keys_C) != len(g_CN):
         return pack_signs_reference(g_CN, keys_C, odd_1)
-    packed_CB = torch.empty(len(g_CN), nbytes(g_CN.shape[1]), dtype=torch.uint8)
-    odd_1 = torch.zeros(1, dtype=torch.uint8) if odd_1 is None else odd_1
+    packed_CB = torch.empty(len(g_CN), nbytes(g_CN.shape[1]), dtype=torch.uint8, device=g_CN.device)
+    odd_1 = torch.zeros(1, dtype=torch.uint8, device=g_CN.device) if odd_1 is None else odd_1
     kernels.pack_signs(g_CN.contiguous(), keys_C.contiguous(), random.constants(), packed_CB, odd_1)
     return packed_CB
 
 
 def pack_signs_reference(g_CN: Tensor, keys_C: Tensor, odd_1: Tensor | None = None) -> Tensor:
     """:func:`pack_signs` by torch."""
-    if odd_1 is not None and not bool(g_CN.isfinite().all()):
-        odd_1.fill_(1)
+    if odd_1 is not None:
+        odd_1 |= ~g_CN.isfinite().all()
     positive_CN, zero_CN = g_CN > 0, g_CN == 0
-    if bool(zero_CN.any()):
-        positive_CN |= zero_CN & random.coins(keys_C, g_CN.shape[1])
+    if fast.waits(g_CN) or bool(zero_CN.any()):
+        positive_CN |= zero_CN & random.coins(keys_C, g_CN.shape[1], g_CN.device)
     return pack_reference(positive_CN)
 
 
@@ -93,7 +94,11 @@ def unpack_signs(
     fit = bytes_CB.shape[1] == nbytes(n) and (scale_C is None or len(scale_C) == len(bytes_CB))
     if kernels is None or not fit:
         return out_CN.copy_(unpack_signs_reference(bytes_CB, n, scale_C))
-    plus_C = torch.ones(len(bytes_CB), dtype=dtype) if scale_C is None else scale_C.contiguous()
+    plus_C = (
+        torch.ones(len(bytes_CB), dtype=dtype, device=out_CN.device)
+        if scale_C is None
+        else scale_C.contiguous()
+    )
     kernels.unpack(bytes_CB.contiguous(), plus_C, -plus_C, out_CN)
     return out_CN
 
@@ -106,11 +111,11 @@ def unpack_signs_reference(bytes_CB: Tensor, n: int, scale_C: Tensor | None = No
 
 def empty_rows(g_CN: Tensor, starts_R: Tensor) -> Tensor:
     """Which rows of each vector hold nothing but zeros, bool ``(C, R)``; ``starts`` are those of R rows, then N
-    (:attr:`fedmpi.spec.Spec.rows`)."""
+    (:meth:`fedmpi.spec.Spec.rows_on`)."""
     kernels = fast.compiled("bits", g_CN) if g_CN.dtype == torch.float32 else None
     if kernels is None:
         return empty_rows_reference(g_CN, starts_R)
-    out_CR = torch.empty(len(g_CN), len(starts_R) - 1, dtype=torch.bool)
+    out_CR = torch.empty(len(g_CN), len(starts_R) - 1, dtype=torch.bool, device=g_CN.device)
     kernels.empty_rows(g_CN.contiguous(), starts_R, out_CR)
     return out_CR
 
@@ -132,12 +137,12 @@ def clear_rows(v_CN: Tensor, empty_CR: Tensor, starts_R: Tensor) -> Tensor:
 
 def clear_rows_reference(v_CN: Tensor, empty_CR: Tensor, starts_R: Tensor) -> Tensor:
     """:func:`clear_rows` by torch."""
-    return v_CN.masked_fill_(spread_rows(empty_CR, starts_R), 0)
+    return v_CN.masked_fill_(spread_rows(empty_CR, starts_R, v_CN.shape[1]), 0)
 
 
-def spread_rows(flag_CR: Tensor, starts_R: Tensor) -> Tensor:
-    """Each row's flag for all its entries ``(C, N)``."""
-    return flag_CR.repeat_interleave(starts_R.diff(), 1)
+def spread_rows(flag_CR: Tensor, starts_R: Tensor, n: int) -> Tensor:
+    """Each row's flag for all its entries ``(C, N)``; N is the last of the starts, which is not asked for it."""
+    return flag_CR.repeat_interleave(starts_R.diff(), 1, output_size=n)
 
 
 def majority(packed_WB: Tensor, tie_B: Tensor) -> Tensor:
@@ -164,29 +169,29 @@ def vote(packed_WB: Tensor, key: int, start: int = 0) -> Tensor:
     kernels = fast.compiled("bits", packed_WB) if len(packed_WB) == 2 else None
     size = packed_WB.shape[1]
     if kernels is None:
-        return majority(packed_WB, _coin_bytes(key, size, start))
-    out_B = torch.empty(size, dtype=torch.uint8)
+        return majority(packed_WB, _coin_bytes(key, size, start, packed_WB.device))
+    out_B = torch.empty(size, dtype=torch.uint8, device=packed_WB.device)
     kernels.vote_of_two(packed_WB.contiguous(), key, start // 64, random.constants(), out_B)
     return out_B
 
 
 def vote_reference(packed_WB: Tensor, key: int, start: int = 0) -> Tensor:
     """:func:`vote` by torch."""
-    return majority_reference(packed_WB, _coin_bytes(key, packed_WB.shape[1], start))
+    return majority_reference(packed_WB, _coin_bytes(key, packed_WB.shape[1], start, packed_WB.device))
 
 
 def vote_of_present(packed_WB: Tensor, present_WN: Tensor, key: int, start: int = 0) -> Tensor:
     """:func:`vote` in which only the voters that are present at a bit count there."""
     size = packed_WB.shape[1]
-    tally_N = torch.zeros(8 * size, dtype=torch.int32)
+    tally_N = torch.zeros(8 * size, dtype=torch.int32, device=packed_WB.device)
     for packed_B, present_N in zip(packed_WB, present_WN, strict=True):
         tally_N += unpack(packed_B[None], 8 * size)[0].to(torch.int8).mul_(2).sub_(1) * present_N
-    tie_N = unpack(_coin_bytes(key, size, start)[None], 8 * size)[0]
+    tie_N = unpack(_coin_bytes(key, size, start, packed_WB.device)[None], 8 * size)[0]
     return pack(((tally_N > 0) | ((tally_N == 0) & tie_N))[None])[0]
 
 
-def _coin_bytes(key: int, size: int, start: int) -> Tensor:
-    return random.bits(key, -(-size // 8), start // 64).view(torch.uint8)[:size]
+def _coin_bytes(key: int, size: int, start: int, device: torch.device) -> Tensor:
+    return random.bits(key, -(-size // 8), start // 64, device).view(torch.uint8)[:size]
 
 
 def index_width(n: int) -> int:
@@ -204,7 +209,7 @@ def pack_integers(values_CN: Tensor, width: int) -> Tensor:
     if kernels is None or not width:
         return pack_integers_reference(values_CN, width)
     rows, n = values_CN.shape
-    packed_CB = torch.empty(rows, nbytes(n, width), dtype=torch.uint8)
+    packed_CB = torch.empty(rows, nbytes(n, width), dtype=torch.uint8, device=values_CN.device)
     for values_N, packed_B in zip(values_CN.contiguous(), packed_CB, strict=True):
         kernels.pack_integers(values_N, width, packed_B)
     return packed_CB
@@ -221,7 +226,7 @@ def unpack_integers(bytes_CB: Tensor, n: int, width: int) -> Tensor:
     kernels = fast.compiled("bits", bytes_CB, count=8 * bytes_CB.numel()) if width <= _WIDEST else None
     if kernels is None or not width or bytes_CB.ndim != 2 or bytes_CB.shape[1] != nbytes(n, width):
         return unpack_integers_reference(bytes_CB, n, width)
-    values_CN = torch.empty(len(bytes_CB), n, dtype=torch.int64)
+    values_CN = torch.empty(len(bytes_CB), n, dtype=torch.int64, device=bytes_CB.device)
     for bytes_B, values_N in zip(bytes_CB.contiguous(), values_CN, strict=True):
         kernels.unpack_integers(bytes_B, width, values_N)
     return values_CN

@@ -30,24 +30,39 @@ KEPT = 1 << 30
 _PIECES = 4  # of the work, for each thread: a core that others use as well does fewer of them
 
 
+# Which package's kernels serve tensors of a kind of device; all others have the torch reference.
+_KERNELS = {"cpu": "fedmpi.ops.compiled"}
+
+
 def compiled(name: str, *tensors: Tensor, count: int | None = None) -> ModuleType | None:
     """The kernels of ``fedmpi.ops.compiled.<name>``; None where the torch reference has to do: without numba, for
-    tensors on a GPU, such as need a gradient, and for too few numbers (``count``, else the first tensor's)."""
-    least = LOADED if f"fedmpi.ops.compiled.{name}" in sys.modules else SMALLEST
+    tensors of a device that has no kernels, such as need a gradient, and for too few numbers (``count``, else the
+    first tensor's)."""
+    package = _KERNELS.get(tensors[0].device.type)
+    if package is None or any(t.device != tensors[0].device for t in tensors):
+        return None
+    module = f"{package}.{name}"
+    least = LOADED if module in sys.modules else SMALLEST
     if (tensors[0].numel() if count is None else count) < least:
         return None
-    if any(t.device.type != "cpu" or t.requires_grad for t in tensors):
+    if any(t.requires_grad for t in tensors):
         return None
-    return _module(name)
+    return _module(module)
+
+
+def waits(x: Tensor) -> bool:
+    """A question about its numbers makes the host wait for a device, which costs more than work that can be saved
+    by the answer."""
+    return x.device.type != "cpu"
 
 
 @lru_cache
-def _module(name: str) -> ModuleType | None:
+def _module(module: str) -> ModuleType | None:
     try:
         import_module("numba")  # missing, or made for another numpy
     except ImportError:
         return None
-    return import_module(f"fedmpi.ops.compiled.{name}")
+    return import_module(module)
 
 
 class _Own(threading.local):
@@ -65,8 +80,10 @@ def scratch(name: str, rows: int, size: int, device: torch.device) -> Tensor:
     """An uninitialised float32 buffer ``(rows, size)``, this thread's until its next call with this name.
 
     The system hands out fresh memory page by page, which takes longer than two copies of it. Up to ``KEPT`` bytes
-    are kept for the next call.
+    are kept for the next call. On other devices, whose memory torch keeps and orders by stream, it is a new one.
     """
+    if device.type != "cpu":
+        return torch.empty(rows, size, device=device)
     count, key = rows * size, (name, device)
     buffer = _own.buffers.pop(key, None)
     if buffer is None or len(buffer) < count:
@@ -85,7 +102,7 @@ def fresh(like: Tensor) -> Tensor:
 
 def give_back(x: Tensor) -> None:
     """``x`` came from :func:`fresh` and nobody needs it, or a view of it, any more. One of a kind is kept."""
-    if x.nbytes <= KEPT:
+    if x.nbytes <= KEPT and x.device.type == "cpu":
         _own.spare[x.shape, x.dtype, x.device] = x
 
 

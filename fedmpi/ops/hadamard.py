@@ -26,7 +26,7 @@ def fwht(x: Tensor, out: Tensor | None = None) -> Tensor:
     kernels = fast.compiled("hadamard", x) if x.dtype == torch.float32 else None
     if kernels is None or n < kernels.SMALLEST or (out is not None and out.shape != x.shape):
         return fwht_reference(x) if out is None else out.copy_(fwht_reference(x))
-    result = out if out is not None and out.is_contiguous() else torch.empty(x.shape)
+    result = out if out is not None and out.is_contiguous() else torch.empty(x.shape, device=x.device)
     kernels.fwht(x.contiguous(), result)
     return result if out is None or out is result else out.copy_(result)
 

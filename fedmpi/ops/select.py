@@ -54,4 +54,18 @@ def top_k_reference(g_CD: Tensor, k: int) -> Tensor:
     above_CD, tied_CD = size_CD > threshold_C1, size_CD == threshold_C1
     places_C1 = k - above_CD.sum(1, keepdim=True)
     chosen_CD = above_CD | (tied_CD & (tied_CD.cumsum(1) <= places_C1))
-    return chosen_CD.nonzero()[:, 1].view(len(g_CD), k)
+    if fast.waits(g_CD) and _static(g_CD.device):  # how many there are is known
+        places_N2 = torch.nonzero_static(chosen_CD, size=len(g_CD) * k)
+    else:
+        places_N2 = chosen_CD.nonzero()
+    return places_N2[:, 1].view(len(g_CD), k)
+
+
+@lru_cache
+def _static(device: torch.device) -> bool:
+    """This torch can list a known number of places there, without asking how many they are."""
+    try:
+        torch.nonzero_static(torch.ones(1, dtype=torch.bool, device=device), size=1)
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True

@@ -47,12 +47,12 @@ class CountSketch:
         if index_N is None and g_CN.shape[1] != self.size:
             raise ValueError(f"g: expected rows of D = {self.size} numbers, got {g_CN.shape[1]}")
         if kernels is not None:
-            sums_CRT = torch.zeros(len(g_CN), self.rows, 2 * self.columns)
+            sums_CRT = torch.zeros(len(g_CN), self.rows, 2 * self.columns, device="cpu")
             drawn = *self._keys(), self.columns, random.constants().numpy()
             fast.run(kernels.sketch_encode, self.rows, g_CN.contiguous().numpy(), *drawn, sums_CRT.numpy())
             plus_CS, minus_CS = sums_CRT.view(len(g_CN), self.length, 2).unbind(-1)
             return plus_CS - minus_CS
-        places_RN = self._places()
+        places_RN = self._places(g_CN.device)
         if index_N is not None:
             places_RN = places_RN[:, index_N]
         sums_CT = g_CN.new_zeros(len(g_CN), 2 * self.length)
@@ -68,13 +68,13 @@ class CountSketch:
         count = len(v_CS) * self.size if v_CS.dtype == torch.float32 else 0
         kernels = fast.compiled("counters", v_CS, count=count)
         if kernels is not None:
-            out_CD, chunks = torch.empty(len(v_CS), self.size), -(-self.size // kernels.CHUNK)
+            out_CD, chunks = torch.empty(len(v_CS), self.size, device="cpu"), -(-self.size // kernels.CHUNK)
             v_CRK = v_CS.reshape(len(v_CS), self.rows, self.columns).contiguous().numpy()
             drawn = *self._keys(), random.constants().numpy()
             fast.run(kernels.sketch_estimate, chunks, v_CRK, *drawn, out_CD.numpy())
             return out_CD
         signed_CT = torch.stack((v_CS, -v_CS), dim=-1).flatten(1)
-        blocks = self._places().split(_BLOCK, dim=1)
+        blocks = self._places(v_CS.device).split(_BLOCK, dim=1)
         return torch.cat([_median([signed_CT.index_select(1, p_N) for p_N in b_RN]) for b_RN in blocks], 1)
 
     def transpose(self, v_CS: Tensor) -> Tensor:
@@ -82,14 +82,14 @@ class CountSketch:
         :meth:`estimate` has the median."""
         signed_CT = torch.stack((v_CS, -v_CS), dim=-1).flatten(1)
         total_CD = v_CS.new_zeros(len(v_CS), self.size)
-        for places_D in self._places():
+        for places_D in self._places(v_CS.device):
             total_CD += signed_CT.index_select(1, places_D)
         return total_CD
 
     def matrix(self) -> Tensor:
         """The sketch as a matrix ``(S, D)``, one ±1 for each row and coordinate: the slow reference."""
-        places_RD = self._places().long()
-        matrix_SD = torch.zeros(self.length, self.size)
+        places_RD = self._places(torch.device("cpu")).long()
+        matrix_SD = torch.zeros(self.length, self.size, device="cpu")
         return matrix_SD.scatter_(0, places_RD // 2, 1.0 - 2.0 * (places_RD % 2))
 
     def _keys(self) -> tuple[Any, Any]:
@@ -98,21 +98,22 @@ class CountSketch:
         buckets, signs = zip(*both, strict=True)
         return np.array(buckets, np.int64), np.array(signs, np.int64)
 
-    def _places(self) -> Tensor:
-        return _draw(self.size, self.rows, self.columns, self.key)
+    def _places(self, device: torch.device) -> Tensor:
+        return _draw(self.size, self.rows, self.columns, self.key, device)
 
 
 @lru_cache(maxsize=2)  # threads that play ranks share them
-def _draw(size: int, rows: int, columns: int, key: int) -> Tensor:
+def _draw(size: int, rows: int, columns: int, key: int, device: torch.device) -> Tensor:
     """Where each coordinate goes, ``(R, D)``: 2·(r·K + h_r(i)), plus 1 where s_r(i) = −1.
 
     With a place for either sign of a bucket, to add or to look up is one pass without a product.
     """
     dtype = torch.int32 if 2 * rows * columns < 1 << 31 else torch.int64
-    places_RD = torch.empty(rows, size, dtype=dtype)
+    places_RD = torch.empty(rows, size, dtype=dtype, device=device)
     for r in range(rows):
         buckets, signs = _row_keys(key, r)
-        bucket_D, positive_D = random.integers(buckets, size, columns), random.coins(signs, size)
+        bucket_D = random.integers(buckets, size, columns, device)
+        positive_D = random.coins(signs, size, device)
         places_RD[r] = 2 * (r * columns + bucket_D) + ~positive_D
     return places_RD
 

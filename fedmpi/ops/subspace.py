@@ -54,13 +54,17 @@ class Dense(Embedding):
 
     def __init__(self, size: int, dim: int, key: int, factor: float = 1.0) -> None:
         super().__init__(size, dim, key, factor)
-        self.matrix_Dd = _dense_matrix(size, dim, key) * (factor / math.sqrt(dim))
+        self.scale = factor / math.sqrt(dim)
+
+    def matrix_Dd(self, device: torch.device) -> Tensor:
+        """A ``(D, d)``."""
+        return _dense_matrix(self.size, self.dim, self.key, device) * self.scale
 
     def _lift(self, v_Cd: Tensor, out_CD: Tensor) -> None:
-        torch.matmul(v_Cd, self.matrix_Dd.T, out=out_CD)
+        torch.matmul(v_Cd, self.matrix_Dd(v_Cd.device).T, out=out_CD)
 
     def _project(self, g_CD: Tensor) -> Tensor:
-        return g_CD @ self.matrix_Dd
+        return g_CD @ self.matrix_Dd(g_CD.device)
 
 
 class Fastfood(Embedding):
@@ -81,7 +85,7 @@ class Fastfood(Embedding):
         small_CM = fwht(torch.nn.functional.pad(v_Cd, (0, self.m - self.dim)))
         kernels = self._kernels(v_Cd)
         if kernels is None:
-            signs_N, weight_N, column_N = _fastfood_parts(self.n, self.m, self.key)
+            signs_N, weight_N, column_N = _fastfood_parts(self.n, self.m, self.key, v_Cd.device)
             x_CN = fwht(small_CM[:, column_N] * weight_N)
             torch.mul((x_CN * signs_N)[:, : self.size], self.scale, out=out_CD)
             return
@@ -95,7 +99,7 @@ class Fastfood(Embedding):
     def _project(self, g_CD: Tensor) -> Tensor:
         kernels = self._kernels(g_CD)
         if kernels is None:
-            signs_N, weight_N, column_N = _fastfood_parts(self.n, self.m, self.key)
+            signs_N, weight_N, column_N = _fastfood_parts(self.n, self.m, self.key, g_CD.device)
             x_CN = torch.nn.functional.pad(g_CD * signs_N[: self.size], (0, self.n - self.size))
             small_CM = _add_columns(fwht(x_CN), weight_N, column_N, self.m)
         else:
@@ -103,7 +107,7 @@ class Fastfood(Embedding):
                 g_CD.contiguous(), 1.0, fast.scratch("fastfood", len(g_CD), self.n, g_CD.device)
             )
             fwht(x_CN, x_CN)
-            sums_BCM = torch.zeros(self.n // _block(self.n, self.m), len(g_CD), self.m)
+            sums_BCM = torch.zeros(self.n // _block(self.n, self.m), len(g_CD), self.m, device="cpu")
             fast.run(kernels.fastfood_gather, len(sums_BCM), x_CN.numpy(), *self._drawn(), sums_BCM.numpy())
             small_CM = _in_order(sums_BCM)
         return fwht(small_CM)[:, : self.dim] * self.scale
@@ -132,8 +136,11 @@ class Orthonormal(Dense):
     """A dense A with orthonormal columns times √(D/d): E[A Aᵀ] = I, and A Aᵀ = I when d = D."""
 
     def __init__(self, size: int, dim: int, key: int, factor: float = 1.0) -> None:
-        Embedding.__init__(self, size, dim, key, factor)
-        self.matrix_Dd = _orthonormal_matrix(size, dim, key) * (factor * math.sqrt(size / dim))
+        super().__init__(size, dim, key, factor)
+        self.scale = factor * math.sqrt(size / dim)
+
+    def matrix_Dd(self, device: torch.device) -> Tensor:
+        return _orthonormal_matrix(self.size, self.dim, self.key, device) * self.scale
 
 
 class Hashed(Embedding):
@@ -146,7 +153,7 @@ class Hashed(Embedding):
     def _lift(self, v_Cd: Tensor, out_CD: Tensor) -> None:
         kernels = self._kernels(v_Cd)
         if kernels is None:
-            column_D, sign_D = _hashed_parts(self.size, self.dim, self.key)
+            column_D, sign_D = _hashed_parts(self.size, self.dim, self.key, v_Cd.device)
             torch.mul(v_Cd[:, column_D] * sign_D, self.factor, out=out_CD)
             return
         factor, chunks = np.float32(self.factor), -(-self.size // kernels.CHUNK)
@@ -157,10 +164,10 @@ class Hashed(Embedding):
     def _project(self, g_CD: Tensor) -> Tensor:
         kernels = self._kernels(g_CD)
         if kernels is None:
-            column_D, sign_D = _hashed_parts(self.size, self.dim, self.key)
+            column_D, sign_D = _hashed_parts(self.size, self.dim, self.key, g_CD.device)
             return _add_columns(g_CD, sign_D, column_D, self.dim) * self.factor
         size = _block(self.size, self.dim)
-        sums_BCd = torch.zeros(-(-self.size // size), len(g_CD), self.dim)
+        sums_BCd = torch.zeros(-(-self.size // size), len(g_CD), self.dim, device="cpu")
         arguments = g_CD.contiguous().numpy(), *self._drawn(), size, sums_BCd.numpy()
         fast.run(kernels.hashed_project, len(sums_BCd), *arguments)
         return _in_order(sums_BCd) * self.factor
@@ -203,31 +210,33 @@ def _in_order(sums_BCd: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=2)  # threads that play ranks share the same random parts
-def _dense_matrix(size: int, dim: int, key: int) -> Tensor:
-    return random.normal(random.key(key, stream="dense"), size * dim).view(size, dim)
+def _dense_matrix(size: int, dim: int, key: int, device: torch.device) -> Tensor:
+    return random.normal(random.key(key, stream="dense"), size * dim, device).view(size, dim)
 
 
 @lru_cache(maxsize=2)
-def _orthonormal_matrix(size: int, dim: int, key: int) -> Tensor:
-    q_Dd, r_dd = torch.linalg.qr(_dense_matrix(size, dim, key).double())
+def _orthonormal_matrix(size: int, dim: int, key: int, device: torch.device) -> Tensor:
+    # On the CPU for all: a device's decomposition would be another matrix.
+    q_Dd, r_dd = torch.linalg.qr(_dense_matrix(size, dim, key, torch.device("cpu")).double())
     matrix_Dd: Tensor = (q_Dd * r_dd.diagonal().sign()).float()  # a QR's signs are free: fix them
-    return matrix_Dd
+    return matrix_Dd.to(device)
 
 
 @lru_cache(maxsize=16)
-def _hashed_parts(size: int, dim: int, key: int) -> tuple[Tensor, Tensor]:
+def _hashed_parts(size: int, dim: int, key: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return (
-        random.integers(random.key(key, stream="h"), size, dim),
-        random.signs(random.key(key, stream="s"), size),
+        random.integers(random.key(key, stream="h"), size, dim, device),
+        random.signs(random.key(key, stream="s"), size, device),
     )
 
 
 @lru_cache(maxsize=16)  # K subspaces of this epoch and of the last
-def _fastfood_parts(n: int, m: int, key: int) -> tuple[Tensor, Tensor, Tensor]:
+def _fastfood_parts(n: int, m: int, key: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """B; and for each coordinate after Π the normal number and the column of the M that it takes."""
-    permutation_N = random.permutation(random.key(key, stream="Π"), n)
-    signs_N = random.signs(random.key(key, stream="B"), n)
-    return signs_N, random.normal(random.key(key, stream="G"), n)[permutation_N], permutation_N % m
+    permutation_N = random.permutation(random.key(key, stream="Π"), n, device)
+    signs_N = random.signs(random.key(key, stream="B"), n, device)
+    normal_N = random.normal(random.key(key, stream="G"), n, device)
+    return signs_N, normal_N[permutation_N], permutation_N % m
 
 
 MATRICES: dict[str, type[Embedding]] = {

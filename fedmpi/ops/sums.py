@@ -24,7 +24,9 @@ def dots(v_CS: Tensor, w_CS: Tensor) -> Tensor:
     kernels = fast.compiled("sums", v_CS, w_CS)
     if kernels is None or v_CS.shape != w_CS.shape or {v_CS.dtype, w_CS.dtype} != {torch.float32}:
         return dots_reference(v_CS, w_CS)
-    blocks_3CB = torch.empty(3, len(v_CS), -(-v_CS.shape[1] // kernels.BLOCK), dtype=torch.float64)
+    blocks_3CB = torch.empty(
+        3, len(v_CS), -(-v_CS.shape[1] // kernels.BLOCK), dtype=torch.float64, device="cpu"
+    )
     for c, (v_S, w_S) in enumerate(zip(v_CS.contiguous(), w_CS.contiguous(), strict=True)):
         fast.run(kernels.dots, blocks_3CB.shape[2], v_S.numpy(), w_S.numpy(), blocks_3CB[:, c].numpy())
     return _tree(blocks_3CB)
@@ -43,7 +45,7 @@ def absolute(v_CS: Tensor) -> Tensor:
     kernels = fast.compiled("sums", v_CS)
     if kernels is None or v_CS.dtype != torch.float32:
         return absolute_reference(v_CS)
-    blocks_CB = torch.empty(len(v_CS), -(-v_CS.shape[1] // kernels.BLOCK), dtype=torch.float64)
+    blocks_CB = torch.empty(len(v_CS), -(-v_CS.shape[1] // kernels.BLOCK), dtype=torch.float64, device="cpu")
     for v_S, blocks_B in zip(v_CS.contiguous(), blocks_CB, strict=True):
         fast.run(kernels.absolute, len(blocks_B), v_S.numpy(), blocks_B.numpy())
     return _tree(blocks_CB)
@@ -64,18 +66,21 @@ def _tree(x: Tensor) -> Tensor:
     return x[..., 0]
 
 
-def finite(x: Tensor) -> bool:
-    """No infinity or NaN. A finite sum has neither in it, and takes one pass at memory's speed; one that is not finite
-    may have overflowed, and then the entries are looked at."""
-    if not x.is_floating_point():
-        return True
-    return math.isfinite(float(x.sum())) or bool(x.isfinite().all())
+def finite(*tensors: Tensor) -> bool:
+    """No infinity or NaN in any. A finite sum has neither in it, and takes one pass at memory's speed; one that is not
+    finite may have overflowed, and then the entries are looked at. A device is asked once for all of them."""
+    floats = [x for x in tensors if x.is_floating_point()]
+    there = [x.sum().isfinite() | x.isfinite().all() for x in floats if fast.waits(x)]
+    here = (x for x in floats if not fast.waits(x))
+    return all(math.isfinite(float(x.sum())) or bool(x.isfinite().all()) for x in here) and (
+        not there or bool(torch.stack(there).all())
+    )
 
 
 def finite_rows(x_C: Tensor) -> Tensor:
     """:func:`finite` of each of C tensors, bool ``(C,)``."""
     if not x_C.is_floating_point():
-        return torch.ones(len(x_C), dtype=torch.bool)
+        return torch.ones(len(x_C), dtype=torch.bool, device=x_C.device)
     rows_CN = x_C.flatten(1) if x_C.ndim > 1 else x_C[:, None]
     good_C = rows_CN.sum(1).isfinite()
     return good_C if bool(good_C.all()) else rows_CN.isfinite().all(1)
@@ -97,7 +102,7 @@ def add_fixed(total_S: Tensor, v_S: Tensor, weight: float, largest: float) -> bo
     fit = v_S.shape == total_S.shape and total_S.is_contiguous()
     if kernels is None or v_S.dtype != torch.float32 or not fit:
         return add_fixed_reference(total_S, v_S, weight, largest)
-    fits = torch.empty(-(-len(v_S) // kernels.BLOCK), dtype=torch.bool)
+    fits = torch.empty(-(-len(v_S) // kernels.BLOCK), dtype=torch.bool, device="cpu")
     arguments = v_S.contiguous().numpy(), weight, 2.0**_FRACTION, largest, total_S.numpy(), fits.numpy()
     fast.run(kernels.add_fixed, len(fits), *arguments)
     return bool(fits.all())
