@@ -12,15 +12,15 @@ import statistics
 from time import perf_counter
 from typing import Any, Literal
 
-import torch
 from pydantic import ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
 from fedmpi import methods
-from fedmpi.comm.base import Comm
+from fedmpi.comm.base import Comm, Gathers
 from fedmpi.errors import ConfigError
 from fedmpi.integrations import state
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.integrations.settings import Shapes
+from fedmpi.integrations.shards import Shards
 from fedmpi.methods.base import Options
 from fedmpi.validation import Strict, describe
 
@@ -58,8 +58,15 @@ class Auto:
 
     _UNCOUNTED = 2  # memory is touched for the first time, DDP rebuilds its buckets
 
-    def __init__(self, shapes: Shapes, options: AutoOptions, comm: Comm, settings: dict[str, Any]) -> None:
-        self.options, self.comm = options, comm
+    def __init__(
+        self,
+        shapes: Shapes,
+        options: AutoOptions,
+        comm: Comm,
+        settings: dict[str, Any],
+        shards: Shards | None = None,
+    ) -> None:
+        self.options, self.comm, self._shards = options, comm, shards
         self._shapes, self._settings = shapes, settings
         self.tried: list[Options] = [methods.parse("bf16"), *options.candidates]
         self.reducer = self._make(self.tried[0])
@@ -69,7 +76,7 @@ class Auto:
         self._last: float | None = None
 
     def _make(self, options: Options) -> Reducer:
-        return Reducer(self._shapes, options, self.comm, **self._settings)
+        return Reducer(self._shapes, options, self.comm, self._shards, **self._settings)
 
     @property
     def plain(self) -> bool:
@@ -102,8 +109,8 @@ class Auto:
         self._use(self.chosen)
 
     def _slowest(self, seconds: float) -> float:
-        mine = torch.tensor([seconds], dtype=torch.float64)
-        return float(self.comm.allgather_tensor(mine).max())
+        everyone: Gathers = self._shards or self.comm
+        return max(map(float, everyone.allgather(repr(seconds).encode())))
 
     def _use(self, options: Options) -> None:
         """Go on with another method, at the step where this one is."""
@@ -120,7 +127,7 @@ class Auto:
         Raises:
           ConfigError: as :func:`fedmpi.integrations.state.load`.
         """
-        options, measuring = state.chosen(self.comm, saved, self.tried)
+        options, measuring = state.chosen(self._shards or self.comm, saved, self.tried)
         reducer = self._make(options)
         reducer.load_state_dict(saved)  # type: ignore[arg-type]  # it is what chosen() has looked at
         if measuring:

@@ -12,6 +12,7 @@ from fedmpi.integrations import auto
 from fedmpi.integrations.modules import warn_of_nothing
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.integrations.settings import Settings, Shapes
+from fedmpi.integrations.shards import Shards
 from fedmpi.methods.base import Options
 
 T = TypeVar("T")
@@ -21,20 +22,32 @@ AnyMethod = Options | auto.AutoOptions | dict[str, Any] | str
 class Job:
     """One method's reducer, or the ones that ``auto`` tries."""
 
-    def __init__(self, shapes: Shapes, method: AnyMethod, comm: Comm, settings: dict[str, Any]) -> None:
-        with together(comm, "reading its method and settings"):
+    def __init__(
+        self,
+        shapes: Shapes,
+        method: AnyMethod,
+        comm: Comm,
+        settings: dict[str, Any],
+        shards: Shards | None = None,
+    ) -> None:
+        with together(shards or comm, "reading its method and settings"):
             options, checked = auto.parse(method), Settings.of(**settings)
         self.alone = comm.size == 1  # nothing is to be averaged, and so nothing compressed
         self._auto: auto.Auto | None = None
         if isinstance(options, auto.AutoOptions):
-            self._auto = auto.Auto(shapes, options, comm, settings)
+            self._auto = auto.Auto(shapes, options, comm, settings, shards)
         else:
-            warn_of_nothing(shapes, options, checked)
-            self._reducer = Reducer(shapes, options, comm, **settings)
+            warn_of_nothing(shards.full if shards else shapes, options, checked)
+            self._reducer = Reducer(shapes, options, comm, shards, **settings)
 
     @property
     def reducer(self) -> Reducer:
         return self._auto.reducer if self._auto else self._reducer
+
+    @property
+    def place(self) -> list[list[int]]:
+        """This rank's among the shards; empty where each holds whole parameters."""
+        return self.reducer.shards.place if self.reducer.shards else []
 
     def between_steps(self) -> Reducer:
         return self._auto.between_steps() if self._auto else self._reducer
@@ -72,7 +85,10 @@ class Job:
 
     def failed(self, error: BaseException) -> None:
         """A step cannot be finished here: the other ranks, which may wait, are told."""
-        if not isinstance(error, LostError):
+        shards = self.reducer.shards
+        if shards is not None:  # those of other columns of the mesh do not notice by themselves
+            shards.fail(str(error) if isinstance(error, LostError) else f"{type(error).__name__}: {error}")
+        elif not isinstance(error, LostError):
             self.reducer.comm.fail(f"{type(error).__name__}: {error}")
 
     def reset(self) -> None:
