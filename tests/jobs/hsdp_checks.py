@@ -159,6 +159,8 @@ def one_bad_shard(mesh: Any) -> None:
             model.layers[0][0].weight.grad.to_local()[0, 0] = float("nan")
         before = job.parameters(), average.state_dict()["groups"][0]["state"]["residual"].clone()
         average()
+        finite = [bool(p.grad.to_local().isfinite().all()) for p in average._parameters.values()]
+        assert all(finite) == (step != 2), "a step without a scaler sees it, too, on every rank"
         scaler.step(job.optimizer)
         scaler.update()
         job.count += 1
