@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -24,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fedmpi.errors import ConfigError
 from fedmpi.integrations import folder
 from fedmpi.integrations.accelerate import resume
-from fedmpi.integrations.ddp import State, attach
+from fedmpi.integrations.ddp import State, attach_anew
 from fedmpi.integrations.job import AnyMethod
 
 try:
@@ -72,22 +71,10 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         caller = _caller(state, "resume_from_checkpoint")
         ddp = _wrapper(model, caller.get("self"), args)
         if self.state is None or getattr(ddp, "_fedmpi", None) is not self.state:
-            self._attach(ddp)
+            self.state = attach_anew(self.state, ddp, self._method, "the Trainer", **self._settings)
         assert self.state is not None
         if state.global_step:
             resume(self.state, _resumed_from(args, state, caller))
-
-    def _attach(self, ddp: DistributedDataParallel) -> None:
-        before, self.state = self.state, attach(ddp, self._method, **self._settings)
-        if before is None or not before.averages(self.state):
-            return
-        try:
-            self.state.load_state_dict(before.state_dict())
-        except ConfigError as error:  # on all ranks
-            warnings.warn(
-                f"fedmpi: the Trainer has wrapped its model anew, and what the method kept starts afresh: {error}",
-                stacklevel=2,
-            )
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
