@@ -42,6 +42,9 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
     Trainer wraps its model anew (after ``auto_find_batch_size``, in another ``train()``), the new wrapper gets a hook,
     which takes over what the old one's kept if it is for the same parameters.
 
+    Beside each loss the Trainer logs ``fedmpi_payload_bytes``, ``fedmpi_ratio`` and ``fedmpi_seconds`` (spent on coding
+    and waiting), of all steps so far.
+
     Attributes:
       state: the hook's (:class:`fedmpi.integrations.ddp.State`), once training has begun; None on one process.
     """
@@ -75,6 +78,24 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         assert self.state is not None
         if state.global_step:
             resume(self.state, _resumed_from(args, state, caller))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """What the hook has done by the steps so far, beside each loss that the Trainer logs, wherever it does."""
+        if self.state is None or "loss" not in (logs or {}):
+            return
+        trainer = _caller(state, "logs").get("self")
+        if trainer is not None:
+            stats = self.state.stats()
+            told = {"payload_bytes": stats["payload_bytes"], "ratio": stats["ratio"]}
+            told["seconds"] = sum(value for name, value in stats.items() if name.endswith("_seconds"))
+            trainer.log({f"fedmpi_{name}": value for name, value in told.items()})
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
