@@ -11,11 +11,11 @@ from torch import nn
 from fedmpi.comm import run_ranks, solo
 from fedmpi.comm.base import Comm
 from fedmpi.config import parse
-from fedmpi.local import Schedule
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.run import run
 from fedmpi.engine.summary import summary
 from fedmpi.errors import ConfigError
+from fedmpi.local import Schedule
 from fedmpi.methods import METHODS
 
 PLAIN: dict[str, Any] = {

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from fedmpi import plan, random
 from fedmpi.comm import solo
-from fedmpi.local import Local
 from fedmpi.engine.evaluate import evaluate
 from fedmpi.engine.layout import Layout
 from fedmpi.engine.trainer import Trainer
+from fedmpi.local import Local
 from fedmpi.spec import Spec
 from fedmpi.tasks import models
 from fedmpi.tasks.data import Split

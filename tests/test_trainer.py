@@ -13,12 +13,12 @@ from torch import nn
 from fedmpi import config, plan, random
 from fedmpi.comm import run_ranks, solo
 from fedmpi.comm.base import Comm
-from fedmpi.local import Local
 from fedmpi.engine.batches import Batches, padded
 from fedmpi.engine.evaluate import evaluate
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.trainer import Trainer, Update
 from fedmpi.errors import FedMPIError, NumericalError
+from fedmpi.local import Local
 from fedmpi.methods import METHODS
 from fedmpi.tasks import models
 from fedmpi.tasks.data import Split

@@ -29,6 +29,11 @@ def test_bert_under_mpirun_resumes_exactly_under_torchrun(openmpi: Mpi, tmp_path
     assert whole["stats"]["steps"] == 8
     assert whole["stats"]["ratio"] > 5
     assert whole["losses"][-1] < whole["losses"][0]
+    assert [entry["step"] for entry in whole["logged"]] == list(range(1, 9)), "beside each loss"
+    logged = whole["logged"][-1]
+    assert logged["fedmpi_payload_bytes"] == whole["stats"]["payload_bytes"]
+    assert logged["fedmpi_ratio"] == whole["stats"]["ratio"]
+    assert logged["fedmpi_seconds"] > 0
     shutil.rmtree(tmp_path / "checkpoint-8")
     done = torchrun(2, TRAINER, "bert", str(tmp_path), "8", TOPK, "resume")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import fedmpi
-from fedmpi.comm.base import Comm
+from fedmpi.comm.base import Gathers
 from fedmpi.errors import CommError
 
 
@@ -18,7 +18,7 @@ def versions() -> dict[str, str]:
     return {"fedmpi": fedmpi.__version__, "torch": torch.__version__}
 
 
-def agree(comm: Comm, mine: Mapping[str, Any]) -> None:
+def agree(comm: Gathers, mine: Mapping[str, Any]) -> None:
     """Compare what each rank has, a tree of plain values.
 
     Raises:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -246,8 +247,15 @@ class LostError(CommError):
     """This rank lost the others (one ended, or did not come in time): each that notices says so itself."""
 
 
+class Gathers(Protocol):
+    """Ranks that can tell each other something: a :class:`Comm`, or several."""
+
+    def allgather(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes on every rank, in rank order."""
+
+
 @contextmanager
-def together(comm: Comm, doing: str) -> Iterator[None]:
+def together(comm: Gathers, doing: str) -> Iterator[None]:
     """Run a part that may fail on some ranks only: then it fails on all, with the same message.
 
     Ranks always meet at the end of the block, so that none waits for one that has failed.

@@ -11,7 +11,8 @@ import json
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -142,21 +143,30 @@ def meet(place: Place, facts: Mapping[str, Any], timeout: float) -> list[dict[st
 
 def absent(place: Place, grace: float = 3.0) -> list[int]:
     """The ranks that do not tell within ``grace`` seconds that they, too, lost the others."""
-    keys = [f"fedmpi {_started} lost {rank}" for rank in range(place.size)]
     missing = [0] if place.served else []  # what a silent store means
-    end = time.monotonic() + grace
     try:
         if place.served:  # a plain connection fails quietly where torch's prints a stack trace
             host, _, port = place.where.rpartition(":")
             socket.create_connection((host, int(port)), grace).close()
         place.store.set_timeout(timedelta(seconds=grace))
-        place.store.set(keys[place.rank], "")
-        while missing := [rank for rank, key in enumerate(keys) if not place.store.check([key])]:
+        return silent(place.store, place.rank, place.size, grace, missing, f"fedmpi {_started} ")
+    except (OSError, RuntimeError):
+        return missing  # rank 0, with the store, has gone
+
+
+def silent(
+    store: Store, rank: int, size: int, grace: float = 3.0, missing: Sequence[int] = (), prefix: str = ""
+) -> list[int]:
+    """The ranks of a group that do not tell through its store that they, too, lost the others; ``missing`` where the
+    store ends before it says anything."""
+    keys = [f"{prefix}lost {rank}" for rank in range(size)]
+    end, missing = time.monotonic() + grace, list(missing)
+    with suppress(RuntimeError):
+        store.set(keys[rank], "")
+        while missing := [rank for rank, key in enumerate(keys) if not store.check([key])]:
             if time.monotonic() > end:
                 break
             time.sleep(0.05)
-    except (OSError, RuntimeError):
-        pass  # rank 0, with the store, has gone: before it told anything, or after
     return missing
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from fedmpi.comm.base import Comm, LostError
 from fedmpi.comm.launcher import launcher
 from fedmpi.comm.placement import gpu_index
-from fedmpi.comm.rendezvous import Place, absent, brief, find, meet
+from fedmpi.comm.rendezvous import Place, absent, brief, find, meet, silent
 from fedmpi.errors import CommError
 
 TIMEOUT = 300.0
@@ -80,6 +80,7 @@ class TorchComm(Comm):
         self._works: dict[object, Any] = {}  # under way: nobody else may hold one, it keeps connections open
         whole = group is None or self.size == dist.get_world_size()
         self._place = _here if whole else None
+        self._ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         with self._doing("starting a group of its own"):
             self._group: Any = self._own(group, whole)
             hosts = self._allgather(socket.gethostname().encode())
@@ -142,13 +143,22 @@ class TorchComm(Comm):
                 if why := self._said():
                     self._lost = f"{self.name}: rank {self.rank} of {self.size}, {what}: {why}"
                     raise LostError(self._lost) from None
-            if self._place is not None and self.name == "gloo" and (missing := absent(self._place)):
-                who = f"rank {', '.join(map(str, missing))}"
+                if missing := self._missing():
+                    who = f"rank {', '.join(missing)}"
             self._lost = (
                 f"{self.name}: rank {self.rank} of {self.size}, {what}: {who} ended or did not come "
                 f"within {self._timeout:g} s ({brief(error)})"
             )
             raise LostError(self._lost) from None
+
+    def _missing(self) -> list[str]:
+        """The ranks that ended, in a group of its own by their ranks in the job, too."""
+        if self._place is not None:
+            return [str(rank) for rank in absent(self._place)]
+        return [
+            str(rank) if rank == self._ranks[rank] else f"{rank} ({self._ranks[rank]} of the job)"
+            for rank in silent(self._store, self.rank, self.size)
+        ]
 
     def _summable(self, x: Tensor) -> Tensor:
         if x.dtype in _SUMS:

@@ -16,11 +16,12 @@ import torch
 from pydantic import ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
 from fedmpi import methods
-from fedmpi.comm.base import Comm
+from fedmpi.comm.base import Comm, Gathers
 from fedmpi.errors import ConfigError
 from fedmpi.integrations import state
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.integrations.settings import Shapes
+from fedmpi.integrations.shards import Shards
 from fedmpi.message import CPU
 from fedmpi.methods.base import Options
 from fedmpi.validation import Strict, describe
@@ -66,8 +67,9 @@ class Auto:
         comm: Comm,
         settings: dict[str, Any],
         device: torch.device = CPU,
+        shards: Shards | None = None,
     ) -> None:
-        self.options, self.comm, self._device = options, comm, device
+        self.options, self.comm, self._device, self._shards = options, comm, device, shards
         self._shapes, self._settings = shapes, settings
         self.tried: list[Options] = [methods.parse("bf16"), *options.candidates]
         self.reducer = self._make(self.tried[0])
@@ -77,7 +79,7 @@ class Auto:
         self._last: float | None = None
 
     def _make(self, options: Options) -> Reducer:
-        return Reducer(self._shapes, options, self.comm, self._device, **self._settings)
+        return Reducer(self._shapes, options, self.comm, self._device, self._shards, **self._settings)
 
     @property
     def plain(self) -> bool:
@@ -110,8 +112,8 @@ class Auto:
         self._use(self.chosen)
 
     def _slowest(self, seconds: float) -> float:
-        mine = torch.tensor([seconds], dtype=torch.float64)
-        return float(self.comm.allgather_tensor(mine).max())
+        everyone: Gathers = self._shards or self.comm
+        return max(map(float, everyone.allgather(repr(seconds).encode())))
 
     def _use(self, options: Options) -> None:
         """Go on with another method, at the step where this one is."""
@@ -128,7 +130,7 @@ class Auto:
         Raises:
           ConfigError: as :func:`fedmpi.integrations.state.load`.
         """
-        options, measuring = state.chosen(self.comm, saved, self.tried)
+        options, measuring = state.chosen(self._shards or self.comm, saved, self.tried)
         reducer = self._make(options)
         reducer.load_state_dict(saved)  # type: ignore[arg-type]  # it is what chosen() has looked at
         if measuring:

@@ -19,6 +19,7 @@ all-reduce of the job's own group, as torch's ``bf16_compress_hook`` does it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
@@ -286,4 +287,21 @@ def attach(
     except RuntimeError as error:
         raise ConfigError(f"ddp: it has another communication hook already ({error})") from None
     ddp._fedmpi = state  # type: ignore[assignment]
+    return state
+
+
+def attach_anew(
+    before: State | None, ddp: DistributedDataParallel, method: AnyMethod, who: str, **settings: Any
+) -> State:
+    """:func:`attach`, to a module that ``who`` has wrapped again: what the last wrapper's hook kept is taken over, if
+    it is for the same parameters."""
+    state = attach(ddp, method, **settings)
+    if before is not None and before.averages(state):
+        try:
+            state.load_state_dict(before.state_dict())
+        except ConfigError as error:  # on all ranks
+            warnings.warn(
+                f"fedmpi: {who} has wrapped its model anew, and what the method kept starts afresh: {error}",
+                stacklevel=2,
+            )
     return state

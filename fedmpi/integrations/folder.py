@@ -1,4 +1,5 @@
-"""Each rank's hook state in a folder, beside whatever else a job's checkpoint holds: ``fedmpi-rank<r>.pt``.
+"""Each rank's hook state in a folder, beside whatever else a job's checkpoint holds: ``fedmpi-rank<r>.pt``, or, of a
+sharded model, ``fedmpi-rank<replica>-shard<s>.pt``.
 
 All ranks save, load or give up together.
 """
@@ -9,7 +10,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -22,7 +23,7 @@ from fedmpi.integrations.job import Job
 from fedmpi.plain_file import NotPlainError, read_plain
 
 T = TypeVar("T")
-_NAME = re.compile(r"fedmpi-rank(\d+)\.pt")
+_NAME = re.compile(r"fedmpi-rank(\d+)(|-shard[\d-]+)\.pt")
 
 
 class Kept(Protocol):
@@ -31,9 +32,13 @@ class Kept(Protocol):
     def run(self, task: Callable[[Job], T]) -> T: ...
 
 
-def path_of(folder: Path, rank: int) -> Path:
-    """The file of one rank."""
-    return folder / f"fedmpi-rank{rank}.pt"
+def path_of(folder: Path, rank: int, place: Sequence[Sequence[int]] = ()) -> Path:
+    """The file of one rank, or of one that holds these shards (:attr:`Shards.place`)."""
+    return folder / f"fedmpi-rank{rank}{_suffix(place)}.pt"
+
+
+def _suffix(place: Sequence[Sequence[int]]) -> str:
+    return "-shard" + "-".join(str(number) for number, _ in place) if place else ""
 
 
 def save(kept: Kept, folder: Path | str) -> None:
@@ -60,10 +65,10 @@ def load(kept: Kept, folder: Path | str) -> bool:
 
 
 def _save(job: Job, folder: Path) -> None:
-    comm = job.reducer.comm
-    path = path_of(folder, comm.rank)
+    comm, place = job.reducer.comm, job.place
+    path = path_of(folder, comm.rank, place)
     aside = path.with_name(f".{path.name}-new")
-    with together(comm, f"saving {path.name}"):
+    with together(job.reducer.everyone, f"saving {path.name}"):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with aside.open("wb") as file:
@@ -78,13 +83,13 @@ def _save(job: Job, folder: Path) -> None:
     if comm.rank == 0:  # what more ranks left here before
         for other in folder.iterdir():
             match = _NAME.fullmatch(other.name)
-            if match and int(match[1]) >= comm.size:
+            if match and match[2] == _suffix(place) and int(match[1]) >= comm.size:
                 other.unlink(missing_ok=True)
 
 
 def _load(job: Job, folder: Path) -> bool:
-    comm = job.reducer.comm
-    path = path_of(folder, comm.rank)
+    comm, place = job.reducer.comm, job.place
+    path = path_of(folder, comm.rank, place)
     data, state, wrong = b"", None, ""
     try:
         data = read_plain(path)
@@ -99,22 +104,26 @@ def _load(job: Job, folder: Path) -> bool:
         wrong = f"{path}: {error}"
     ranks = state.get("ranks") if isinstance(state, Mapping) else None
     mine = {"wrong": wrong, "there": bool(data), "ranks": ranks if type(ranks) is int else None}
-    offers = [json.loads(offer) for offer in comm.allgather(json.dumps(mine).encode())]
+    mine |= {"rank": comm.rank, "place": place}
+    offers = [json.loads(offer) for offer in job.reducer.everyone.allgather(json.dumps(mine).encode())]
     for offer in offers:
         if offer["wrong"]:
             raise CheckpointError(offer["wrong"])
-    there = [rank for rank, offer in enumerate(offers) if offer["there"]]
+    there = [offer for offer in offers if offer["there"]]
     if not there:
         return False
-    if len(there) < comm.size:
-        lacking = next(rank for rank, offer in enumerate(offers) if not offer["there"])
-        if offers[there[0]]["ranks"] == comm.size:
+    for offer in offers:  # those of a place can stand in for each other, where their number has changed
+        alike = [other for other in there if other["place"] == offer["place"]]
+        if not offer["there"] and (not alike or alike[0]["ranks"] == comm.size):
+            lacking, found = (path_of(folder, told["rank"], told["place"]) for told in (offer, there[0]))
             raise CheckpointError(
-                f"{path_of(folder, lacking)} is missing on rank {lacking}, and rank {there[0]}'s is there; expected "
-                f"those of all {comm.size} ranks, or none to start afresh"
+                f"{lacking} is missing on rank {offers.index(offer)}, and {found.name} is there; expected "
+                f"those of all {len(offers)} ranks, or none to start afresh"
             )
-        data = comm.broadcast(data, root=there[0])
-        state = state if comm.rank in there else _parsed(data)
+    mates = sorted(offer["rank"] for offer in there if offer["place"] == place)
+    if len(mates) < comm.size:
+        data = comm.broadcast(data, root=mates[0])
+        state = state if comm.rank in mates else _parsed(data)
     try:
         job.load_state_dict(state)  # type: ignore[arg-type]  # looks at it itself
     except ConfigError as error:

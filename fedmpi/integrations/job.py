@@ -13,6 +13,7 @@ from fedmpi.integrations import auto
 from fedmpi.integrations.modules import warn_of_nothing
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.integrations.settings import Settings, Shapes
+from fedmpi.integrations.shards import Shards
 from fedmpi.message import CPU
 from fedmpi.methods.base import Options
 
@@ -30,20 +31,26 @@ class Job:
         comm: Comm,
         settings: dict[str, Any],
         device: torch.device = CPU,
+        shards: Shards | None = None,
     ) -> None:
-        with together(comm, "reading its method and settings"):
+        with together(shards or comm, "reading its method and settings"):
             options, checked = auto.parse(method), Settings.of(**settings)
         self.alone = comm.size == 1  # nothing is to be averaged, and so nothing compressed
         self._auto: auto.Auto | None = None
         if isinstance(options, auto.AutoOptions):
-            self._auto = auto.Auto(shapes, options, comm, settings, device)
+            self._auto = auto.Auto(shapes, options, comm, settings, device, shards)
         else:
-            warn_of_nothing(shapes, options, checked)
-            self._reducer = Reducer(shapes, options, comm, device, **settings)
+            warn_of_nothing(shards.full if shards else shapes, options, checked)
+            self._reducer = Reducer(shapes, options, comm, device, shards, **settings)
 
     @property
     def reducer(self) -> Reducer:
         return self._auto.reducer if self._auto else self._reducer
+
+    @property
+    def place(self) -> list[list[int]]:
+        """This rank's among the shards; empty where each holds whole parameters."""
+        return self.reducer.shards.place if self.reducer.shards else []
 
     def between_steps(self) -> Reducer:
         return self._auto.between_steps() if self._auto else self._reducer
@@ -81,7 +88,10 @@ class Job:
 
     def failed(self, error: BaseException) -> None:
         """A step cannot be finished here: the other ranks, which may wait, are told."""
-        if not isinstance(error, LostError):
+        shards = self.reducer.shards
+        if shards is not None:  # those of other columns of the mesh do not notice by themselves
+            shards.fail(str(error) if isinstance(error, LostError) else f"{type(error).__name__}: {error}")
+        elif not isinstance(error, LostError):
             self.reducer.comm.fail(f"{type(error).__name__}: {error}")
 
     def reset(self) -> None:

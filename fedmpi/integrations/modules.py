@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fedmpi import methods
 from fedmpi.errors import ConfigError
 from fedmpi.integrations.settings import Settings, Shapes
+from fedmpi.integrations.shards import is_sharded, local
 from fedmpi.methods.base import Options
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,18 +60,21 @@ def hookable(module: object) -> DistributedDataParallel:
 
 def _averages_itself(module: object) -> str:
     """The library whose wrapper this is, by name: none of them is imported for it."""
-    for base in type(module).__mro__:
-        if base.__module__.startswith("torch.distributed.fsdp") or base.__module__.startswith(
-            "torch.distributed._composable"
-        ):
+    bases = type(module).__mro__
+    if any(base.__name__ == "FSDPModule" for base in bases):
+        return "FSDP2"
+    for base in bases:
+        if base.__module__.startswith("torch.distributed.fsdp"):
             return "FSDP"
         if base.__module__.split(".")[0] == "deepspeed" or base.__name__ == "DeepSpeedEngine":
             return "DeepSpeed"
     return ""
 
 
-def trained(module: nn.Module, ignored: Collection[str] = ()) -> dict[str, Tensor]:
+def trained(module: nn.Module, ignored: Collection[str] = (), *, shards: bool = False) -> dict[str, Tensor]:
     """The parameters whose gradients are averaged.
+
+    Args: shards: those that FSDP2 or tensor parallelism has sharded can be.
 
     Raises:
       ConfigError: there is none, or one cannot be averaged in float32 as a whole: the sentence names it.
@@ -85,19 +89,29 @@ def trained(module: nn.Module, ignored: Collection[str] = ()) -> dict[str, Tenso
         for part in module.modules()
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse
     }
-    sharded = {
-        id(p) for part in module.modules() if _averages_itself(part) for p in part.parameters(recurse=True)
-    }
+    owners: dict[int, str] = {}
+    for part in module.modules():
+        if owner := _averages_itself(part):
+            owners |= {id(p): owner for p in part.parameters(recurse=True)}
     for name, p in found.items():
         if p.dtype not in DTYPES:
             raise ConfigError(
                 f"model: parameter {name} is {p.dtype}, expected float32, bfloat16 or float16, for gradients are "
                 "averaged in float32; take model.float(), or freeze it (requires_grad_(False))"
             )
-        if hasattr(p, "to_local") or id(p) in sharded:
+        owner = owners.get(id(p), "a DTensor's" if is_sharded(p) else "")
+        if owner == "FSDP2" and shards and not is_sharded(p):
             raise ConfigError(
-                f"model: parameter {name} is sharded over ranks (a DTensor, or FSDP's), expected one that every rank "
-                "holds whole; whoever shards it averages its gradient, too: train it without fedmpi"
+                f"model: parameter {name} is in a module of FSDP2 and not sharded, and so would be averaged over the "
+                "replicas alone; shard it (no ignored_params), and call fedmpi.sync before the first forward or after "
+                "model.reshard()"
+            )
+        if owner and not (shards and is_sharded(p)):
+            raise ConfigError(
+                f"model: parameter {name} is sharded over ranks ({owner}), expected one that every rank holds whole: "
+                "who shards it averages its gradient, too; to compress between replicas alone, shard with FSDP2 over "
+                'the inner dimension of a mesh, fully_shard(module, mesh=mesh["shard"]), and call '
+                'fedmpi.sync(model, method, group=mesh["replicate"].get_group()) instead'
             )
         if id(p) in sparse:
             raise ConfigError(sparse_gradient(name))
@@ -122,7 +136,8 @@ def device_of(parameters: Mapping[str, Tensor]) -> torch.device:
 
 
 def shapes_of(parameters: Mapping[str, Tensor]) -> Shapes:
-    return {name: tuple(p.shape) for name, p in parameters.items()}
+    """Of what this rank holds of them."""
+    return {name: tuple(local(p).shape) for name, p in parameters.items()}
 
 
 def warn_of_nothing(shapes: Shapes, options: Options, settings: Settings) -> None:

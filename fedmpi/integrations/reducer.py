@@ -15,11 +15,12 @@ from torch import Tensor
 
 from fedmpi import methods
 from fedmpi.comm.agree import agree, versions
-from fedmpi.comm.base import Comm
+from fedmpi.comm.base import Comm, Gathers
 from fedmpi.errors import ConfigError
 from fedmpi.integrations.groups import Group
 from fedmpi.integrations.modules import sparse_gradient
 from fedmpi.integrations.settings import Settings, Shapes
+from fedmpi.integrations.shards import Shards, gradient_of, split
 from fedmpi.integrations.state import load, saved
 from fedmpi.meet import ways
 from fedmpi.message import CPU
@@ -42,6 +43,7 @@ class Reducer:
         method: Options | dict[str, Any] | str,
         comm: Comm,
         device: torch.device = CPU,
+        shards: Shards | None = None,
         **settings: Any,
     ) -> None:
         """Args:
@@ -49,6 +51,7 @@ class Reducer:
           method: its options, as in a configuration.
           comm: this rank's end. All calls come from one thread.
           device: where it computes; gradients may lie elsewhere, and are copied then.
+          shards: where parameters are sharded: ``comm`` is of those with the same shards, whose shapes are given.
           settings: fields of :class:`Settings`.
 
         Raises:
@@ -56,9 +59,14 @@ class Reducer:
           CommError: the ranks disagree on any of this.
         """
         self.settings = Settings.of(**settings)
-        self.options, self.comm, self.device = methods.parse(method), comm, device
+        self.options, self.comm = methods.parse(method), comm
+        self.device, self.shards = device, shards
+        self.everyone: Gathers = shards or comm
         self._agree(shapes)
-        exact, compressed = self.settings.split(shapes)
+        exact, compressed = split(self.settings, shapes, shards)
+        draws = self.settings
+        if shards is not None:
+            draws = draws.model_copy(update={"seed": shards.seed(draws.seed)})
         self.groups: list[Group] = []
         if compressed:
             separable = self.options.separable
@@ -70,9 +78,9 @@ class Reducer:
             parts = self.settings.parts(compressed, comm.size) if separable else [compressed]
             for i, part in enumerate(parts):
                 owner, room = i % comm.size if separable else None, ways.GATHER_BYTES / len(parts)
-                self.groups.append(Group(part, self.options, comm, self.settings, owner, room, device))
+                self.groups.append(Group(part, self.options, comm, draws, owner, room, device))
         if exact:
-            alike = self.settings.model_copy(update={"exchange": "sum"})
+            alike = draws.model_copy(update={"exchange": "sum"})
             self.groups.append(Group(exact, methods.parse("dense"), comm, alike, device=device))
         self.group_of = {name: i for i, group in enumerate(self.groups) for name in group.names}
         self.size = sum(group.spec.size for group in self.groups)
@@ -83,9 +91,10 @@ class Reducer:
 
     def _agree(self, shapes: Shapes) -> None:
         mine = {"method": self.options.model_dump(mode="json"), **self.settings.model_dump(mode="json")}
+        full = shapes if self.shards is None else self.shards.full
         agree(
-            self.comm,
-            {**versions(), **mine, "parameters": {n: list(shape) for n, shape in shapes.items()}},
+            self.everyone,
+            {**versions(), **mine, "parameters": {n: list(shape) for n, shape in full.items()}},
         )
 
     def group(self, name: str) -> Group:
@@ -111,6 +120,12 @@ class Reducer:
 
     def _finish(self) -> None:
         usable = all(self._results.values())
+        if self.shards is not None and not self.shards.all(usable):
+            for group in self.groups if usable else ():
+                group.flat_D.fill_(
+                    math.nan
+                )  # whoever looks at gradients before a step sees the same everywhere
+            usable = False
         self._reduced += 1
         for group in self.groups:
             if usable:
@@ -142,7 +157,7 @@ class Reducer:
             p = parameters[name]
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-            gradients[name] = p.grad
+            gradients[name] = gradient_of(name, p)
         for name, gradient in gradients.items():
             self.group(name).fill(name, gradient, scale)
         self.reduce(*range(len(self.groups)))

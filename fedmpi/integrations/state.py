@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedmpi.comm.base import Comm
+from fedmpi.comm.base import Comm, Gathers
 from fedmpi.errors import ConfigError, MessageError
 from fedmpi.integrations.groups import Group
 from fedmpi.integrations.settings import Settings
+from fedmpi.integrations.shards import Shards
 from fedmpi.method import State, placed
 from fedmpi.methods.base import Options
 from fedmpi.schema import Schema, differs, schema_of, shown
@@ -29,6 +30,8 @@ class Kept(Protocol):
     """What a state is of: a :class:`fedmpi.integrations.reducer.Reducer`."""
 
     comm: Comm
+    shards: Shards | None
+    everyone: Gathers
     options: Options
     settings: Settings
     groups: list[Group]
@@ -36,10 +39,11 @@ class Kept(Protocol):
     skipped: int
 
 
-_KEYS = ("ranks", "rank", "method", "settings", "step", "skipped", "measuring", "groups")
+_KEYS = ("ranks", "rank", "shard", "method", "settings", "step", "skipped", "measuring", "groups")
 _GROUP = ("names", "shapes", "state", "memory")
 # What a state depends on; when compression starts and how messages meet may change between two parts of a job.
 _SETTINGS = ("seed", "exact_below", "steps_per_epoch", "group_mb")
+_MEMORY = "the server's memory"  # the same on ranks with the same shards
 _MOST = 2**62  # what random.key takes as a step, with room
 
 
@@ -48,6 +52,7 @@ def saved(reducer: Kept) -> dict[str, Any]:
     return {
         "ranks": reducer.comm.size,
         "rank": reducer.comm.rank,
+        "shard": _place(reducer),
         "method": reducer.options.model_dump(mode="json"),
         "settings": _settings(reducer),
         "step": reducer.step,
@@ -76,7 +81,7 @@ def load(reducer: Kept, state: object) -> None:
         setting, or the ranks' do not belong together.
     """
     comm = reducer.comm
-    agreed(comm, lambda: _check(reducer, state))
+    agreed(reducer.everyone, lambda: _check(reducer, state))
     assert isinstance(state, Mapping)
     same = state["ranks"] == comm.size
     if not same:
@@ -95,7 +100,7 @@ def load(reducer: Kept, state: object) -> None:
     reducer.step, reducer.skipped = state["step"], state["skipped"]
 
 
-def chosen(comm: Comm, state: object, among: Sequence[Options]) -> tuple[Options, bool]:
+def chosen(comm: Gathers, state: object, among: Sequence[Options]) -> tuple[Options, bool]:
     """The method of a state that ``auto`` saved, and whether it was still measuring. Called by all ranks.
 
     Raises:
@@ -116,7 +121,7 @@ def chosen(comm: Comm, state: object, among: Sequence[Options]) -> tuple[Options
     return tried[found["method"]], found["measuring"]
 
 
-def agreed(comm: Comm, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def agreed(comm: Gathers, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """``check`` a state on every rank: what it finds, the same on all.
 
     Raises:
@@ -130,12 +135,16 @@ def agreed(comm: Comm, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     for rank, offer in enumerate(offers):
         if "wrong" in offer:
             raise ConfigError(f"state_dict: {offer['wrong']} (rank {rank}); nothing was loaded on any rank")
+    shards: dict[str, int] = {}
     for rank, offer in enumerate(offers):
-        for what, first in offers[0]["found"].items():
-            if offer["found"][what] != first:
+        same = shards.setdefault(json.dumps(offer["found"].pop("shard", None)), rank)
+        for what, got in offer["found"].items():
+            other = same if what == _MEMORY else 0
+            expected = offers[other]["found"][what]
+            if got != expected:
                 raise ConfigError(
-                    f"state_dict: {what}: rank 0's has {first}, rank {rank}'s has {offer['found'][what]}; expected "
-                    "what all ranks saved at the same time; nothing was loaded on any rank"
+                    f"state_dict: {what}: rank {other}'s has {expected}, rank {rank}'s has {got}; expected what all "
+                    "ranks saved at the same time; nothing was loaded on any rank"
                 )
     found: dict[str, Any] = offers[0]["found"]
     return found
@@ -157,6 +166,11 @@ def _check(reducer: Kept, state: object) -> dict[str, Any]:
     for name, expected in settings.items():
         if _plain(values["settings"][name], f"settings.{name}") != _plain(expected):
             raise ConfigError(f"settings.{name}: expected {expected}, got {shown(values['settings'][name])}")
+    if _plain(values["shard"], "shard") != _plain(_place(reducer)):
+        raise ConfigError(
+            f"shard: expected {_shard(_place(reducer))}, got {_shard(values['shard'])}; every rank loads what it "
+            "saved, with the model sharded as it was"
+        )
     if values["ranks"] == size and values["rank"] != rank:
         raise ConfigError(
             f"rank: expected rank {rank}'s own state, got rank {values['rank']}'s; every rank saves and loads its own "
@@ -175,7 +189,8 @@ def _check(reducer: Kept, state: object) -> dict[str, Any]:
         _feed(digest, kept["memory"])
     return {
         **{name: values[name] for name in ("ranks", "step", "skipped", "measuring")},
-        "the server's memory": digest.hexdigest()[:16],
+        "shard": values["shard"],
+        _MEMORY: digest.hexdigest()[:16],
     }
 
 
@@ -245,6 +260,17 @@ def _schemas(group: Group) -> dict[str, Schema]:
         "state": schema_of(group.method.up.init(), clients=1),
         "memory": schema_of(group.decoder.memory()),
     }
+
+
+def _place(reducer: Kept) -> list[list[int]]:
+    return reducer.shards.place if reducer.shards else []
+
+
+def _shard(place: object) -> str:
+    """Where among the shards, in words."""
+    if not place:
+        return "the state of whole parameters"
+    return f"that of shard {shown(place)} (its number and how many there are, for each dimension)"
 
 
 def _settings(reducer: Kept) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from fedmpi.integrations.ddp import Scaler
 from fedmpi.integrations.job import AnyMethod, Job
 from fedmpi.integrations.modules import device_of, shapes_of, trained, uncompiled
 from fedmpi.integrations.ranks import among, matching, same_ranks
+from fedmpi.integrations.shards import Shards, across, same_start
 
 T = TypeVar("T")
 
@@ -27,7 +28,14 @@ class Sync:
     """Averages a model's gradients when called: between ``backward()`` and ``optimizer.step()``.
 
     For methods that need all gradients at once (which :func:`fedmpi.ddp.attach` takes in one group too, without
-    overlap with the backward pass), and for models without DDP, or inside its ``no_sync()``.
+    overlap with the backward pass), and for models without DDP, or inside its ``no_sync()``. So for those that FSDP2
+    shards over the inner dimension of a mesh: what is compressed is what goes between the replicas.
+
+        fully_shard(model, mesh=mesh["shard"])
+        average = fedmpi.sync(model, method, group=mesh["replicate"].get_group())
+
+    A step in which a gradient is not finite, on any rank of the mesh, leaves what is kept between steps alone, and
+    gradients that are not finite on all: a GradScaler skips it everywhere.
     """
 
     def __init__(
@@ -44,10 +52,12 @@ class Sync:
 
         Args: as those of :func:`fedmpi.ddp.attach`, and
           model: any module.
-          group: the ranks to average over (default: a DDP module's own, else all).
+          group: the ranks to average over (default: a DDP module's own, else all). Of a sharded model those that
+            hold the same shards of each replica; then all ranks of the mesh call this together.
 
         Raises:
-          ConfigError, CommError: as :func:`fedmpi.ddp.attach`; or ``group`` is not the DDP module's.
+          ConfigError, CommError: as :func:`fedmpi.ddp.attach`; or ``group`` is not the DDP module's, or has ranks that
+            the model is sharded over; or the ranks do not start from the same parameters.
         """
         inner = uncompiled(model)
         ignored: set[str] = set()
@@ -62,8 +72,16 @@ class Sync:
         elif group is not None:
             matching(comm, group)
         with together(comm, "looking at its parameters"):
-            self._parameters = trained(inner, ignored)
-        self._job = Job(shapes_of(self._parameters), method, comm, settings, device_of(self._parameters))
+            self._parameters = trained(inner, ignored, shards=True)
+            groups = across(self._parameters, group)
+        shards = None
+        if groups:
+            shards = Shards(comm, groups, {name: tuple(p.shape) for name, p in self._parameters.items()})
+        held = {name: p for name, p in inner.named_parameters() if name not in ignored}
+        same_start(shards or comm, held, shards.place if shards else ())
+        self._job = Job(
+            shapes_of(self._parameters), method, comm, settings, device_of(self._parameters), shards
+        )
 
     def __call__(self) -> None:
         """Replace each parameter's gradient by the mean over all ranks. One that some ranks lack counts as zero there;

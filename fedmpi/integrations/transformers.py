@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -24,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fedmpi.errors import ConfigError
 from fedmpi.integrations import folder
 from fedmpi.integrations.accelerate import resume
-from fedmpi.integrations.ddp import State, attach
+from fedmpi.integrations.ddp import State, attach_anew
 from fedmpi.integrations.job import AnyMethod
 
 try:
@@ -42,6 +41,9 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
     values) and loaded from the one that the Trainer resumes from, so that a resumed job goes on exactly. Where the
     Trainer wraps its model anew (after ``auto_find_batch_size``, in another ``train()``), the new wrapper gets a hook,
     which takes over what the old one's kept if it is for the same parameters.
+
+    Beside each loss the Trainer logs ``fedmpi_payload_bytes``, ``fedmpi_ratio`` and ``fedmpi_seconds`` (spent on coding
+    and waiting), of all steps so far.
 
     Attributes:
       state: the hook's (:class:`fedmpi.integrations.ddp.State`), once training has begun; None on one process.
@@ -72,22 +74,28 @@ class CompressionCallback(TrainerCallback):  # type: ignore[misc]
         caller = _caller(state, "resume_from_checkpoint")
         ddp = _wrapper(model, caller.get("self"), args)
         if self.state is None or getattr(ddp, "_fedmpi", None) is not self.state:
-            self._attach(ddp)
+            self.state = attach_anew(self.state, ddp, self._method, "the Trainer", **self._settings)
         assert self.state is not None
         if state.global_step:
             resume(self.state, _resumed_from(args, state, caller))
 
-    def _attach(self, ddp: DistributedDataParallel) -> None:
-        before, self.state = self.state, attach(ddp, self._method, **self._settings)
-        if before is None or not before.averages(self.state):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """What the hook has done by the steps so far, beside each loss that the Trainer logs, wherever it does."""
+        if self.state is None or "loss" not in (logs or {}):
             return
-        try:
-            self.state.load_state_dict(before.state_dict())
-        except ConfigError as error:  # on all ranks
-            warnings.warn(
-                f"fedmpi: the Trainer has wrapped its model anew, and what the method kept starts afresh: {error}",
-                stacklevel=2,
-            )
+        trainer = _caller(state, "logs").get("self")
+        if trainer is not None:
+            stats = self.state.stats()
+            told = {"payload_bytes": stats["payload_bytes"], "ratio": stats["ratio"]}
+            told["seconds"] = sum(value for name, value in stats.items() if name.endswith("_seconds"))
+            trainer.log({f"fedmpi_{name}": value for name, value in told.items()})
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

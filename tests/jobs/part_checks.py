@@ -1,6 +1,6 @@
 """The drop-ins over a part of the ranks, in one launch of four: part_checks.py. Prints "ok" for each rank.
 
-Groups: two pairs, beside each other; two that share ranks, used in turn; each rank alone.
+Groups: two pairs, beside each other; two that share ranks, used in turn and together; each rank alone.
 """
 
 from __future__ import annotations
@@ -105,6 +105,37 @@ def over(group: Any, seed: int, count: int) -> None:
         assert state.stats()["payload_bytes"] == 0
 
 
+def at_once(held: list[Any]) -> None:
+    """A model a group that this rank belongs to, each averaged by sync, all in one step: as each alone."""
+    signs = {"name": "signsgd", "feedback": True}
+
+    def start(group: Any) -> tuple[nn.Module, Any]:
+        return (net := Net(group, 6)), fedmpi.sync(DDP(net, process_group=group), signs)
+
+    def step(nets: list[tuple[nn.Module, Any]], number: int) -> None:
+        for net, _ in nets:
+            generator = torch.Generator().manual_seed(10 * dist.get_rank() + number)
+            net(torch.randn(8, 48, generator=generator)).pow(2).mean().backward()
+        for net, average in nets:
+            average()
+            with torch.no_grad():
+                for p in net.parameters():
+                    p -= 0.01 * p.grad
+                    p.grad = None
+
+    together = [start(group) for group in held]
+    for number in range(3):
+        step(together, number)
+    for (net, average), group in zip(together, held, strict=True):
+        alone = start(group)
+        for number in range(3):
+            step([alone], number)
+        for p, q in zip(net.parameters(), alone[0].parameters(), strict=True):
+            assert torch.equal(p, q)
+        replicas_are_equal(net, group)
+        assert average.stats()["steps"] == 3
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -122,6 +153,7 @@ def main() -> None:
     for module, group in zip(modules, held, strict=True):
         trained(module, 3)
         replicas_are_equal(module, group)
+    at_once(held)
     for other in range(4):
         alone = dist.new_group([other])
         if other == rank:

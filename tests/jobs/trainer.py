@@ -65,7 +65,8 @@ def main() -> None:
         torch.save(weights, out / "final.pt")
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         stats = callback.state.stats() if callback and callback.state else None
-        report = {"losses": losses, "stats": stats, "ranks": arguments.world_size, **more}
+        logged = [entry for entry in trainer.state.log_history if "fedmpi_ratio" in entry]
+        report = {"losses": losses, "stats": stats, "logged": logged, "ranks": arguments.world_size, **more}
         (out / "report.json").write_text(json.dumps(report))
 
 
