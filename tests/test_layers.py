@@ -49,6 +49,7 @@ LAYERS = {
         "method",
         "methods",
         "ops",
+        "optimizers",
         "plain_file",
         "schema",
         "spec",

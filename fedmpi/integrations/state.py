@@ -76,7 +76,7 @@ def load(reducer: Kept, state: object) -> None:
         setting, or the ranks' do not belong together.
     """
     comm = reducer.comm
-    agreed(comm, lambda: _check(reducer, state))
+    agreed(comm, lambda: check(reducer, state))
     assert isinstance(state, Mapping)
     same = state["ranks"] == comm.size
     if not same:
@@ -141,7 +141,7 @@ def agreed(comm: Comm, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check(reducer: Kept, state: object) -> dict[str, Any]:
+def check(reducer: Kept, state: object) -> dict[str, Any]:
     """What must be the same on every rank.
 
     Raises:
