@@ -10,7 +10,7 @@ import hashlib
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,25 @@ from fedmpi.comm import agree as agreement
 from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError
 from fedmpi.integrations import state as reducers
-from fedmpi.integrations.fragments import Fragment, Outcome, State
+from fedmpi.integrations.fragments import Buffers, Fragment, Outcome, State
 from fedmpi.schema import differs, schema_of, shown
 from fedmpi.validation import Strict
 
-if TYPE_CHECKING:
-    from fedmpi.integrations.local_sgd import LocalSGD
+
+class Kept(Protocol):
+    """What a state is of: a :class:`fedmpi.integrations.local_sgd.LocalSGD`."""
+
+    comm: Comm
+    fragments: list[Fragment]
+    buffers: Buffers
+    told: list[dict[str, Any]]
+    at: int
+
+    @property
+    def options(self) -> Strict: ...
+
+    def take_in_all(self, alpha: float = 0.0) -> None: ...
+
 
 _COUNTS = ("step", "rounds", "dropped", "cycles", "at", "length")
 _KEYS = ("ranks", "rank", "options", *_COUNTS, "told", "fragments", "buffers")
@@ -65,7 +78,7 @@ def _bytes(x: Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""
 
 
-def saved(local: LocalSGD) -> dict[str, Any]:
+def saved(local: Kept) -> dict[str, Any]:
     """What :func:`load` takes: tensors and plain values, a copy. What is under way has come in by then."""
     return {
         "ranks": local.comm.size,
@@ -97,7 +110,7 @@ def _saved(fragment: Fragment) -> dict[str, Any]:
     }
 
 
-def load(local: LocalSGD, state: object) -> None:
+def load(local: Kept, state: object) -> None:
     """Go on where :func:`saved` stood. Called by all ranks, each with its own.
 
     Raises:
@@ -128,7 +141,7 @@ def load(local: LocalSGD, state: object) -> None:
         _meet(local, state)
 
 
-def _meet(local: LocalSGD, state: Mapping[str, Any]) -> None:
+def _meet(local: Kept, state: Mapping[str, Any]) -> None:
     """Other ranks than those that saved: all begin with what those last agreed on."""
     warnings.warn(
         f"fedmpi: the state of {state['ranks']} ranks is loaded by {local.comm.size}: all go on from the last "
@@ -142,7 +155,7 @@ def _meet(local: LocalSGD, state: Mapping[str, Any]) -> None:
     local.at = 0
 
 
-def _check(local: LocalSGD, state: object) -> dict[str, Any]:
+def _check(local: Kept, state: object) -> dict[str, Any]:
     """What must be the same on every rank.
 
     Raises:
