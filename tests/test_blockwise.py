@@ -17,7 +17,7 @@ from fedmpi.meet import ways
 from fedmpi.meet.base import Roster
 from fedmpi.method import Compressor, Round
 from fedmpi.methods.base import Setup
-from fedmpi.methods.blockwise import _NORMAL
+from fedmpi.methods.blocks import _NORMAL
 from fedmpi.spec import Spec
 
 from .codecs import codec, context
