@@ -1,8 +1,8 @@
 """fedmpi: communication-compressed federated and data-parallel training over MPI.
 
 The drop-ins are loaded when they are first used: ``fedmpi.ddp`` (a hook for DistributedDataParallel), ``fedmpi.sync``,
-``fedmpi.horovod``, ``fedmpi.transformers``, ``fedmpi.lightning`` and ``fedmpi.accelerate``. The rest is the command
-line's: ``fedmpi --help``.
+``fedmpi.local_sgd``, ``fedmpi.horovod``, ``fedmpi.transformers``, ``fedmpi.lightning`` and ``fedmpi.accelerate``. The
+rest is the command line's: ``fedmpi --help``.
 """
 
 from __future__ import annotations
@@ -21,4 +21,6 @@ def __getattr__(name: str) -> Any:
         return import_module(f"fedmpi.integrations.{name}")
     if name == "sync":
         return import_module("fedmpi.integrations.sync").Sync
+    if name == "local_sgd":
+        return import_module("fedmpi.integrations.local_sgd").LocalSGD
     raise AttributeError(f"module 'fedmpi' has no attribute {name!r}")

@@ -75,11 +75,11 @@ class ServerConfig(_Section):
     )
     optimizer: Name = Field(
         "sgd",
-        description="the rule on what the method sums. sgd, momentum: on the accumulated gradients' mean, "
-        "Δ / local.lr; adam, yogi: on the model difference Δ with η and τ as in Reddi et al. (in a subspace on "
-        "AᵀΔ); with mode: data_parallel all on the mean gradient",
+        description="the rule on what the method sums. sgd, momentum, nesterov: on the accumulated "
+        "gradients' mean, Δ / local.lr; adam, yogi: on the model difference Δ with η and τ as in Reddi et al. (in a "
+        "subspace on AᵀΔ); with mode: data_parallel all on the mean gradient",
     )
-    beta1: float = Field(0.9, ge=0, lt=1, description="momentum's, adam's and yogi's β₁")
+    beta1: float = Field(0.9, ge=0, lt=1, description="β₁ of all but sgd")
     beta2: float = Field(0.99, ge=0, lt=1, description="adam's and yogi's β₂")
     epsilon: float = Field(1e-3, gt=0, description="adam's and yogi's τ: v starts at τ²")
     schedule: Schedule = Schedule.model_validate({})

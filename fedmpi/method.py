@@ -101,17 +101,18 @@ class Merge(ABC):
 
     Attributes:
       array: its name.
+      align: a part begins at a multiple of so many entries.
     """
 
-    def __init__(self, array: str) -> None:
-        self.array = array
+    def __init__(self, array: str, align: int = 64) -> None:
+        self.array, self.align = array, align
 
     @abstractmethod
     def __call__(
         self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None
     ) -> Tensor:
-        """What ``W`` senders' entries ``start`` … ``start + N`` (a multiple of 8) come to ``(N,)``: what one sender
-        would send for their mean, as the server would have decided on it.
+        """What ``W`` senders' entries ``start`` … ``start + N`` come to ``(N,)``: what one sender would send for their
+        mean, as the server would have decided on it. Both are multiples of :attr:`align`.
 
         Args:
           optional_WB: the senders' :attr:`Compressor.optional` arrays, zeros for who has none; None: nobody has.

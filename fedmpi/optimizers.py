@@ -1,8 +1,10 @@
-"""Server optimizers: from the mean of the clients' vectors to the direction in which the server steps.
+"""Server and outer optimizers: from the mean of the clients' vectors to the direction in which the server steps.
 
 Pure functions of a vector and a state, over whatever the method sums: parameters, or coordinates of a
 subspace (so that a static subspace is never left). Source of adam and yogi: Reddi et al., "Adaptive
 Federated Optimization", ICLR 2021, Algorithm 2 (without bias correction, as there; v starts at τ², its least).
+nesterov is the form of Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML
+2013, that torch's SGD has: m ← β₁m + g, u = g + β₁m. It is the outer optimizer of DiLoCo (Douillard et al. 2023).
 """
 
 from __future__ import annotations
@@ -12,15 +14,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Name = Literal["sgd", "momentum", "adam", "yogi"]
+Name = Literal["sgd", "momentum", "nesterov", "adam", "yogi"]
 
 
 class Optimizer(NamedTuple):
     """One rule with its constants; ``epsilon`` is the papers' τ.
 
     ``step`` is what a vector of accumulated gradients is multiplied by to be the model difference −Δ that adam and
-    yogi act on: the clients' learning rate η_l, or 1 for gradients themselves. sgd and momentum, which are linear, act
-    on the accumulated gradients.
+    yogi act on: the clients' learning rate η_l, or 1 for gradients themselves. The others, which are linear, act on the
+    accumulated gradients.
     """
 
     name: Name = "sgd"
@@ -33,7 +35,7 @@ class Optimizer(NamedTuple):
         """The state for vectors of ``size`` numbers there."""
         if self.name == "sgd":
             return {}
-        if self.name == "momentum":
+        if self.name in ("momentum", "nesterov"):
             return {"momentum": torch.zeros(size, device=device)}
         variance = torch.full((size,), self.epsilon**2, device=device)
         return {"momentum": torch.zeros(size, device=device), "variance": variance}
@@ -45,6 +47,9 @@ class Optimizer(NamedTuple):
         if self.name == "momentum":
             m = self.beta1 * state["momentum"] + g
             return m, {"momentum": m}
+        if self.name == "nesterov":
+            m = self.beta1 * state["momentum"] + g
+            return g + self.beta1 * m, {"momentum": m}
         g = g if self.step == 1 else g * self.step
         m = self.beta1 * state["momentum"] + (1 - self.beta1) * g
         v, g2 = state["variance"], g * g

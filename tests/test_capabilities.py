@@ -21,6 +21,7 @@ NUMERICS = (
     *(
         "atomo",
         "bad_updates",
+        "blockwise",
         "conformance",
         "dense",
         "ways",

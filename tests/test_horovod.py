@@ -84,7 +84,8 @@ def test_what_an_all_reduce_can_average(horovod: Any, options: dict[str, Any]) -
         keeps = {**method.up.init(), **method.directions().memory()}
     except ConfigError:
         keeps = {"parameters": torch.zeros(0)}
-    alike = method.up.additive or options["name"] == "randomk"  # which then draws with one key
+    drawn = options["name"] == "randomk" and "values" not in options
+    alike = method.up.additive or drawn  # with one key then
     if alike and not keeps and len(method.passes) == 1:
         assert len(method.up.layout()) == 1
         compression = horovod.Compression(options, parameters, exact_below=0)

@@ -64,6 +64,7 @@ LAYERS = {
         "method",
         "methods",
         "ops",
+        "optimizers",
         "plain_file",
         "schema",
         "spec",

@@ -17,7 +17,7 @@ from .softmax import Softmax, assert_close, parameters, simulate
 from .test_intrinsic import explicit_matrix
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "adam", "yogi"])
+@pytest.mark.parametrize("optimizer", ["momentum", "nesterov", "adam", "yogi"])
 @pytest.mark.parametrize("method", [{"name": "dense"}, {"name": "intrinsic", "dim": 24}], ids=str)
 def test_server_optimizers_are_the_papers(optimizer, method):
     """Reddi et al. 2021, Algorithm 2, on the model difference, for 15 rounds; momentum on the difference over η_l."""
@@ -35,6 +35,9 @@ def test_server_optimizers_are_the_papers(optimizer, method):
         if optimizer == "momentum":
             m = beta1 * m + delta
             x = x + eta * m
+        elif optimizer == "nesterov":
+            m = beta1 * m + delta
+            x = x + eta * (delta + beta1 * m)
         else:
             delta = 0.2 * delta  # Δ: the clients' learning rate times what they accumulated
             m = beta1 * m + (1 - beta1) * delta

@@ -154,12 +154,15 @@ class Compression:
 
 def _fitting(options: Options) -> Options:
     """``options``, if Horovod's all-reduce can average what the method sends."""
-    fits = options.name in ("dense", "intrinsic", "randomk")
+    fits = (
+        options.name in ("dense", "intrinsic", "randomk")
+        and getattr(options, "values", "float32") == "float32"
+    )
     if not fits or getattr(options, "feedback", False) or getattr(options, "schedule", None) == "k_varying":
         raise ConfigError(
             f"method: {options.name} with these options cannot be averaged by Horovod's all-reduce, which adds up "
             "numbers once a step and keeps nothing between steps; expected dense, intrinsic with one subspace, or "
-            "randomk without feedback. fedmpi.horovod.DistributedOptimizer takes the others"
+            "randomk without feedback and with values: float32. fedmpi.horovod.DistributedOptimizer takes the others"
         )
     if getattr(options, "k", None) is not None:
         raise ConfigError("method.k: expected ratio here, where each tensor is compressed by itself")

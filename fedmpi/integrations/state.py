@@ -81,7 +81,7 @@ def load(reducer: Kept, state: object) -> None:
         setting, or the ranks' do not belong together.
     """
     comm = reducer.comm
-    agreed(reducer.everyone, lambda: _check(reducer, state))
+    agreed(reducer.everyone, lambda: check(reducer, state))
     assert isinstance(state, Mapping)
     same = state["ranks"] == comm.size
     if not same:
@@ -150,7 +150,7 @@ def agreed(comm: Gathers, check: Callable[[], dict[str, Any]]) -> dict[str, Any]
     return found
 
 
-def _check(reducer: Kept, state: object) -> dict[str, Any]:
+def check(reducer: Kept, state: object) -> dict[str, Any]:
     """What must be the same on every rank.
 
     Raises:

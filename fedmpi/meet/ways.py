@@ -16,7 +16,7 @@ owner      its messages, and (W−1) · 4 S as an      a cohort with ``topology:
 gather     (W−1) · b                                one message a rank: sparse and look-back messages while
                                                     W is small; every rank keeps what W receivers keep
 merge      2 (W−1)/W · b (all-to-all, all-gather)   one message a rank: signs under a majority vote, bf16,
-                                                    fp16; bounded for any W
+                                                    fp16, blockwise; bounded for any W
 =========  =======================================  ====================================================
 
 The last collective is launched by :meth:`Way.send`, so that it may be under way while the next message is coded and
@@ -190,7 +190,6 @@ class MergeWay(_OneEach):
     """Rank r gets everybody's r-th part of the message, merges those, and sends the result to all."""
 
     name = "merge"
-    _ALIGN = 64  # entries of a part: whole words of random bits
 
     def send(self) -> End:
         up, merge, ranks, roster = self.up, self.up.merge, self.comm.size, self.roster
@@ -198,7 +197,7 @@ class MergeWay(_OneEach):
         name, field = merge.array, up.layout()[merge.array]
         length = field.row[0]
         part = -(-length // ranks)
-        part += -part % self._ALIGN
+        part += -part % merge.align
         entries_N = torch.zeros(ranks * part, dtype=field.dtype, device=self.sums.device)
         entries_N[:length] = self._mine.arrays[name][0]
         flags_W1 = torch.full((ranks, 1), self._flag(), dtype=torch.uint8, device=self.sums.device)
@@ -348,7 +347,7 @@ def build(
         kind = VoteWay if votes else _WAYS.get(way)
     if way == "merge" and up.merge is None:
         raise ConfigError(
-            "exchange: merge is for signsgd with a majority vote, bf16 and fp16; expected sum or gather"
+            "exchange: merge is for signsgd with a majority vote, bf16, fp16 and blockwise; expected sum or gather"
         )
     made = OwnerWay(comm, up, sums, owner=owner or 0) if kind is None else kind(comm, up, sums)
     made.peers = Held(placed(made.init(), device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedmpi.methods import (
     atomo,
+    blockwise,
     dense,
     fetchsgd,
     halves,
@@ -30,6 +31,7 @@ METHODS.update(
         "rtopk": rtopk.ENTRY,
         "prune": prune.ENTRY,
         "qsgd": qsgd.ENTRY,
+        "blockwise": blockwise.ENTRY,
         "intrinsic": intrinsic.ENTRY,
         "fetchsgd": fetchsgd.ENTRY,
         "atomo": atomo.ENTRY,

@@ -18,15 +18,16 @@ from torch import Tensor
 
 from fedmpi import random
 from fedmpi.errors import ConfigError
-from fedmpi.message import Field, Layout, Message
+from fedmpi.message import Layout, Message
 from fedmpi.method import Compressor, Context, Method, State
 from fedmpi.methods.base import Entry, Mean, MeanServer, Setup, count_of
 from fedmpi.methods.feedback import Feedback
-from fedmpi.methods.topk import TopKOptions
+from fedmpi.methods.sparse import SparseOptions
+from fedmpi.methods.values import Kind, Values
 from fedmpi.spec import Spec
 
 
-class RandomKOptions(TopKOptions):
+class RandomKOptions(SparseOptions):
     scale: Literal["unbiased", "none"] | None = Option(
         None,
         description="unbiased: values are multiplied by D/k; none: they are taken as they are "
@@ -38,14 +39,17 @@ class RandomK(Compressor):
     """Sends the k values at coordinates that both ends draw; each stands for ``factor`` times itself.
 
     With ``factor`` D/k the decoded vector's mean over the draws is the gradient, and its variance
-    (D/k − 1)‖g‖². Linear for a given key, but not additive: another client's key draws other coordinates.
+    (D/k − 1)‖g‖². Linear for a given key, but not additive: another client's key draws other coordinates. With
+    ``unbiased``, values of 8 or 4 bits are rounded stochastically.
     """
 
     replayable = False  # the coordinates are those of the round in which it was sent
 
-    def __init__(self, spec: Spec, k: int, factor: float) -> None:
+    def __init__(
+        self, spec: Spec, k: int, factor: float, values: Kind = "float32", unbiased: bool = False
+    ) -> None:
         super().__init__(spec)
-        self.k, self.factor = k, factor
+        self.k, self.factor, self.values, self.unbiased = k, factor, Values(values, k), unbiased
 
     def _coordinates(self, ctx: Context, device: torch.device) -> Tensor:
         """int64 ``(C, k)``, a function of each client's key."""
@@ -53,13 +57,15 @@ class RandomK(Compressor):
         return torch.stack(drawn) if drawn else torch.empty(0, self.k, dtype=torch.int64, device=device)
 
     def layout(self) -> Layout:
-        return {"values": Field(torch.float32, (self.k,))}
+        return self.values.layout()
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
-        return Message({"values": g_CD.gather(1, self._coordinates(ctx, g_CD.device))}), state
+        u_CK = random.uniform(ctx.keys("rounding"), self.k, g_CD.device) if self.unbiased else None
+        values_CK = g_CD.gather(1, self._coordinates(ctx, g_CD.device))
+        return Message({"values": self.values.encode(values_CK, u_CK)}), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
-        values_CK = message.arrays["values"] * self.factor
+        values_CK = self.values.decode(message.arrays["values"]) * self.factor
         v_CD = values_CK.new_zeros(len(values_CK), self.size)
         return v_CD.scatter_(1, self._coordinates(ctx, v_CD.device), values_CK), peer
 
@@ -77,7 +83,8 @@ def build(options: RandomKOptions, spec: Spec, setup: Setup) -> Method:
             "large leaves a residual of 1 − D/k times itself, which grows from round to round"
         )
     unbiased = not options.feedback and options.scale != "none"
-    up = RandomK(spec, k, spec.size / k if unbiased else 1.0)
+    rounded = options.values in ("int8", "int4") and not options.feedback
+    up = RandomK(spec, k, spec.size / k if unbiased else 1.0, options.values, rounded)
     return Method(
         (Feedback(up) if options.feedback else up,), MeanServer(spec, setup.optimizer, sparse=True), Mean()
     )
@@ -91,4 +98,5 @@ ENTRY = Entry(
     sums="D",
     source="Konečný et al. 2016; Stich et al. 2018 (with feedback)",
     example={"ratio": 0.1},
+    variants={"4 bits": {"values": "int4"}},
 )

@@ -1,4 +1,4 @@
-"""rTop-k sparsification: k random ones of the r entries of largest magnitude, with bit-packed indices.
+"""rTop-k sparsification: k random ones of the r entries of largest magnitude, with bit-packed or coded indices.
 
 Source: Barnes et al., "rTop-k: A Statistical Estimation Approach to Distributed SGD", 2020; "Stationarity of
 crucial gradients", sections 2.2 and 3.3: r = k is top-k, r = D is random-k with indices. Values are
@@ -18,8 +18,9 @@ from fedmpi.errors import ConfigError
 from fedmpi.method import Context, Method
 from fedmpi.methods.base import Entry, Mean, MeanServer, Setup, count_of
 from fedmpi.methods.feedback import Feedback
-from fedmpi.methods.sparse import Sparse
+from fedmpi.methods.sparse import Indices, Sparse
 from fedmpi.methods.topk import TopKOptions
+from fedmpi.methods.values import Kind
 from fedmpi.ops.select import top_k
 from fedmpi.spec import Spec
 
@@ -40,8 +41,10 @@ class RTopKOptions(TopKOptions):
 class RTopK(Sparse):
     """A fresh draw of k out of the r candidates, by the client's key."""
 
-    def __init__(self, spec: Spec, k: int, r: int) -> None:
-        super().__init__(spec, k)
+    def __init__(
+        self, spec: Spec, k: int, r: int, values: Kind = "float32", indices: Indices = "packed"
+    ) -> None:
+        super().__init__(spec, k, values, indices)
         self.r = r
 
     def choose(self, g_CD: Tensor, ctx: Context) -> Tensor:
@@ -60,7 +63,7 @@ def build(options: RTopKOptions, spec: Spec, setup: Setup) -> Method:
     r = min(_CANDIDATES * k, spec.size) if options.r is None else options.r
     if not k <= r <= spec.size:
         raise ConfigError(f"method.r: expected k = {k} to D = {spec.size} (the model's parameters), got {r}")
-    up = RTopK(spec, k, r)
+    up = RTopK(spec, k, r, options.values, options.indices)
     return Method(
         (Feedback(up) if options.feedback else up,), MeanServer(spec, setup.optimizer, sparse=True), Mean()
     )
@@ -74,4 +77,5 @@ ENTRY = Entry(
     sums="D",
     source="Barnes et al. 2020",
     example={"ratio": 0.05, "feedback": True},
+    variants={"coded": {"values": "int8", "indices": "coded"}},
 )

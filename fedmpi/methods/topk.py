@@ -1,4 +1,4 @@
-"""Top-k sparsification: the k entries of largest magnitude, with bit-packed indices."""
+"""Top-k sparsification: the k entries of largest magnitude, with bit-packed or coded indices."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ from pydantic import Field as Option
 from torch import Tensor
 
 from fedmpi.method import Context, Method
-from fedmpi.methods.base import Entry, FeedbackOptions, Mean, MeanServer, Setup, count_of
+from fedmpi.methods.base import Entry, Mean, MeanServer, Setup, count_of
 from fedmpi.methods.feedback import Feedback
-from fedmpi.methods.sparse import Sparse
+from fedmpi.methods.sparse import Indices, Sparse, SparseOptions
 from fedmpi.ops.select import top_k
 from fedmpi.spec import Spec
 
 
-class TopKOptions(FeedbackOptions):
-    ratio: float = Option(0.01, gt=0, le=1, description="k as a share of the parameters")
-    k: int | None = Option(None, description="number of values sent; overrides ratio")
-
-    @property
-    def separable(self) -> bool:
-        return self.k is None
+class TopKOptions(SparseOptions):
+    indices: Indices = Option(
+        "packed", description="packed: ceil(log2 D) bits an index; coded: little more than their entropy"
+    )
 
 
 class TopK(Sparse):
@@ -28,7 +25,8 @@ class TopK(Sparse):
 
 
 def build(options: TopKOptions, spec: Spec, setup: Setup) -> Method:
-    up = TopK(spec, count_of("method.k", options.ratio, options.k, spec.size))
+    k = count_of("method.k", options.ratio, options.k, spec.size)
+    up = TopK(spec, k, options.values, options.indices)
     return Method(
         (Feedback(up) if options.feedback else up,), MeanServer(spec, setup.optimizer, sparse=True), Mean()
     )
@@ -42,4 +40,8 @@ ENTRY = Entry(
     sums="D",
     source="Stich et al. 2018; Lin et al. 2018",
     example={"ratio": 0.05, "feedback": True},
+    variants={
+        "coded": {"values": "bf16", "indices": "coded"},
+        "coded, 4 bits": {"values": "int4", "indices": "coded", "ratio": 0.3, "feedback": False},
+    },
 )

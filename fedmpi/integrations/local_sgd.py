@@ -1,0 +1,383 @@
+"""``fedmpi.local_sgd``: ranks that train by themselves and average, compressed, once in many steps.
+
+    outer = fedmpi.local_sgd(model, optimizer, {"name": "qsgd", "bits": 4}, every=100)
+    loss.backward(); optimizer.step()      # every 100th step averages
+
+H steps of the job's own optimizer on each rank are one step of an outer optimizer on the mean of anchor − parameters:
+with AdamW inside and Nesterov outside this is DiLoCo (Douillard et al., "DiLoCo: Distributed Low-Communication Training
+of Language Models", 2023), with sgd at rate 1 outside local SGD (Stich, "Local SGD Converges Fast and Communicates
+Little", ICLR 2019), with ``fragments`` and ``overlap`` Streaming DiLoCo (Douillard et al., "Streaming DiLoCo with
+overlapping communication", 2025), whose α is ``alpha``.
+
+Steps are counted where the optimizer makes them, so that nothing else of a job changes. A GradScaler leaves some out,
+on one rank and not on another: with ``scaler`` its ``step()`` is what counts.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from time import perf_counter
+from typing import Any, NoReturn, TypeGuard, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fedmpi import methods
+from fedmpi.comm.base import Comm, LostError, RankError, together
+from fedmpi.errors import ConfigError
+from fedmpi.integrations import local_state
+from fedmpi.integrations.fragments import Buffers, Fragment, Outcome, split
+from fedmpi.integrations.local_options import (
+    check_rate,
+    check_trained,
+    connected,
+    options_of,
+    scaled,
+)
+from fedmpi.integrations.modules import shapes_of, trained, uncompiled, warn_of_nothing
+from fedmpi.integrations.reducer import Reducer
+from fedmpi.methods.base import Options
+from fedmpi.optimizers import Optimizer
+
+T = TypeVar("T")
+Every = int | Callable[[int], int]
+_SECONDS = ("encode", "wire", "decode")
+_TOLD = 16  # dropped rounds that stats() names
+
+
+class LocalSGD:
+    """Averages a model once in many steps of its optimizer; what :func:`fedmpi.local_sgd` is.
+
+    Attributes:
+      step: the optimizer's steps so far.
+      rounds: synchronisations that counted, of whatever part of the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        method: Options | dict[str, Any] | str = "dense",
+        *,
+        every: Every = 100,
+        group: dist.ProcessGroup | None = None,
+        comm: Comm | str = "auto",
+        scaler: torch.amp.GradScaler | None = None,
+        **settings: Any,
+    ) -> None:
+        """Called by all ranks that average. Parameters and buffers are rank 0's from then on.
+
+        Args:
+          model: the job's, plain or compiled; or in DistributedDataParallel over a part of the ranks that has a fast
+            link, with ``group`` of the ranks in the same place of each part.
+          optimizer: any of torch's, over the model's parameters.
+          method: as in a configuration; its numbers (``k``, ``dim``) count a fragment.
+          every: H; or a function of how many such rounds there were, the same on all ranks, which gives the next one's.
+          group: the ranks to average over (default: all).
+          comm: "auto": as the job's process group if there is one, else as the launcher says; "group", "mpi", or a
+            :class:`fedmpi.comm.Comm`.
+          scaler: the job's GradScaler, if it has one. Its scale does not matter here, but steps that it leaves out.
+          settings: fields of :class:`fedmpi.integrations.local_options.LocalOptions` (``outer``, ``lr``, ``fragments``,
+            ``overlap``, ``alpha``, ``warmup``, ``inner``, …) and of :class:`fedmpi.integrations.settings.Settings`, but
+            for ``start_after``.
+
+        Raises:
+          ConfigError: arguments that are wrong, or do not fit the model.
+          CommError: the ranks disagree on any of this.
+        """
+        inside = uncompiled(model)
+        ddp = inside if isinstance(inside, DistributedDataParallel) else None
+        inside = ddp.module if ddp is not None else inside
+        if not isinstance(inside, nn.Module):
+            raise ConfigError(f"model: expected a torch.nn.Module, got {type(inside).__name__}")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self.comm = connected(group, comm)
+        with together(self.comm, "looking at its arguments"):
+            self._every = every if callable(every) else None
+            self.options, kept = options_of(None if callable(every) else every, settings)
+            options = methods.parse(method)
+            parameters = trained(inside)
+            check_trained(optimizer, inside, ddp, group)
+            parts = split(parameters, self.options.fragments)
+            buffers = Buffers(inside, self.comm)
+            self.length = self._next(0)
+        local_state.agree(self.comm, self.options, self.length, inside)
+        local_state.alike(self.comm, inside)
+        warn_of_nothing(shapes_of(parameters), options, kept)
+        buffers.keep()
+        opt = self.options
+        rule = Optimizer(opt.outer, opt.beta1, opt.beta2, opt.epsilon)
+        self.fragments = [
+            Fragment(part, options, self.comm, rule, opt.rate, kept.model_dump(), buffers if i == 0 else None)
+            for i, part in enumerate(parts)
+        ]
+        with together(self.comm, "looking at its method"):
+            check_rate(self.fragments, opt)
+        self.buffers, self.optimizer, self._module = buffers, optimizer, inside
+        self._first = {p: _copied(state) for p, state in optimizer.state.items()}
+        self._worker = ThreadPoolExecutor(1, "fedmpi") if opt.overlap else None
+        self._sent0, self._received0 = self.comm.sent, self.comm.received
+        self.step = self.rounds = self.dropped = self.cycles = self.at = 0
+        self.waited, self.told = 0.0, list[dict[str, Any]]()
+        self._names, self._scaler = set(parameters), scaler
+        self._inside = self._removed = False
+        self._hook = optimizer.register_step_post_hook(lambda *_: self._made())
+        if scaler is not None:
+            self._count_scaler(scaler)
+
+    # Where steps are counted.
+
+    def _made(self) -> None:
+        """The optimizer made a step."""
+        if self._inside:
+            return
+        if self._scaler is None and scaled():
+            self._fail(
+                ConfigError(
+                    "scaler: expected the job's GradScaler, which leaves out steps on one rank and not on another, got "
+                    "none; fedmpi.local_sgd(model, optimizer, method, scaler=scaler)"
+                )
+            )
+        self._stepped()
+
+    def _count_scaler(self, scaler: torch.amp.GradScaler) -> None:
+        """A step of the scaler's is one, whether the optimizer makes it or not."""
+        step = scaler.step
+
+        def counted(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if optimizer is not self.optimizer or self._removed:
+                return step(optimizer, *args, **kwargs)
+            self._inside = True
+            try:
+                result = step(optimizer, *args, **kwargs)
+            finally:
+                self._inside = False
+            self._stepped()
+            return result
+
+        scaler.step = counted  # type: ignore[method-assign]
+
+    # What a step comes to.
+
+    def _stepped(self) -> None:
+        try:
+            self._after_step()
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        """Raises it; the other ranks, which may wait, are told."""
+        if not isinstance(error, (LostError, RankError)):
+            self.comm.fail(f"{type(error).__name__}: {error}")
+        raise error
+
+    def _after_step(self) -> None:
+        opt, count = self.options, len(self.fragments)
+        self.step += 1
+        if self.step <= opt.warmup:
+            self._now(averaging=True)
+            return
+        self.at += 1
+        for fragment in self.fragments:
+            if fragment.due == self.step:
+                self._take_in(fragment, opt.alpha)
+        for i, fragment in enumerate(self.fragments):
+            if self.at == self.length - i * self.length // count:
+                self._take_in(fragment, opt.alpha)  # a round that is a step shorter than the last one
+                self._send(fragment)
+                if not opt.overlap:
+                    self._take_in(fragment)
+        if self.at == self.length:
+            self._begin()
+
+    def _now(self, averaging: bool = False) -> None:
+        """All of the model, in the same step."""
+        todo = [fragment for fragment in self.fragments if fragment.taken < self.step]
+        for fragment in todo:
+            self._send(fragment)
+        for fragment in todo:
+            self._take_in(fragment, averaging=averaging)
+
+    def _begin(self) -> None:
+        """The next H steps begin."""
+        self.cycles, self.at = self.cycles + 1, 0
+        if self._every is None:
+            return
+        self.length = self._next(self.cycles)
+        mine = torch.tensor([self.length])
+        told = self._do(lambda: self.comm.allgather_tensor(mine)[:, 0].tolist())
+        if len(set(told)) > 1:
+            raise ConfigError(
+                f"every: expected a function that gives the same number on all ranks, got {told} of them after "
+                f"{self.cycles} rounds"
+            )
+
+    def _next(self, cycle: int) -> int:
+        opt = self.options
+        return opt.length(opt.every if self._every is None else self._every(cycle))
+
+    def _send(self, fragment: Fragment) -> None:
+        self._unchanged()
+        fragment.take(self.step, odd=fragment.buffers is not None and fragment.buffers.odd())
+        fragment.due = self.step + self.options.overlap
+        if self._worker is None:
+            fragment.under_way = Future()
+            fragment.under_way.set_result(fragment.exchange())
+        else:
+            fragment.under_way = self._worker.submit(fragment.exchange)
+
+    def _take_in(self, fragment: Fragment, alpha: float = 0.0, averaging: bool = False) -> None:
+        """What is under way, if anything, becomes parameters."""
+        if fragment.under_way is None:
+            return
+        started, sent = perf_counter(), fragment.under_way
+        outcome = sent.result()
+        self.waited += perf_counter() - started
+        fragment.under_way = fragment.due = None
+        outcome = fragment.merge(outcome, alpha, averaging)
+        if outcome.counts:
+            self.rounds += 1
+        else:
+            self._drop(fragment, outcome)
+        if self.options.inner == "reset":
+            for p in fragment.parameters.values():
+                self._forget(p)
+
+    def take_in_all(self, alpha: float = 0.0) -> None:
+        """Nothing is under way afterwards."""
+        for fragment in self.fragments:
+            self._take_in(fragment, alpha)
+
+    def _drop(self, fragment: Fragment, outcome: Outcome) -> None:
+        """A round came to nothing, on all ranks. What is not finite here would spoil all that come after it."""
+        self.dropped += 1
+        told = {
+            "step": fragment.taken,
+            "fragment": self.fragments.index(fragment),
+            "ranks": list(outcome.odd),
+        }
+        self.told = [*self.told, told][-_TOLD:]
+        for other in self.fragments:
+            other.recover()
+        if self.buffers.odd():
+            self.buffers.put(self.buffers.last)
+        for p, state in list(self.optimizer.state.items()):
+            if not all(bool(v.isfinite().all()) for v in state.values() if _is_floating(v)):
+                self._forget(p)
+
+    def _forget(self, p: Tensor) -> None:
+        """The optimizer's state of a parameter is as it was when the optimizer was given."""
+        self.optimizer.state.pop(p, None)
+        if p in self._first:
+            self.optimizer.state[p] = _copied(self._first[p])
+
+    def _unchanged(self) -> None:
+        """
+        Raises:
+          ConfigError: a parameter that was frozen is trained by now, and nobody would average it.
+        """
+        for name, p in self._module.named_parameters():
+            if p.requires_grad and name not in self._names:
+                raise ConfigError(
+                    f"model: parameter {name} was frozen, or not there, when fedmpi.local_sgd was called, and is "
+                    "trained now; call it after all parameters are as they will be trained"
+                )
+
+    def _do(self, task: Callable[[], T]) -> T:
+        """``task`` in the thread that communicates, after what is under way."""
+        return task() if self._worker is None else self._worker.submit(task).result()
+
+    # What the job calls.
+
+    def synchronize(self) -> None:
+        """Average all of the model now, and begin to count ``every`` anew: before an evaluation or the last checkpoint.
+        Called by all ranks, whose parameters are equal to the bit afterwards. Twice in the same step is as once."""
+        try:
+            self.take_in_all()
+            self._now()
+            if self.comm.size > 1:
+                for fragment in self.fragments:
+                    fragment.go_back()  # also where a part that arrived before kept some of a rank's own
+            self._begin()
+        except BaseException as error:
+            self._fail(error)
+
+    def remove(self) -> None:
+        """Take in what is under way, and count steps no more: ranks go on by themselves. Called by all ranks."""
+        self.take_in_all(self.options.alpha)
+        self._hook.remove()
+        self._removed = True
+
+    def stats(self) -> dict[str, Any]:
+        """What all steps so far came to on this rank: bytes and seconds. ``uncompressed_bytes`` are those of gradients
+        averaged in every step; ``largest_bytes`` the most that one step sent."""
+        each = self._do(lambda: [fragment.reducer.stats() for fragment in self.fragments])
+        full = 4 * sum(fragment.reducer.size for fragment in self.fragments) * self.step
+        payload = sum(stats["payload_bytes"] for stats in each)
+        return {
+            "method": each[0]["method"],
+            "steps": self.step,
+            "rounds": self.rounds,
+            "dropped": self.dropped,
+            "dropped_rounds": [dict(told) for told in self.told],
+            "payload_bytes": payload,
+            "uncompressed_bytes": full,
+            "ratio": full / payload if payload else math.nan,
+            "largest_bytes": max(fragment.largest for fragment in self.fragments),
+            "wire_sent_bytes": self.comm.sent - self._sent0,
+            "wire_received_bytes": self.comm.received - self._received0,
+            "kept_bytes": sum(stats["kept_bytes"] for stats in each)
+            + sum(fragment.kept_bytes for fragment in self.fragments),
+            **{f"{what}_seconds": sum(s[f"{what}_seconds"] for s in each) for what in _SECONDS},
+            "waited_seconds": self.waited,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state between two steps: tensors and plain values. Called by all ranks, each of which saves its
+        own, with its own model and optimizer: they differ until the next synchronisation."""
+        return local_state.saved(self)
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` stood. Called by all ranks, each with its own, after model and optimizer are
+        loaded.
+
+        Saved by another number of ranks, all go on from what they last agreed on: steps since then are lost, what each
+        rank kept (residuals) starts afresh, and a warning says so.
+
+        Raises:
+          ConfigError: on all ranks, and nothing has changed: it is no such state, or that of another method, model or
+            argument, or the ranks' do not belong together.
+        """
+        local_state.load(self, saved)
+
+    @property
+    def reducer(self) -> Reducer:
+        """The first fragment's."""
+        return self.fragments[0].reducer
+
+    def run(self, task: Callable[[Any], T]) -> T:
+        """``task`` of this, between two steps (:mod:`fedmpi.integrations.folder`)."""
+        return task(self)
+
+    def reset(self) -> None:
+        """Begin anew, at rank 0's parameters. Called by all ranks."""
+        local_state.alike(self.comm, self._module)
+        self.buffers.keep()
+        for fragment in self.fragments:
+            fragment.reset()
+        self.step = self.rounds = self.dropped = self.cycles = self.at = 0
+        self.length, self.told = self._next(0), []
+
+
+def _is_floating(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for name, v in state.items()}

@@ -1,0 +1,249 @@
+"""What local updates keep between steps, as it is saved, and as it comes back; and what ranks agree on at the start.
+
+A state is looked at on every rank before anything changes, as :mod:`fedmpi.integrations.state` does it for a method's
+part, which is here a part of each fragment's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedmpi.comm import agree as agreement
+from fedmpi.comm.base import Comm
+from fedmpi.errors import ConfigError
+from fedmpi.integrations import state as reducers
+from fedmpi.integrations.fragments import Buffers, Fragment, Outcome, State
+from fedmpi.schema import differs, schema_of, shown
+from fedmpi.validation import Strict
+
+
+class Kept(Protocol):
+    """What a state is of: a :class:`fedmpi.integrations.local_sgd.LocalSGD`."""
+
+    comm: Comm
+    fragments: list[Fragment]
+    buffers: Buffers
+    told: list[dict[str, Any]]
+    at: int
+
+    @property
+    def options(self) -> Strict: ...
+
+    def take_in_all(self, alpha: float = 0.0) -> None: ...
+
+
+_COUNTS = ("step", "rounds", "dropped", "cycles", "at", "length")
+_KEYS = ("ranks", "rank", "options", *_COUNTS, "told", "fragments", "buffers")
+_FRAGMENT = ("reducer", "anchor", "outer", "taken", "due", "counts", "odd", "mean", "buffers")
+_MOST = 2**62
+
+
+def agree(comm: Comm, options: Strict, length: int, module: nn.Module) -> None:
+    """
+    Raises:
+      CommError: on all ranks: they disagree on the arguments, or on what the model has.
+    """
+    tensors = {name: [str(x.dtype), list(x.shape)] for name, x in _tensors(module).items()}
+    mine = {**options.model_dump(mode="json"), "first every": length, "model": tensors}
+    agreement.agree(comm, {**agreement.versions(), **mine})
+
+
+@torch.no_grad()
+def alike(comm: Comm, module: nn.Module) -> None:
+    """Parameters and buffers become rank 0's, where any rank's differ, frozen ones as well. Called by all ranks."""
+    tensors, digest = _tensors(module), hashlib.blake2b()
+    for x in tensors.values():
+        digest.update(_bytes(x))
+    if len(set(comm.allgather(digest.digest()))) == 1:
+        return
+    for x in tensors.values():
+        data = comm.broadcast(_bytes(x) if comm.rank == 0 else b"")
+        if data and comm.rank:
+            x.copy_(torch.frombuffer(bytearray(data), dtype=x.dtype).view(x.shape))
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _bytes(x: Tensor) -> bytes:
+    flat = x.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""
+
+
+def saved(local: Kept) -> dict[str, Any]:
+    """What :func:`load` takes: tensors and plain values, a copy. What is under way has come in by then."""
+    return {
+        "ranks": local.comm.size,
+        "rank": local.comm.rank,
+        "options": local.options.model_dump(mode="json"),
+        **{name: getattr(local, name) for name in _COUNTS},
+        "told": [dict(told) for told in local.told],
+        "fragments": [_saved(fragment) for fragment in local.fragments],
+        "buffers": {name: value.clone() for name, value in local.buffers.last.items()},
+    }
+
+
+def _saved(fragment: Fragment) -> dict[str, Any]:
+    outcome = None if fragment.under_way is None else fragment.under_way.result()
+    mean, buffers = {}, {}
+    if outcome is not None and outcome.counts:
+        mean = {name: v.clone() for group in fragment.groups for name, v in group.views.items()}
+        buffers = {} if fragment.buffers is None else fragment.buffers.result()
+    return {
+        "reducer": reducers.saved(fragment.reducer),
+        "anchor": fragment.anchor(),
+        "outer": [{name: value.clone() for name, value in kept.items()} for kept in fragment.outer],
+        "taken": fragment.taken,
+        "due": fragment.due,
+        "counts": outcome is not None and outcome.counts,
+        "odd": [] if outcome is None else list(outcome.odd),
+        "mean": mean,
+        "buffers": buffers,
+    }
+
+
+def load(local: Kept, state: object) -> None:
+    """Go on where :func:`saved` stood. Called by all ranks, each with its own.
+
+    Raises:
+      ConfigError: on all ranks, and nothing has changed.
+    """
+    reducers.agreed(local.comm, lambda: _check(local, state))
+    assert isinstance(state, Mapping)
+    same = state["ranks"] == local.comm.size
+    for fragment, kept in zip(local.fragments, state["fragments"], strict=True):
+        reducers.load(fragment.reducer, kept["reducer"])
+        fragment.put(kept["anchor"], kept["outer"])
+        fragment.taken, fragment.due, fragment.under_way = kept["taken"], kept["due"], None
+        if kept["due"] is not None:
+            fragment.under_way = Future()
+            fragment.under_way.set_result(Outcome(kept["counts"], tuple(kept["odd"])))
+            for group in fragment.groups:
+                for name, view in group.views.items():
+                    if kept["counts"]:
+                        view.copy_(kept["mean"][name])
+    local.buffers.last = {name: value.clone() for name, value in state["buffers"].items()}
+    arriving = state["fragments"][0]["buffers"]
+    if arriving:
+        local.buffers.arrived(arriving)
+    for name in _COUNTS:
+        setattr(local, name, state[name])
+    local.told = [dict(told) for told in state["told"]]
+    if not same:
+        _meet(local, state)
+
+
+def _meet(local: Kept, state: Mapping[str, Any]) -> None:
+    """Other ranks than those that saved: all begin with what those last agreed on."""
+    warnings.warn(
+        f"fedmpi: the state of {state['ranks']} ranks is loaded by {local.comm.size}: all go on from the last "
+        f"synchronisation, without the steps since then",
+        stacklevel=4,
+    )
+    local.take_in_all()
+    for fragment in local.fragments:
+        fragment.go_back()
+    local.buffers.put(local.buffers.last)
+    local.at = 0
+
+
+def _check(local: Kept, state: object) -> dict[str, Any]:
+    """What must be the same on every rank.
+
+    Raises:
+      ConfigError: without its beginning: what this rank alone can say of its state.
+    """
+    values = _fields(state, _KEYS, "")
+    for name in ("ranks", "rank", *_COUNTS):
+        _whole(values[name], name)
+    size, rank = local.comm.size, local.comm.rank
+    if values["ranks"] == size and values["rank"] != rank:
+        raise ConfigError(f"rank: expected rank {rank}'s own state, got rank {values['rank']}'s")
+    options = local.options.model_dump(mode="json")
+    for name, expected in _fields(values["options"], tuple(options), "options").items():
+        if type(expected) is not type(options[name]) or expected != options[name]:
+            raise ConfigError(f"{name}: expected {options[name]}, got {shown(expected)}")
+    if not values["at"] < max(1, values["length"]):
+        raise ConfigError(f"at: expected a step below length, {values['length']}, got {values['at']}")
+    parts, told = values["fragments"], values["told"]
+    if not isinstance(parts, (list, tuple)) or len(parts) != len(local.fragments):
+        raise ConfigError(f"fragments: expected a list of {len(local.fragments)}, got {shown(parts)}")
+    if not isinstance(told, (list, tuple)) or not all(isinstance(each, Mapping) for each in told):
+        raise ConfigError(f"told: expected a list, got {shown(told)}")
+    buffers = schema_of(local.buffers.last)
+    buffers = {name: entry._replace(finite=False) for name, entry in buffers.items()}
+    if wrong := differs(buffers, values["buffers"], "buffers"):
+        raise ConfigError(wrong)
+    digest = hashlib.sha256()
+    _feed(digest, values["buffers"])
+    found: dict[str, Any] = {}
+    for i, (fragment, part) in enumerate(zip(local.fragments, parts, strict=True)):
+        where = f"fragments.{i}"
+        kept = _fields(part, _FRAGMENT, where)
+        found |= {
+            f"{where}.{name}": value
+            for name, value in reducers.check(fragment.reducer, kept["reducer"]).items()
+        }
+        _whole(kept["taken"], f"{where}.taken")
+        if kept["due"] is not None:
+            _whole(kept["due"], f"{where}.due")
+        if type(kept["counts"]) is not bool or not isinstance(kept["odd"], (list, tuple)):
+            raise ConfigError(
+                f"{where}.counts: expected what state_dict() returned, got {shown(kept['counts'])}"
+            )
+        for r in kept["odd"]:
+            _whole(r, f"{where}.odd")
+        anchor = schema_of(fragment.anchor())
+        wrong = differs(anchor, kept["anchor"], f"{where}.anchor")
+        wrong = wrong or differs(anchor if kept["counts"] else {}, kept["mean"], f"{where}.mean")
+        arriving = buffers if kept["counts"] and fragment.buffers is not None else {}
+        wrong = wrong or differs(arriving, kept["buffers"], f"{where}.buffers")
+        if not isinstance(kept["outer"], (list, tuple)) or len(kept["outer"]) != len(fragment.outer):
+            wrong = (
+                wrong or f"{where}.outer: expected {len(fragment.outer)} states, got {shown(kept['outer'])}"
+            )
+        for mine, theirs in zip(fragment.outer, kept["outer"], strict=False):
+            wrong = wrong or differs(schema_of(mine), theirs, f"{where}.outer")
+        if wrong:
+            raise ConfigError(wrong)
+        for tensors in (kept["anchor"], kept["mean"], kept["buffers"], *kept["outer"]):
+            _feed(digest, tensors)
+        found[f"{where}.due"] = kept["due"]
+    return {
+        **{name: values[name] for name in ("ranks", *_COUNTS)},
+        **found,
+        "what ranks agreed on": digest.hexdigest()[:16],
+    }
+
+
+def _fields(value: object, names: tuple[str, ...], where: str) -> Mapping[str, Any]:
+    at = f"{where}: " if where else ""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{at}expected what state_dict() returned, got {shown(value)}")
+    if missing := [name for name in names if name not in value]:
+        raise ConfigError(
+            f"{at}expected what this version's state_dict() returned, {', '.join(missing)} is missing"
+        )
+    if strange := [name for name in value if name not in names]:
+        raise ConfigError(f"{at}expected {', '.join(names)}, got {shown(strange[0])} besides")
+    return value
+
+
+def _whole(value: object, what: str) -> None:
+    if type(value) is not int or not 0 <= value < _MOST:
+        raise ConfigError(f"{what}: expected a whole number from 0, got {shown(value)}")
+
+
+def _feed(digest: Any, tensors: State) -> None:
+    for name in sorted(tensors):
+        x = tensors[name]
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(_bytes(x))

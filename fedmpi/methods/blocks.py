@@ -1,0 +1,74 @@
+"""Numbers in blocks that share a scale, 8 or 4 bits each: what blockwise sends, and the sparsifiers where asked to.
+
+Shape suffixes: C clients, N blocks, n entries of a block, R bytes of its record.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedmpi.errors import MessageError
+
+_NORMAL = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023),
+    1.0,
+)
+_SCALE = 4  # bytes
+
+
+class Blocks:
+    """Blocks of numbers as records of R bytes: the scale, float32, and codes of 8 or 4 bits."""
+
+    def __init__(self, bits: int, block: int, normal: bool) -> None:
+        self.bits, self.block, self.record = bits, block, _SCALE + block * bits // 8
+        self.half = 2 ** (bits - 1) - 1  # the code of 0
+        even = [i / self.half for i in range(-self.half, self.half + 1)]
+        self._levels = torch.tensor(_NORMAL if normal else even)
+        self._normal = normal
+
+    def encode(self, x_CNn: Tensor, u_CNn: Tensor | None) -> Tensor:
+        """Finite numbers as records, uint8 ``(C, N, R)``; ``u_CNn`` in [0, 1) rounds stochastically, None to the
+        nearest level."""
+        scale_CN1 = x_CNn.abs().amax(-1, keepdim=True)
+        # No magnitude exceeds its scale; in a block of zeros any divisor does.
+        x_CNn = x_CNn / scale_CN1.where(scale_CN1 > 0, 1.0)
+        code_CNn = (self._uneven if self._normal else self._even)(x_CNn, u_CNn).to(torch.uint8)
+        if self.bits == 4:
+            code_CNn = code_CNn[..., ::2] | (code_CNn[..., 1::2] << 4)
+        return torch.cat([scale_CN1.contiguous().view(torch.uint8), code_CNn], -1)
+
+    def _even(self, x_CNn: Tensor, u_CNn: Tensor | None) -> Tensor:
+        x_CNn = x_CNn * self.half
+        if u_CNn is None:
+            return x_CNn.round_().add_(self.half)
+        low_CNn = x_CNn.floor()
+        return low_CNn.add_(u_CNn < x_CNn - low_CNn).add_(self.half)
+
+    def _uneven(self, x_CNn: Tensor, u_CNn: Tensor | None) -> Tensor:
+        levels = self._levels.to(x_CNn.device)
+        if u_CNn is None:
+            return torch.bucketize(x_CNn, (levels[1:] + levels[:-1]) / 2)
+        low_CNn = (torch.bucketize(x_CNn, levels, right=True) - 1).clamp_(0, len(levels) - 2)
+        below_CNn = levels[low_CNn]
+        return low_CNn + (u_CNn < (x_CNn - below_CNn) / (levels[low_CNn + 1] - below_CNn))
+
+    def decode(self, records_CNR: Tensor) -> Tensor:
+        """The numbers ``(C, N, n)``.
+
+        Raises:
+          MessageError: a scale that is no magnitude, or a code without a level.
+        """
+        scale_CN1 = records_CNR[..., :_SCALE].contiguous().view(torch.float32)
+        if not bool(((scale_CN1 >= 0) & scale_CN1.isfinite()).all()):
+            raise MessageError("message: expected finite scales ≥ 0, got a negative or infinite one or NaN")
+        code_CNn = records_CNR[..., _SCALE:]
+        if self.bits == 4:
+            code_CNn = torch.stack([code_CNn & 15, code_CNn >> 4], -1).flatten(-2)
+        if code_CNn.numel() and int(code_CNn.max()) >= len(self._levels):
+            raise MessageError(
+                f"message: code {int(code_CNn.max())}, expected less than {len(self._levels)}, the number of levels"
+            )
+        return self._levels.to(scale_CN1.device)[code_CNn.int()] * scale_CN1

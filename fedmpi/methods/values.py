@@ -1,0 +1,68 @@
+"""How the k values of a sparse message travel: as they are, in bf16, or in blocks of 8 or 4 bits.
+
+Shape suffixes: C clients, K values.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedmpi.errors import MessageError
+from fedmpi.message import Field, Layout
+from fedmpi.methods.blocks import Blocks
+
+Kind = Literal["float32", "bf16", "int8", "int4"]
+_BLOCK = 64  # values that share a scale of 4 bytes: half a bit each
+
+
+class Values:
+    """K values of each client.
+
+    Attributes:
+      count: K.
+    """
+
+    def __init__(self, kind: Kind, count: int) -> None:
+        self.kind, self.count = kind, count
+        block = min(_BLOCK, count + count % 2)
+        self._blocks = Blocks(int(kind[3:]), block, normal=False) if kind in ("int8", "int4") else None
+        self._number = -(-count // block)
+
+    def layout(self) -> Layout:
+        if self._blocks is not None:
+            return {"values": Field(torch.uint8, (self._number * self._blocks.record,))}
+        return {"values": Field(torch.bfloat16 if self.kind == "bf16" else torch.float32, (self.count,))}
+
+    def encode(self, values_CK: Tensor, u_CK: Tensor | None = None) -> Tensor:
+        """The array of finite values; ``u_CK`` in [0, 1) rounds what is in blocks stochastically."""
+        if self._blocks is not None:
+            shape = (len(values_CK), self._number, self._blocks.block)
+            more = (0, self._number * self._blocks.block - self.count)
+            x, u = (
+                None if v is None else torch.nn.functional.pad(v, more).view(shape) for v in (values_CK, u_CK)
+            )
+            assert x is not None
+            return self._blocks.encode(x, u).flatten(1)
+        if self.kind == "bf16":
+            largest = torch.finfo(torch.bfloat16).max
+            return values_CK.clamp(-largest, largest).to(torch.bfloat16)
+        return values_CK
+
+    def decode(self, array: Tensor) -> Tensor:
+        """Float32 ``(C, K)``.
+
+        Raises:
+          MessageError: what no sender can have sent.
+        """
+        if self._blocks is not None:
+            x_CNn = self._blocks.decode(array.view(len(array), self._number, self._blocks.record))
+            return x_CNn.flatten(1)[:, : self.count]
+        if self.kind == "bf16":
+            values_CK = array.float()
+            if not bool(values_CK.isfinite().all()):
+                raise MessageError("message: expected finite values (senders saturate), got infinity or NaN")
+            return values_CK
+        return array
