@@ -61,6 +61,9 @@ WAITS = {
     "lookback per tensor": (12, 8),  # four tensors
     "lookback kept as sent": (5, 4),  # what is kept is decoded again
     "lookback clustered": (1, 2),
+    "topk coded": (2, 2),  # a look at the indices and one at the values,
+    "topk coded, 4 bits": (2, 2),  # or their scales
+    "rtopk coded": (2, 2),
 }
 PARTS = {
     "conv.weight": {"name": "powersgd", "rank": 1, "feedback": True},
