@@ -13,6 +13,7 @@ from torch import Tensor
 from fedmpi.comm.base import Comm
 from fedmpi.engine.store import ClientStore
 from fedmpi.engine.trainer import Trainer
+from fedmpi.message import CPU
 from fedmpi.phases import phased
 from fedmpi.tasks.data import Split
 from fedmpi.tasks.objectives import Objective
@@ -32,11 +33,14 @@ def evaluate(
     model = trainer.load(x_X).eval()
     batches = torch.arange(len(test.y)).split(batch)
     # A place a batch, of which each rank fills its own: the sum over ranks is exact in any order.
-    sums = torch.zeros(2, len(batches), dtype=torch.float64)
+    sums = torch.zeros(2, len(batches), dtype=torch.float64, device=trainer.device)
+    samples = trainer.samples(test)
     for b in range(comm.rank, len(batches), comm.size):
-        output, y = model(test.x[batches[b]]), test.y[batches[b]]
+        x, y = samples.take(batches[b])
+        output = model(x)
         sums[0, b] = objective.correct(output, y)
-        sums[1, b] = objective.loss(output, y).double() * objective.count(y)
+        sums[1, b] = objective.loss(output, y).double() * objective.count(test.y[batches[b]])
+    sums = sums.to(CPU)  # asked for at once
     comm.sum([sums])
     count = objective.count(test.y)
     return float(sums[0].sum()) / count, float(sums[1].sum()) / count
@@ -44,9 +48,11 @@ def evaluate(
 
 @torch.no_grad()
 def state_dict(trainer: Trainer, x_X: Tensor) -> dict[str, Tensor]:
-    """The model's with ``x_X``, which it loads strictly; no two tensors share memory."""
+    """The model's with ``x_X``, which it loads strictly, on the CPU; no two tensors share memory."""
     tensors = trainer.load(x_X).state_dict()
-    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    return {
+        name: value.clone(memory_format=torch.contiguous_format).to(CPU) for name, value in tensors.items()
+    }
 
 
 @torch.no_grad()
@@ -72,7 +78,7 @@ def by_client(
     ranks = home(clients)
     ranks = clients % comm.size if ranks is None else ranks
     sums_K = torch.zeros(3, held.clients, dtype=torch.float64)
-    personal = bool(trainer.plan.local.names)
+    personal, samples = bool(trainer.plan.local.names), trainer.samples(data)
     if not personal:
         model = trainer.load(x_X).eval()
     for client in clients[ranks == comm.rank].tolist():
@@ -80,11 +86,12 @@ def by_client(
             kept = own.get(torch.tensor([client]))
             model = trainer.load(x_X, {name: value[0] for name, value in kept.items()}).eval()
         index = held.of(client)
-        output, y = model(data.x[index]), data.y[index]
-        count = objective.count(y)
-        sums_K[:, client] = torch.tensor(
-            [objective.correct(output, y), float(objective.loss(output, y)) * count, count]
-        )
+        x, y = samples.take(index)
+        output, count = model(x), objective.count(data.y[index])
+        told = torch.stack([objective.correct(output, y).double(), objective.loss(output, y).double()])
+        sums_K[:2, client] = told.to(CPU)
+        sums_K[1, client] *= count
+        sums_K[2, client] = count
     comm.sum([sums_K])  # each rank has filled its own places: exact in any order
     correct_K, loss_K, count_K = sums_K[:, sums_K[2] > 0]
     accuracy_K = (correct_K / count_K).sort().values

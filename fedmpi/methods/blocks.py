@@ -61,7 +61,8 @@ class Blocks:
         Raises:
           MessageError: a scale that is no magnitude, or a code without a level.
         """
-        scale_CN1 = records_CNR[..., :_SCALE].contiguous().view(torch.float32)
+        # A copy: of a single block the slice is contiguous as it is, with strides that no float32 has.
+        scale_CN1 = records_CNR[..., :_SCALE].clone(memory_format=torch.contiguous_format).view(torch.float32)
         code_CNn = records_CNR[..., _SCALE:]
         if self.bits == 4:
             code_CNn = torch.stack([code_CNn & 15, code_CNn >> 4], -1).flatten(-2)
