@@ -106,7 +106,27 @@ def _visible() -> list[str]:
 
 
 def compute_device(wish: str, comm: Comm) -> torch.device:
-    """Where this rank computes, and from here on its current GPU.
+    """Where this rank computes: :func:`own_device`, which becomes the current one of its kind.
+
+    Raises:
+      ConfigError: there is none such, or it cannot be used.
+    """
+    device = own_device(wish, comm)
+    if device.type == "cpu":
+        return device
+    getattr(torch, device.type).set_device(device)
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)  # fixed-point sums need it
+    except (RuntimeError, TypeError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"device: {wish} cannot be used ({said:.200}); expected one with float64: take device: cpu"
+        ) from None
+    return device
+
+
+def own_device(wish: str, comm: Comm) -> torch.device:
+    """Which device a rank's is.
 
     Args:
       wish: auto (its own GPU where it sees one, else the CPU), cpu, cuda (its own GPU), cuda:N, or another accelerator
@@ -128,18 +148,8 @@ def compute_device(wish: str, comm: Comm) -> torch.device:
             f"{torch.__version__} finds {there} here: device: auto takes what there is"
         )
     if not number and comm.device.type == kind:  # NCCL's
-        device = comm.device
-    else:
-        device = torch.device(kind, int(number) if number else gpu_index(comm.local_rank, count))
-    getattr(torch, kind).set_device(device)
-    try:
-        torch.zeros(1, dtype=torch.float64, device=device)  # fixed-point sums need it
-    except (RuntimeError, TypeError) as error:
-        said = (str(error).splitlines() or [""])[0]
-        raise ConfigError(
-            f"device: {wish} cannot be used ({said:.200}); expected one with float64: take device: cpu"
-        ) from None
-    return device
+        return comm.device
+    return torch.device(kind, int(number) if number else gpu_index(comm.local_rank, count))
 
 
 def _count(kind: str) -> int:
