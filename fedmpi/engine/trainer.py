@@ -81,8 +81,7 @@ class Trainer:
         self._draws, self._apart = traits.draws, Apart(model, plan)
         own = self._apart.trained
         # In the order of their memory, which is not that of ``own`` where convolutions are laid out otherwise.
-        self.theta_D = torch.empty(own.size, device=self.device)
-        self.grad_D = torch.zeros(own.size, device=self.device)
+        self.theta_D, self.grad_D = (torch.zeros(own.size, device=self.device) for _ in range(2))
         self._laid = Layout(model, own)
         self._laid.bind(self.theta_D, self.grad_D)
         self.rule, self._rounds = Rule.of(local), rounds
@@ -114,12 +113,13 @@ class Trainer:
         x, y = self.samples(data).take(torch.arange(min(batch, len(data.y))))
         self.theta_D.zero_()
         seconds = []
-        for _ in range(4):
-            started = perf_counter()
-            self.grad_D.zero_()
-            self.loss(self.model(x), y).backward()
-            synchronize(self.device)
-            seconds.append(perf_counter() - started)
+        with generators(self._draws, self.device):  # another rank of this process may be training
+            for _ in range(4):
+                started = perf_counter()
+                self.grad_D.zero_()
+                self.loss(self.model(x), y).backward()
+                synchronize(self.device)
+                seconds.append(perf_counter() - started)
         return min(seconds)
 
     def work(self, sizes: Tensor) -> Tensor:
