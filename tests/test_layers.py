@@ -58,7 +58,17 @@ LAYERS = {
     | {"analysis", "comm", "config", "engine", "integrations"}
     | {"message", "method", "methods", "ops", "spec", "tasks", "validation"},
     "doctor": {"comm", "errors"},
-    "tools": {"analysis", "comm", "config", "doctor", "integrations", "spec", "tasks", "validation"},
+    "tools": {
+        "analysis",
+        "comm",
+        "config",
+        "doctor",
+        "errors",
+        "integrations",
+        "spec",
+        "tasks",
+        "validation",
+    },
     "cli": {"analysis", "bench", "comm", "config", "engine", "errors", "project", "start", "tools"},
     "__main__": {"cli", "start"},
     "__init__": {"integrations"},  # on demand
