@@ -59,7 +59,7 @@ WAITS = {
     "powersgd feedback=False": (1, 0),
     # Scales in their range, and codes that are levels; of coded indices the map's count and its places, too.
     **dict.fromkeys(("blockwise", "blockwise 4 bits", "blockwise normal", "blockwise nearest"), (0, 2)),
-    "randomk 4 bits": (2, 2),
+    "randomk 4 bits": (0, 2),
     "topk coded": (4, 4),
     **dict.fromkeys(("topk coded, 4 bits", "rtopk coded"), (5, 5)),  # with values of few bits
     "prune of clients": (5, 5),  # who has a mask, and where
