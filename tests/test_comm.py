@@ -75,12 +75,6 @@ def test_collectives_of_mpi_and_of_gloo_started_from_it(mpi: Mpi) -> None:
     assert lines[3:] == ends("gloo", 3)
 
 
-def test_collectives_under_torchrun_in_a_group_of_the_jobs_own() -> None:
-    done = torchrun(4, COLLECTIVES, "wrap", env=ALONE)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines() == ends("gloo", 4)
-
-
 def test_collectives_from_slurms_variables_and_a_killed_rank_is_named() -> None:
     """Five ranks, so that some are no neighbours of the killed one in Gloo's ring; several sums are under way."""
     command = [sys.executable, COLLECTIVES, "auto", "die"]

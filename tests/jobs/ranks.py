@@ -1,7 +1,8 @@
-"""Starts a Gloo job's ranks as torchrun does, but imports once: ranks.py COUNT MODULES SCRIPT [ARGUMENT …].
+"""Starts a Gloo job's ranks as torchrun does, but imports once: ranks.py COUNT MODULES SCRIPT [WORD …] [+ SCRIPT …].
 
 The ranks are forks of this process, made before anything of MODULES (torch and others, with commas) has run, and are
-processes as any other: their own interpreter's end, their own sockets. What torchrun itself does is tried with torchrun.
+processes as any other: their own sockets, their own interpreter's end. What torchrun does is tried with torchrun.
+Scripts run one after the other in the same processes, each with process groups of its own, as after torchrun's restart.
 Exits with the first code that is not 0; says all of them.
 """
 
@@ -20,6 +21,17 @@ from pathlib import Path
 GRACE = 30  # seconds from the first rank's failure to the end of those that have not ended by themselves
 
 
+def scripts(words: list[str]) -> list[list[str]]:
+    """Each with its arguments."""
+    found: list[list[str]] = [[]]
+    for word in words:
+        if word == "+":
+            found.append([])
+        else:
+            found[-1].append(word)
+    return found
+
+
 def start(rank: int, count: int) -> tuple[int, int]:
     """(its process, where to write the store's port); in the rank itself (0, the port)."""
     told, tell = os.pipe()
@@ -31,7 +43,7 @@ def start(rank: int, count: int) -> tuple[int, int]:
         1, signal.SIGKILL
     )  # PR_SET_PDEATHSIG: it does not outlive a launcher that was killed
     os.close(tell)
-    with open(told, closefd=True) as pipe:
+    with os.fdopen(told) as pipe:
         port = pipe.readline().strip()  # not to the end: later ranks hold the other end, too
     os.environ |= {
         "RANK": str(rank),
@@ -40,7 +52,7 @@ def start(rank: int, count: int) -> tuple[int, int]:
         "MASTER_PORT": port,
     }
     os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     return 0, int(port)
 
 
@@ -73,16 +85,17 @@ def main() -> None:
     for rank in range(count):
         pid, place = start(rank, count)
         if pid == 0:
-            del sys.argv[:3]
-            sys.path[0] = str(Path(sys.argv[0]).parent)
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            for number, words in enumerate(scripts(sys.argv[3:])):
+                os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # names its keys in the store
+                sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
+                runpy.run_path(words[0], run_name="__main__")
             return
         ranks.append((pid, place))
     from torch.distributed import TCPStore
 
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     for _, place in ranks:
-        with open(place, "w", closefd=True) as pipe:
+        with os.fdopen(place, "w") as pipe:
             pipe.write(f"{store.port}\n")
     codes = wait([pid for pid, _ in ranks])
     if any(codes):
