@@ -2,8 +2,7 @@
 
 The ranks are forks of this process, made before anything of MODULES (torch and others, with commas) has run, and are
 processes as any other: their own sockets, their own interpreter's end. What torchrun does is tried with torchrun.
-Scripts run one after the other in the same processes, each with process groups of its own, as after torchrun's restart.
-Exits with the first code that is not 0; says all of them.
+Each script has ranks of its own, when those before have ended. The exit code is the first that is not 0; says all.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import os
 import runpy
 import signal
 import sys
-import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -52,7 +50,7 @@ def start(rank: int, count: int) -> tuple[int, int]:
         "MASTER_PORT": port,
     }
     os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     return 0, int(port)
 
 
@@ -71,25 +69,21 @@ def wait(pids: list[int]) -> list[int]:
         codes[pid] = os.waitstatus_to_exitcode(status)
         if codes[pid] and not signal.getitimer(signal.ITIMER_REAL)[0]:
             signal.alarm(GRACE)
+    signal.alarm(0)
     return [codes[pid] for pid in pids]
 
 
-def main() -> None:
-    count, modules = int(sys.argv[1]), sys.argv[2].split(",")
-    for module in modules:
-        importlib.import_module(module)
-    assert threading.active_count() == 1 == len(list(Path("/proc/self/task").iterdir())), (
-        "a fork has one thread"
-    )
+def run(count: int, words: list[str]) -> bool:
+    """Whether this is the process that started them, in which they have all ended well."""
+    tasks = len(list(Path("/proc/self/task").iterdir()))
+    assert tasks == 1, f"{tasks} threads: a fork would have one of them"
     ranks = []
     for rank in range(count):
         pid, place = start(rank, count)
         if pid == 0:
-            for number, words in enumerate(scripts(sys.argv[3:])):
-                os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # names its keys in the store
-                sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
-                runpy.run_path(words[0], run_name="__main__")
-            return
+            sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
+            runpy.run_path(words[0], run_name="__main__")
+            return False
         ranks.append((pid, place))
     from torch.distributed import TCPStore
 
@@ -101,6 +95,19 @@ def main() -> None:
     if any(codes):
         print(f"the ranks ended with {codes}", file=sys.stderr)
         sys.exit(next(code if code > 0 else 128 - code for code in codes if code))
+    return True
+
+
+def main() -> None:
+    count = int(sys.argv[1])
+    os.environ["JE_ARROW_MALLOC_CONF"] = (
+        "background_thread:false"  # pandas imports pyarrow, which would start one
+    )
+    for module in sys.argv[2].split(","):
+        importlib.import_module(module)
+    for words in scripts(sys.argv[3:]):
+        if not run(count, words):
+            return
 
 
 if __name__ == "__main__":
