@@ -31,15 +31,14 @@ def scripts(words: list[str]) -> list[list[str]]:
 
 
 def start(rank: int, count: int) -> tuple[int, int]:
-    """(its process, where to write the store's port); in the rank itself (0, the port)."""
+    """(its process, or 0 in it; where to write the store's port)."""
     told, tell = os.pipe()
     pid = os.fork()
     if pid:
         os.close(told)
         return pid, tell
-    ctypes.CDLL(None).prctl(
-        1, signal.SIGKILL
-    )  # PR_SET_PDEATHSIG: it does not outlive a launcher that was killed
+    # PR_SET_PDEATHSIG: a rank does not outlive a launcher that was killed.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     os.close(tell)
     with os.fdopen(told) as pipe:
         port = pipe.readline().strip()  # not to the end: later ranks hold the other end, too
@@ -51,7 +50,7 @@ def start(rank: int, count: int) -> tuple[int, int]:
     }
     os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    return 0, int(port)
+    return 0, tell
 
 
 def wait(pids: list[int]) -> list[int]:
