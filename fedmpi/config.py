@@ -27,6 +27,7 @@ from fedmpi.optimizers import Name, Optimizer
 from fedmpi.overrides import override, read
 from fedmpi.plan import Rule
 from fedmpi.tasks.data import DATA
+from fedmpi.tasks.metrics import METRICS
 from fedmpi.tasks.models import MODELS
 from fedmpi.tasks.objectives import OBJECTIVES
 from fedmpi.tasks.partitions import PARTITIONS
@@ -60,6 +61,14 @@ def _chooser(where: str, table: Any, imports: bool = False) -> BeforeValidator:
 _flat = PlainSerializer(lambda choice: {"name": choice.name, **choice.options})
 _Data = Annotated[Choice, _chooser("data", DATA, imports=True), _flat]
 _Model = Annotated[Choice, _chooser("model", MODELS, imports=True), _flat]
+_Loss = Annotated[
+    Choice,
+    _chooser("loss", OBJECTIVES, imports=True),
+    PlainSerializer(
+        lambda choice: {"name": choice.name, **choice.options} if choice.options else choice.name
+    ),
+]
+_Metric = Annotated[Choice, _chooser("metrics", METRICS, imports=True), _flat]
 _Partition = Annotated[Choice, _chooser("partition", PARTITIONS), _flat]
 # pydantic before 2.8 would give a second argument something of its own.
 _Method = Annotated[SerializeAsAny[Options], BeforeValidator(lambda value: methods.parse(value))]
@@ -126,6 +135,22 @@ class ClipConfig(_Section):
     norm: float = Field(gt=0, description="a longer accumulated gradient is shortened to this L2 norm")
 
 
+class StopConfig(_Section):
+    """When a run is over before its last round."""
+
+    metric: str = Field(description="what is measured: a metric, test_loss, client_worst, …")
+    target: float | None = Field(None, description="the value that is enough")
+    patience: int | None = Field(None, ge=1, le=_MOST, description="rounds without a better value")
+
+    @model_validator(mode="after")
+    def _one(self) -> StopConfig:
+        if self.target is None and self.patience is None:
+            raise ValueError(
+                "stop: expected a target (the value that is enough) or patience (rounds without a better one)"
+            )
+        return self
+
+
 class CheckpointConfig(_Section):
     """When a run saves all that it needs to continue (and always when a signal ends it)."""
 
@@ -176,7 +201,16 @@ class Config(_Section):
     )
     clip: ClipConfig | None = None
     server: ServerConfig = ServerConfig.model_validate({})
-    loss: Literal[tuple(OBJECTIVES)] = "cross_entropy"  # type: ignore[valid-type]
+    loss: _Loss = Choice(name="cross_entropy")
+    metrics: tuple[_Metric, ...] = Field(
+        (),
+        description="what is measured on the test set beside the loss's own metric, which comes first (with an own "
+        "loss, in its place)",
+    )
+    best: str | None = Field(
+        None, description="keep the model with the best value of this metric, too (model-best.safetensors)"
+    )
+    stop: StopConfig | None = Field(None, description="end the run before its last round")
     method: _Method
     parts: tuple[Rule, ...] = Field(
         (),
