@@ -200,12 +200,13 @@ def _cell(column: Column, group: list[Run]) -> str:
 
 def _document(tables: dict[str, Table], runs: list[Run], command: str) -> str:
     """report.md."""
+    title = plots.Measured.of(run.summary.metric for run in runs).title
     return "\n\n".join(
         [
             "# Comparison of runs",
             *((f"## {title}\n\n" if title else "") + markdown_table(t, LEFT) for title, t in tables.items()),
             RATIOS,
-            f"![{plots.Measured.of(run.summary.metric for run in runs).title} by round and by uploaded bytes](report.png)",
+            f"![{title} by round and by uploaded bytes](report.png)",
             f"## How to get this again\n\nFrom the folder `{Path.cwd()}`:",
             "```sh\n" + "\n".join([*map(_command, runs), command]) + "\n```\n",
         ]
