@@ -41,6 +41,7 @@ LAYERS = {
     | {
         "comm",
         "config",
+        "local",
         "meet",
         "method",
         "methods",
@@ -66,6 +67,7 @@ LAYERS = {
         "methods",
         "ops",
         "optimizers",
+        "plan",
         "plain_file",
         "schema",
         "spec",
