@@ -365,7 +365,9 @@ def sharded_modules_are_refused() -> None:
     first._modules["_fsdp_wrapped_module"] = copy.deepcopy(whole).to(DEVICE)
     for module in (second, first):
         refuses(
-            ConfigError, "FSDP2? shards", lambda module=module: fedmpi.ddp.attach(module, "bf16", comm=COMM)
+            ConfigError,
+            "shards and averages gradients by itself",
+            lambda module=module: fedmpi.ddp.attach(module, "bf16", comm=COMM),
         )
     for module in (second, nn.Sequential(second)):
         refuses(
