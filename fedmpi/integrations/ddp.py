@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fedmpi.comm.base import Comm, together
 from fedmpi.errors import ConfigError
 from fedmpi.integrations.job import AnyMethod, Job
-from fedmpi.integrations.modules import device_of, hookable, shapes_of, trained
+from fedmpi.integrations.modules import Same, device_of, hookable, shapes_of, trained, watch
 from fedmpi.integrations.ranks import among
 
 T = TypeVar("T")
@@ -116,12 +116,16 @@ class State:
         """Both are for the same parameters, by the same names."""
         return dict(self._names) == dict(other._names)
 
+    def fail(self, error: BaseException) -> None:
+        """No step can be finished here any more: the other ranks are told."""
+        self._worker.submit(self._break, error)
+
     def hook(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Called by DDP in each backward pass, in the same order on all ranks."""
         try:
             return self._hook(bucket)
         except BaseException as error:  # after what is under way, which the others take part in
-            self._worker.submit(self._break, error)
+            self.fail(error)
             raise
 
     def _hook(self, bucket: Any) -> torch.futures.Future[Tensor]:
@@ -287,6 +291,7 @@ def attach(
     except RuntimeError as error:
         raise ConfigError(f"ddp: it has another communication hook already ({error})") from None
     ddp._fedmpi = state  # type: ignore[assignment]
+    watch(ddp, Same(ddp.module, parameters, "DistributedDataParallel, and fedmpi.ddp.attach,", state.fail))
     return state
 
 

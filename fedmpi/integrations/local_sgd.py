@@ -39,7 +39,14 @@ from fedmpi.integrations.local_options import (
     options_of,
     scaled,
 )
-from fedmpi.integrations.modules import shapes_of, trained, uncompiled, warn_of_nothing
+from fedmpi.integrations.modules import (
+    Same,
+    shapes_of,
+    trained,
+    uncompiled,
+    warn_of_nothing,
+    watch,
+)
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.methods.base import Options
 from fedmpi.optimizers import Optimizer
@@ -130,6 +137,8 @@ class LocalSGD:
         self._hook = optimizer.register_step_post_hook(lambda *_: self._made())
         if scaler is not None:
             self._count_scaler(scaler)
+        self._same = Same(inside, self._names, "fedmpi.local_sgd", self._tell)
+        self._watch = watch(inside, self._same)
 
     # Where steps are counted.
 
@@ -173,9 +182,12 @@ class LocalSGD:
 
     def _fail(self, error: BaseException) -> NoReturn:
         """Raises it; the other ranks, which may wait, are told."""
+        self._tell(error)
+        raise error
+
+    def _tell(self, error: BaseException) -> None:
         if not isinstance(error, (LostError, RankError)):
             self.comm.fail(f"{type(error).__name__}: {error}")
-        raise error
 
     def _after_step(self) -> None:
         opt, count = self.options, len(self.fragments)
@@ -280,8 +292,9 @@ class LocalSGD:
     def _unchanged(self) -> None:
         """
         Raises:
-          ConfigError: a parameter that was frozen is trained by now, and nobody would average it.
+          ConfigError: a parameter that was frozen is trained by now, or replaced, and nobody would average it.
         """
+        self._same.check()
         for name, p in self._module.named_parameters():
             if p.requires_grad and name not in self._names:
                 raise ConfigError(
@@ -312,6 +325,7 @@ class LocalSGD:
         """Take in what is under way, and count steps no more: ranks go on by themselves. Called by all ranks."""
         self.take_in_all(self.options.alpha)
         self._hook.remove()
+        self._watch.remove()
         self._removed = True
 
     def stats(self) -> dict[str, Any]:
@@ -360,6 +374,11 @@ class LocalSGD:
     def reducer(self) -> Reducer:
         """The first fragment's."""
         return self.fragments[0].reducer
+
+    @property
+    def place(self) -> list[list[int]]:
+        """Among shards: each rank holds whole parameters."""
+        return []
 
     def run(self, task: Callable[[Any], T]) -> T:
         """``task`` of this, between two steps (:mod:`fedmpi.integrations.folder`)."""
