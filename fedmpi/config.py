@@ -267,7 +267,7 @@ class Config(_Section):
             ):
                 if value != only:
                     raise ValueError(
-                        f"local.{key}: expected {only} with mode: data_parallel, where the step is the server's (use "
+                        f"local.{key}: expected {'none' if only is None else only} with mode: data_parallel, where the step is the server's (use "
                         f"server.optimizer), got {value}"
                     )
         return self

@@ -40,6 +40,7 @@ LAYERS = {
     | {
         "comm",
         "config",
+        "local",
         "meet",
         "method",
         "methods",
@@ -65,6 +66,7 @@ LAYERS = {
         "methods",
         "ops",
         "optimizers",
+        "plan",
         "plain_file",
         "schema",
         "spec",

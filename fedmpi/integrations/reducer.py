@@ -68,17 +68,19 @@ class Reducer:
         if shards is not None:
             draws = draws.model_copy(update={"seed": shards.seed(draws.seed)})
         self.groups: list[Group] = []
-        if compressed:
-            separable = self.options.separable
+        for options, own in self._by_method(shapes, compressed):
+            separable = options.separable
             if self.settings.exchange == "owner" and not separable:
                 raise ConfigError(
-                    f"exchange: owner averages parts of the model apart, and {self.options.name} with these options "
+                    f"exchange: owner averages parts of the model apart, and {options.name} with these options "
                     "is one for the whole model (lookback: scope: tensor is not); expected gather or sum"
                 )
-            parts = self.settings.parts(compressed, comm.size) if separable else [compressed]
+            parts = self.settings.grouped(own, comm.size) if separable else [own]
             for i, part in enumerate(parts):
                 owner, room = i % comm.size if separable else None, ways.GATHER_BYTES / len(parts)
-                self.groups.append(Group(part, self.options, comm, draws, owner, room, device))
+                self.groups.append(Group(part, options, comm, draws, owner, room, device))
+        place = {name: i for i, name in enumerate(shapes)}
+        self.groups.sort(key=lambda group: -min(place[name] for name in group.names))
         if exact:
             alike = draws.model_copy(update={"exchange": "sum"})
             self.groups.append(Group(exact, methods.parse("dense"), comm, alike, device=device))
@@ -88,6 +90,18 @@ class Reducer:
         self._results: dict[int, bool] = {}
         self._reduced = self._past = 0
         self._sent0, self._received0 = comm.sent, comm.received
+
+    def _by_method(self, shapes: Shapes, compressed: Shapes) -> list[tuple[Options, Shapes]]:
+        """What goes by each method: the job's, and those of rules."""
+        chosen = self.settings.ways(self.shards.full if self.shards else shapes)
+        of_job = {name: shape for name, shape in compressed.items() if chosen[name] is None}
+        found: list[tuple[Options, Shapes]] = [(self.options, of_job)] if of_job else []
+        for options in dict.fromkeys(
+            r.travels for r in self.settings.parts if isinstance(r.travels, Options)
+        ):
+            if own := {name: shape for name, shape in compressed.items() if chosen[name] == options}:
+                found.append((options, own))
+        return found
 
     def _agree(self, shapes: Shapes) -> None:
         mine = {"method": self.options.model_dump(mode="json"), **self.settings.model_dump(mode="json")}

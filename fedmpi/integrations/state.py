@@ -275,7 +275,8 @@ def _shard(place: object) -> str:
 
 def _settings(reducer: Kept) -> dict[str, Any]:
     every = reducer.settings.model_dump(mode="json")
-    return {name: every[name] for name in _SETTINGS}
+    rules = {"parts": every["parts"]} if every["parts"] else {}
+    return {name: every[name] for name in _SETTINGS} | rules
 
 
 def _plain(value: object, what: str = "") -> str:
