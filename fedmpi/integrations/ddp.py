@@ -92,6 +92,10 @@ class State:
         """Steps, bytes and seconds so far on this rank (:meth:`Reducer.stats`)."""
         return self._worker.submit(self._job.stats).result()
 
+    def table(self) -> str:
+        """A line a message: its tensors, method, bytes."""
+        return self._worker.submit(self._job.table).result()
+
     def state_dict(self) -> dict[str, Any]:
         """This rank's state between two steps: tensors and plain values; every rank saves its own."""
         return self._worker.submit(self._job.state_dict).result()
@@ -304,6 +308,7 @@ def attach_anew(
     if before is not None and before.averages(state):
         try:
             state.load_state_dict(before.state_dict())
+            state.run(lambda job: job.follow(before._job))
         except ConfigError as error:  # on all ranks
             warnings.warn(
                 f"fedmpi: {who} has wrapped its model anew, and what the method kept starts afresh: {error}",

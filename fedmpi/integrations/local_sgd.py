@@ -16,7 +16,6 @@ on one rank and not on another: with ``scaler`` its ``step()`` is what counts.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
@@ -48,12 +47,12 @@ from fedmpi.integrations.modules import (
     watch,
 )
 from fedmpi.integrations.reducer import Reducer
+from fedmpi.integrations.say import say_at_end
 from fedmpi.methods.base import Options
 from fedmpi.optimizers import Optimizer
 
 T = TypeVar("T")
 Every = int | Callable[[int], int]
-_SECONDS = ("encode", "wire", "decode")
 _TOLD = 16  # dropped rounds that stats() names
 
 
@@ -129,14 +128,16 @@ class LocalSGD:
         self.buffers, self.optimizer, self._module = buffers, optimizer, inside
         self._first = {p: _copied(state) for p, state in optimizer.state.items()}
         self._worker = ThreadPoolExecutor(1, "fedmpi") if opt.overlap else None
-        self._sent0, self._received0 = self.comm.sent, self.comm.received
         self.step = self.rounds = self.dropped = self.cycles = self.at = 0
-        self.waited, self.told = 0.0, list[dict[str, Any]]()
+        self.told = list[dict[str, Any]]()
+        self.span = local_state.Span(self)
         self._names, self._scaler = set(parameters), scaler
         self._inside = self._removed = False
         self._hook = optimizer.register_step_post_hook(lambda *_: self._made())
         if scaler is not None:
             self._count_scaler(scaler)
+        if self.comm.size > 1:
+            say_at_end(self.comm.rank, self, local_state.stats)
         self._same = Same(inside, self._names, "fedmpi.local_sgd", self._tell)
         self._watch = watch(inside, self._same)
 
@@ -250,7 +251,7 @@ class LocalSGD:
             return
         started, sent = perf_counter(), fragment.under_way
         outcome = sent.result()
-        self.waited += perf_counter() - started
+        self.span.waited += perf_counter() - started
         fragment.under_way = fragment.due = None
         outcome = fragment.merge(outcome, alpha, averaging)
         if outcome.counts:
@@ -329,28 +330,10 @@ class LocalSGD:
         self._removed = True
 
     def stats(self) -> dict[str, Any]:
-        """What all steps so far came to on this rank: bytes and seconds. ``uncompressed_bytes`` are those of gradients
-        averaged in every step; ``largest_bytes`` the most that one step sent."""
-        each = self._do(lambda: [fragment.reducer.stats() for fragment in self.fragments])
-        full = 4 * sum(fragment.reducer.size for fragment in self.fragments) * self.step
-        payload = sum(stats["payload_bytes"] for stats in each)
-        return {
-            "method": each[0]["method"],
-            "steps": self.step,
-            "rounds": self.rounds,
-            "dropped": self.dropped,
-            "dropped_rounds": [dict(told) for told in self.told],
-            "payload_bytes": payload,
-            "uncompressed_bytes": full,
-            "ratio": full / payload if payload else math.nan,
-            "largest_bytes": max(fragment.largest for fragment in self.fragments),
-            "wire_sent_bytes": self.comm.sent - self._sent0,
-            "wire_received_bytes": self.comm.received - self._received0,
-            "kept_bytes": sum(stats["kept_bytes"] for stats in each)
-            + sum(fragment.kept_bytes for fragment in self.fragments),
-            **{f"{what}_seconds": sum(s[f"{what}_seconds"] for s in each) for what in _SECONDS},
-            "waited_seconds": self.waited,
-        }
+        """Steps, bytes and seconds on this rank, all since this was made, or a state was loaded; ``step`` is the job's.
+        ``uncompressed_bytes`` are those of gradients averaged in every step; ``largest_bytes`` the most that one step
+        sent."""
+        return self._do(lambda: local_state.stats(self))
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state between two steps: tensors and plain values. Called by all ranks, each of which saves its
@@ -369,6 +352,7 @@ class LocalSGD:
             argument, or the ranks' do not belong together.
         """
         local_state.load(self, saved)
+        self.span = local_state.Span(self)
 
     @property
     def reducer(self) -> Reducer:
@@ -392,6 +376,7 @@ class LocalSGD:
             fragment.reset()
         self.step = self.rounds = self.dropped = self.cycles = self.at = 0
         self.length, self.told = self._next(0), []
+        self.span = local_state.Span(self)
 
 
 def _is_floating(value: object) -> TypeGuard[Tensor]:

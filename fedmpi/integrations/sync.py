@@ -102,6 +102,10 @@ class Sync:
         """Steps, bytes and seconds so far on this rank."""
         return self._job.stats()
 
+    def table(self) -> str:
+        """A line a message: its tensors, method, bytes."""
+        return self._job.table()
+
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`fedmpi.integrations.ddp.State.state_dict`."""
         return self._job.state_dict()
