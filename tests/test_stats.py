@@ -55,7 +55,7 @@ def test_steps_bytes_and_seconds_are_of_the_same_span() -> None:
         assert after["uncompressed_bytes"] == 3 * 4 * 504
         lines = table.splitlines()
         assert len(lines) == 3
-        assert lines[1].split()[:6] == ["a", "…", "b", "(2)", "500", "topk"]
+        assert lines[1].split()[:6] == ["b", "…", "a", "(2)", "500", "topk"]
         assert lines[-1].split()[:3] == ["small", "4", "dense"]
 
 
@@ -133,18 +133,18 @@ def test_auto_says_what_it_measured_and_notices_another_link(
 ) -> None:
     caplog.set_level(logging.INFO, "fedmpi")
     monkeypatch.setattr(logging.getLogger("fedmpi"), "propagate", True)
-    rates = {"now": 1e8}
+    looks = {"now": Link(0.001, 0.003, 2)}
 
     def took(self: Auto, mine: Any) -> list[float]:
         return [0.1, 0.09, 0.11] if self.plain else [0.02, 0.019, 0.021]
 
     monkeypatch.setattr(Auto, "_slowest", took)
-    monkeypatch.setattr(Auto, "_look", lambda self: (Link(1e-3, rates["now"]), 0.0))
+    monkeypatch.setattr(Auto, "_look", lambda self: (looks["now"], 0.0))
 
     def run(comm: Comm) -> Any:
         job, told = Job(SHAPES, AUTO, comm, SETTINGS), []
         for t in range(24):
-            rates["now"] = 1e8 if t < 12 else 1e6
+            looks["now"] = Link(0.001, 0.003 if t < 12 else 0.2, 2)
             step(job)
             told.append(job.stats()["auto"]["chosen"])
         return told, job.stats()
@@ -158,15 +158,25 @@ def test_auto_says_what_it_measured_and_notices_another_link(
     assert stats["uncompressed_bytes"] == 24 * 4 * 504, "of all methods that were tried"
     lines = [record.message for record in caplog.records]
     assert lines[0] == (
-        "auto: ms a step: bf16 100.0 (90.0 … 110.0), signsgd 20.0 (19.0 … 21.0); link 800.0 Mb/s, latency 1.00 ms; "
+        "auto: ms a step: bf16 100.0 (90.0 … 110.0), signsgd 20.0 (19.0 … 21.0); link 1.04 Gb/s, latency 1.00 ms; "
         "chosen: signsgd (80% less than bf16's step, at least 10% was asked for)"
     )
     assert lines[1] == (
-        "auto: the link was 800.0 Mb/s, latency 1.00 ms and is 8.0 Mb/s, latency 1.00 ms: all is measured anew"
+        "auto: the link was 1.04 Gb/s, latency 1.00 ms and is 10.5 Mb/s, latency 1.00 ms: all is measured anew"
     )
     assert lines[2].startswith("auto: ms a step: bf16 100.0")
     assert len(lines) == 3
     assert stats["auto"]["why"].startswith("80% less")
+
+
+def test_a_link_is_another_one_if_it_shows_in_a_step() -> None:
+    before = Link(0.001, 0.003, 2)
+    assert before.bandwidth == pytest.approx(4 * (2**16 - 2**8) / 0.002)
+    assert not Link(0.001, 0.2, 2).like(before, 0.02)
+    assert not before.like(Link(0.001, 0.2, 2), 0.02), "faster, too"
+    assert Link(0.002, 0.007, 2).like(before, 0.1), "4 ms of 100"
+    assert Link(0.002, 0.005, 2).like(before, 0.001)
+    assert str(Link(0.013, 0.012, 2)) == "faster than 256 kB show, latency 13.00 ms"
 
 
 def test_looks_at_the_link_take_a_hundredth_of_the_time() -> None:

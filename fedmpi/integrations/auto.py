@@ -74,22 +74,32 @@ class Took(NamedTuple):
 
 
 class Link(NamedTuple):
-    """A collective takes ``latency`` seconds, and 1 / ``bandwidth`` a byte that a rank sends."""
+    """Seconds of all-reduces of 1 kB and of 256 kB, between so many ranks."""
 
-    latency: float
-    bandwidth: float
+    small: float
+    large: float
+    ranks: int
 
-    def like(self, other: Link) -> bool:
-        """Neither twice as fast nor half."""
-        return 0.5 < self.bandwidth / other.bandwidth < 2
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second that a rank sends; infinite where size does not show."""
+        if self.large < 1.5 * self.small:
+            return math.inf
+        return 8 * (_LARGE - _SMALL) * (self.ranks - 1) / self.ranks / (self.large - self.small)
+
+    def like(self, other: Link, step: float) -> bool:
+        """Neither twice as fast nor half, or not by what shows in steps of so many seconds."""
+        return 0.5 < self.large / other.large < 2 or abs(self.large - other.large) < _SHOWS * step
 
     def __str__(self) -> str:
-        return f"{bandwidth(self.bandwidth)}, latency {1e3 * self.latency:.2f} ms"
+        rate = bandwidth(self.bandwidth) if self.bandwidth < math.inf else "faster than 256 kB show"
+        return f"{rate}, latency {1e3 * self.small:.2f} ms"
 
 
 _QUARTILES = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
 _SMALL, _LARGE = 1 << 8, 1 << 16  # float32 numbers of a look at the link
 _SHARE = 0.01  # of the time, for looks
+_SHOWS = 0.05  # of a step's time
 
 
 def verdict(took: Sequence[Took], margin: float) -> tuple[int, str]:
@@ -202,19 +212,22 @@ class Auto:
                 seconds.append(perf_counter() - begun)
             medians.append(statistics.median(seconds[1:]))
         small, large, took = self._slowest([*medians, perf_counter() - started])
-        per_rank = 2 * (self.comm.size - 1) / self.comm.size * 4 * (_LARGE - _SMALL)
-        return Link(small, per_rank / max(large - small, 1e-9)), took
+        return Link(small, large, self.comm.size), took
 
     def _next_look(self, took: float) -> None:
         """Not before looks have become a small part of the time. The same step on all ranks."""
-        step = min((t.median for t in self.took), default=took)
-        least = math.ceil(took / _SHARE / step) if step else 0
+        least = math.ceil(took / _SHARE / self._step) if self._step else 0
         self._look_at = self.reducer.step + max(self.options.recheck, least)
+
+    @property
+    def _step(self) -> float:
+        """Seconds of the fastest step that was measured; 0 after a resume."""
+        return min((took.median for took in self.took), default=0.0)
 
     def _look_again(self) -> None:
         now, took = self._look()
         self._next_look(took)
-        if self.link is None or now.like(self.link):
+        if self.link is None or now.like(self.link, self._step):
             self.link, self._changed = self.link or now, 0
             return
         self._changed += 1
@@ -260,6 +273,11 @@ class Auto:
         self.chosen, self.took, self._times, self._last = None, [], [], None
         self.link, self._changed = None, 0
 
+    def _link_facts(self) -> dict[str, float] | None:
+        if self.link is None:
+            return None
+        return {"latency_seconds": self.link.small, "bytes_a_second": self.link.bandwidth}
+
     def facts(self) -> dict[str, Any]:
         """What was measured."""
         pairs = list(zip(self.tried, self.took, strict=False))
@@ -269,7 +287,7 @@ class Auto:
                 "why": self.why,
                 "seconds_a_step": {_label(options): took.median for options, took in pairs},
                 "quartiles": {_label(options): [took.low, took.high] for options, took in pairs},
-                "link": self.link._asdict() if self.link else None,
+                "link": self._link_facts(),
             }
         }
 

@@ -48,7 +48,7 @@ def summary(stats: Mapping[str, Any]) -> str:
     if not stats["steps"] + lost:
         return ""
     sent, full = stats["payload_bytes"], stats["uncompressed_bytes"]
-    line = f"{stats['method']}: {stats['steps']:,} steps"
+    line = f"{stats['method']}: {stats['steps']:,} step{'s' if stats['steps'] != 1 else ''}"
     if "rounds" in stats:
         line += f", {stats['rounds']:,} rounds"
     if lost:
