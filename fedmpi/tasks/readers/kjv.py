@@ -38,9 +38,9 @@ class KjvOptions(DataOptions):
 
 
 def kjv(options: KjvOptions, places: Places) -> Data:
-    """Tokens are bytes of ASCII. Each chapter, verses without their numbers a line each, is cut into samples; all of
-    its bytes but the first are targets once. The last twentieth of a chapter's samples, if it has twenty, belong to the test
-    set: a contiguous piece, of which training has seen what comes before, as of all chapters."""
+    """Tokens are bytes of ASCII. Each chapter, verses without their numbers a line each, is cut into samples; all
+    of its bytes but the first are targets once. The last twentieth of a chapter's samples, if it has twenty, are for
+    the test: a contiguous piece, of which training has seen what comes before."""
     folder = locate("kjv", places, (TEXT,), (), "Run: fedmpi data fetch kjv")
     train, test, whose, tested = list[Tensor](), list[Tensor](), list[str](), list[str]()
     for (book, chapter), text in _chapters(folder / TEXT):
