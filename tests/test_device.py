@@ -113,7 +113,7 @@ class Watch:
     @contextmanager
     def __call__(self, what: str, most: int | None = None) -> Iterator[None]:
         """Args: most: how often the host may wait; None: as often as it likes, and for copies of any length."""
-        if self.device == CPU:
+        if self.device.type != "pretend":
             yield
             return
         with pretend.watched() as seen:
