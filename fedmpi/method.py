@@ -114,7 +114,7 @@ class Merge(ABC):
         """What ``W`` senders' entries ``start`` … ``start + N`` come to ``(N,)``: what one sender would send for their
         mean, as the server would have decided on it. Both are multiples of :attr:`align`.
 
-        ``optional_WB`` are the senders' :attr:`Compressor.optional` arrays, zeros for who has none; None: nobody has."""
+        ``optional_WB``: the senders' :attr:`Compressor.optional` arrays, zeros for who has none; None: nobody has."""
 
     def message(self, merged_1N: Tensor, optional_WB: Tensor | None = None) -> Message:
         """The message of all entries that calls made."""
