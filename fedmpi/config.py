@@ -183,6 +183,12 @@ class Config(_Section):
         description="what connects the ranks: MPI, or torch.distributed's Gloo (CPU) or NCCL (GPU); auto: MPI "
         "under mpirun, mpiexec and srun with PMI, else NCCL if each rank has its own GPU, else Gloo",
     )
+    device: str = Field(
+        "auto",
+        pattern=r"^[a-z]+(:\d+)?$",
+        description="where each rank computes. auto: its GPU where it sees one (ranks share where there are fewer), "
+        "else the CPU; cpu; cuda; cuda:N; other accelerators of torch have not been tried",
+    )
     timeout: float = Field(
         300.0,
         gt=0,

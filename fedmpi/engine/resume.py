@@ -18,13 +18,24 @@ from fedmpi.engine import schema
 from fedmpi.engine.manifest import MANIFEST, File, Manifest
 from fedmpi.engine.store import Kept
 from fedmpi.errors import CheckpointError, ConfigError
+from fedmpi.message import CPU
 from fedmpi.method import State, unnest
 
 if TYPE_CHECKING:
     from fedmpi.engine.rounds import Simulation
 
 # What may differ between the run that wrote a checkpoint and the one that continues it: nothing that a result shows.
-FREE = ("rounds", "threads", "timeout", "checkpoint", "store", "store_folder", "data.folder", "comm")
+FREE = (
+    "rounds",
+    "threads",
+    "timeout",
+    "checkpoint",
+    "store",
+    "store_folder",
+    "data.folder",
+    "comm",
+    "device",
+)
 
 
 def restore(simulation: Simulation, folder: Path) -> tuple[Manifest, bytes]:
@@ -54,10 +65,10 @@ def restore(simulation: Simulation, folder: Path) -> tuple[Manifest, bytes]:
         best_X = None
         if best:
             found = files.tensors(folder / files.BEST, best)
-            schema.check_best(folder / files.BEST, found, simulation.replica.parameters())
+            schema.check_best(folder / files.BEST, found, simulation.replica.parameters().to(CPU))
             best_X = found["x"]
         if comm.rank == 0:  # the others have the same
-            theta_D = simulation.replica.parameters()  # θ₀: nothing has changed it yet
+            theta_D = simulation.replica.parameters().to(CPU)  # θ₀: nothing has changed it yet
             schema.check_metrics(folder / "metrics.jsonl", metrics, described, simulation)
             schema.check_state(folder / "state.safetensors", server, ledger, described, simulation, theta_D)
     with _agreed(comm):
@@ -68,7 +79,7 @@ def restore(simulation: Simulation, folder: Path) -> tuple[Manifest, bytes]:
             if file.store:
                 _load_part(folder / name, file, stores)
     _take_over(simulation, described, server, ledger)
-    simulation.best_X = best_X
+    simulation.best_X = None if best_X is None else best_X.to(simulation.place.device)
     return described, metrics
 
 
