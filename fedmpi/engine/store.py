@@ -267,7 +267,7 @@ def fits_here(config: Config, comm: Comm, stores: Sequence[ClientStore], peers: 
     Raises:
       ConfigError: it does not fit; names the figures and the ways out.
     """
-    come = min(config.clients, config.rounds * config.cohort_size)
+    come = min(config.clients, config.rounds * config.largest_cohort)
     needs = (store.need(come, config.clients * comm.size) for store in stores)  # an index a rank
     need = sum(needs) * comm.local_size // comm.size
     if config.topology == "aggregator" and comm.rank < comm.local_size:  # rank 0's machine

@@ -11,15 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from fedmpi import random
+from fedmpi import own, random
 from fedmpi.errors import ConfigError
 from fedmpi.tasks import Options, choose
 from fedmpi.tasks.dataset import Split
 from fedmpi.validation import checked
+
+USAGE = "divide(targets, clients: int, seed: int, groups, **options) -> the client of each sample, (N,)"
 
 
 class Partition(NamedTuple):
@@ -53,28 +56,34 @@ class Partition(NamedTuple):
         return len(self.offset) - 1
 
 
-class IidOptions(Options):
-    """None."""
+class PartitionOptions(Options):
+    seed: NonNegativeInt | None = Field(
+        None, lt=2**63, description="of who holds what, apart from the run's (default: the run's)"
+    )
 
 
-class LabelsOptions(Options):
+class IidOptions(PartitionOptions):
+    """No more."""
+
+
+class LabelsOptions(PartitionOptions):
     labels_per_client: PositiveInt = Field(
         3, description="every client holds samples of exactly so many labels"
     )
 
 
-class DirichletOptions(Options):
+class DirichletOptions(PartitionOptions):
     alpha: float = Field(0.5, ge=1e-6, le=1e6, description="the smaller, the fewer labels a client holds")
     minimum: NonNegativeInt = Field(
         1, description="samples that every client holds at least; a client with 0 never sends a message"
     )
 
 
-class NaturalOptions(Options):
-    """None."""
+class NaturalOptions(PartitionOptions):
+    """No more."""
 
 
-class PowerOptions(Options):
+class PowerOptions(PartitionOptions):
     exponent: float = Field(
         1.0, ge=0, le=8, description="the i-th largest client's size is in proportion to i to minus this"
     )
@@ -118,9 +127,24 @@ def split(
     return row.split(labels_N, clients, key, given)
 
 
-def divide(name: str, train: Split, clients: int, seed: int, **options: object) -> Partition:
-    """The partition of a run with this seed: :func:`split` of its training set."""
+def divide(name: str, train: Split, clients: int, seed: int, /, **options: object) -> Partition:
+    """The partition of a run with this seed: :func:`split` of its training set, or your own.
+
+    Args:
+      name: a row of :data:`PARTITIONS`, or the import path of your own ``divide(targets, clients, seed, groups,
+        **options)``, which returns the client of each sample, ``(N,)``.
+      seed: the run's; the option ``seed`` goes before it.
+    """
+    chosen = options.get("seed")
+    if isinstance(chosen, int) and not isinstance(chosen, bool):
+        seed = chosen
     key = random.key(seed, stream="partition")
+    if own.is_path(name):
+        given = {key: value for key, value in options.items() if key != "seed"}
+        owners = own.call(
+            "partition.name", name, train.y, clients, seed, train.groups, options=given, usage=USAGE
+        )
+        return _group(_owners(name, owners, len(train.y), clients), clients, key)
     return split(name, train.y, clients, key, train.groups, **options)
 
 
@@ -252,6 +276,29 @@ PARTITIONS: dict[str, PartitionKind] = {
     "natural": PartitionKind(NaturalOptions, natural, "as the data say: by writer, person, …", "groups"),
     "power": PartitionKind(PowerOptions, power, "random, sizes by a power law", "nothing"),
 }
+
+
+def _owners(name: str, owners: Any, samples: int, clients: int) -> Tensor:
+    """What an own partition returned, as int64 ``(N,)``."""
+    try:
+        owner_N = owners if isinstance(owners, Tensor) else torch.as_tensor(np.asarray(owners))
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(
+            f"partition.name: {name} returned a {type(owners).__name__}, expected {USAGE}"
+        ) from None
+    kind = owner_N.dtype
+    if owner_N.shape != (samples,) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        raise ConfigError(
+            f"partition.name: {name} returned shape {tuple(owner_N.shape)} of {kind}, expected {USAGE}: "
+            f"({samples},) whole numbers"
+        )
+    owner_N = owner_N.long()
+    wrong = owner_N[(owner_N < 0) | (owner_N >= clients)]
+    if len(wrong):
+        raise ConfigError(
+            f"partition.name: {name}: expected clients from 0 to {clients - 1}, got {int(wrong[0])}"
+        )
+    return owner_N
 
 
 def _shuffled(key: int, samples: int, stream: str) -> Tensor:
