@@ -47,17 +47,16 @@ def call(argument: str, path: str, *positional: Any, options: Mapping[str, Any],
 
 
 def takes(argument: str, path: str, option: str, usage: str) -> bool:
-    """Whether the function of ``path`` has a parameter of this name, or takes any.
+    """Whether the function of ``path`` has a parameter of this name.
 
     Raises:
       ConfigError: there is no such function.
     """
     function = find(argument, path, f"to a function {usage}")
     try:
-        parameters = inspect.signature(function).parameters
+        return option in inspect.signature(function).parameters
     except (TypeError, ValueError):  # no function, or one that does not show its signature
-        return True
-    return option in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return False
 
 
 def bound(argument: str, path: str, options: Mapping[str, Any], usage: str) -> Callable[[Any, Any], Any]:

@@ -51,7 +51,7 @@ class Stream(IterableDataset):
     def __iter__(self):
         return ((torch.from_numpy(x[i]), torch.tensor(y[i])) for i in range(20))
 
-def load(folder, kind="arrays", **options):
+def load(folder, kind="arrays"):
     test = (x[20:], y[20:])
     return {
         "arrays": lambda: ((x[:20], y[:20]), test),
@@ -70,7 +70,7 @@ def load(folder, kind="arrays", **options):
 def taken(folder, limit=None):
     return (x[:limit or 9], y[:limit or 9]), (x[20:], y[20:])
 
-def none(folder):
+def none(folder, **rest):
     return (x[:20], y[:20]), (x[20:], y[20:])
 
 def divide(targets, clients, seed, groups, step=1):
