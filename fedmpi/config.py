@@ -43,7 +43,7 @@ class ServerConfig(_Section):
         "sgd",
         description="the rule on what the method sums. sgd, momentum, nesterov: on the accumulated "
         "gradients' mean, Δ / local.lr; adam, yogi: on the model difference Δ with η and τ as in Reddi et al. (in a "
-        "subspace on AᵀΔ); with mode: data_parallel all on the mean gradient",
+        "subspace on AᵀΔ); with mode: data_parallel all on the mean gradient, but with local.steps from 2 as here",
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="β₁ of all but sgd")
     beta2: float = Field(0.99, ge=0, lt=1, description="adam's and yogi's β₂")
@@ -128,7 +128,8 @@ class Config(_Section):
     model: ModelChoice
     mode: Literal["federated", "data_parallel"] = Field(
         "federated",
-        description="data_parallel: every rank trains one client with its share of the data, one step a round",
+        description="data_parallel: every rank trains one client with its share of the data, one step a round, or "
+        "local.steps of its own",
     )
     clients: int = Field(
         0,
@@ -230,9 +231,7 @@ class Config(_Section):
             "cohort": (self.cohort, None, " (every rank trains in every round)"),
             "dropout": (self.dropout, 0, ""),
             "topology": (self.topology, "allreduce", ""),
-            "local.steps": (local.steps or 1, 1, ""),
-            "local.epochs": (local.epochs, None, " (a round is one step)"),
-            "local.momentum": (local.momentum, 0, " (use server.optimizer: momentum)"),
+            "local.epochs": (local.epochs, None, " (use local.steps: H for local updates)"),
             "time": (time, None, ""),
             "on_bad_update": (self.on_bad_update, "stop", " (every rank's message is needed)"),
         }
@@ -250,18 +249,26 @@ class Config(_Section):
                 "local.fednova: expected on_bad_update: stop, got reject: what steps weigh is known before who is "
                 "rejected"
             )
-        if self.mode == "data_parallel":
-            for key, value, only in (
+        if self.mode != "data_parallel":
+            return self
+        alone: list[tuple[str, Any, Any]] = [
+            ("scaffold", local.scaffold, None),
+            ("fednova", local.fednova, False),
+        ]
+        why = "whose ranks make equally many steps on shares of the same data"
+        if not self.local_updates:
+            alone += [
                 ("optimizer", local.optimizer, "sgd"),
-                ("mu", local.mu, 0.0),
-                ("scaffold", local.scaffold, None),
-                ("fednova", local.fednova, False),
-            ):
-                if value != only:
-                    raise ValueError(
-                        f"local.{key}: expected {'none' if only is None else only} with mode: data_parallel, where "
-                        f"the step is the server's (use server.optimizer), got {value}"
-                    )
+                ("momentum", local.momentum, 0),
+                ("mu", local.mu, 0),
+            ]
+            why = "where the step is the server's (use server.optimizer, or local.steps from 2)"
+        for key, value, only in alone:
+            if value != only:
+                expected = "none" if only in (None, 0) else only
+                raise ValueError(
+                    f"local.{key}: expected {expected} with mode: data_parallel, {why}, got {value}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -305,9 +312,15 @@ class Config(_Section):
         return -(-self.clients // self.cohort_size)
 
     @property
+    def local_updates(self) -> bool:
+        """Ranks in data-parallel mode step by themselves, and average how far they came once a round."""
+        return self.mode == "data_parallel" and (self.local.steps or 1) > 1
+
+    @property
     def rule(self) -> Optimizer:
         """The server's, of what clients accumulate."""
-        server, step = self.server, 1.0 if self.mode == "data_parallel" else self.local.lr
+        gradients = self.mode == "data_parallel" and not self.local_updates
+        server, step = self.server, 1.0 if gradients else self.local.lr
         return Optimizer(server.optimizer, server.beta1, server.beta2, server.epsilon, step)
 
     @property

@@ -143,7 +143,7 @@ class Simulation:
     def _passes_of_data(self) -> int:
         """Rounds in which a rank sees all its samples once."""
         largest = int(self.partition.sizes.max())
-        return -(-largest // (self.config.local.batch or largest))
+        return -(-largest // ((self.config.local.batch or largest) * (self.config.local.steps or 1)))
 
     def _clock(self) -> Clock | None:
         config = self.config

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
@@ -20,9 +19,8 @@ from fedmpi import own, random
 from fedmpi.errors import ConfigError
 from fedmpi.tasks import Options, choose
 from fedmpi.tasks.dataset import Split
+from fedmpi.tasks.own_partition import owners
 from fedmpi.validation import checked
-
-USAGE = "divide(targets, clients: int, seed: int, groups, **options) -> the client of each sample, (N,)"
 
 
 class Partition(NamedTuple):
@@ -141,10 +139,7 @@ def divide(name: str, train: Split, clients: int, seed: int, /, **options: objec
     key = random.key(seed, stream="partition")
     if own.is_path(name):
         given = {key: value for key, value in options.items() if key != "seed"}
-        owners = own.call(
-            "partition.name", name, train.y, clients, seed, train.groups, options=given, usage=USAGE
-        )
-        return _group(_owners(name, owners, len(train.y), clients), clients, key)
+        return _group(owners(name, train, clients, seed, given), clients, key)
     return split(name, train.y, clients, key, train.groups, **options)
 
 
@@ -276,29 +271,6 @@ PARTITIONS: dict[str, PartitionKind] = {
     "natural": PartitionKind(NaturalOptions, natural, "as the data say: by writer, person, …", "groups"),
     "power": PartitionKind(PowerOptions, power, "random, sizes by a power law", "nothing"),
 }
-
-
-def _owners(name: str, owners: Any, samples: int, clients: int) -> Tensor:
-    """What an own partition returned, as int64 ``(N,)``."""
-    try:
-        owner_N = owners if isinstance(owners, Tensor) else torch.as_tensor(np.asarray(owners))
-    except (TypeError, ValueError, RuntimeError):
-        raise ConfigError(
-            f"partition.name: {name} returned a {type(owners).__name__}, expected {USAGE}"
-        ) from None
-    kind = owner_N.dtype
-    if owner_N.shape != (samples,) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
-        raise ConfigError(
-            f"partition.name: {name} returned shape {tuple(owner_N.shape)} of {kind}, expected {USAGE}: "
-            f"({samples},) whole numbers"
-        )
-    owner_N = owner_N.long()
-    wrong = owner_N[(owner_N < 0) | (owner_N >= clients)]
-    if len(wrong):
-        raise ConfigError(
-            f"partition.name: {name}: expected clients from 0 to {clients - 1}, got {int(wrong[0])}"
-        )
-    return owner_N
 
 
 def _shuffled(key: int, samples: int, stream: str) -> Tensor:
