@@ -194,8 +194,9 @@ def _check_run(folder: Path, described: Manifest, simulation: Simulation) -> Non
     for name, of in simulation.fingerprint.items():
         if described.fingerprint and described.fingerprint.get(name) != of:
             raise ConfigError(
-                f"--resume: {name} is not what {folder} was written with; go on with the same data (data.folder says "
-                "where they lie), or begin a new run with another --out"
+                f"--resume: {name} is not what {folder} was written with; go on with the same "
+                f"{'file' if name == 'model.init' else 'data (data.folder says where they lie)'}, or begin a new run "
+                "with another --out"
             )
     if described.round > config.rounds:
         raise ConfigError(
