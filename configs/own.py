@@ -34,8 +34,8 @@ def load(folder: Path, every: int = 4) -> Data:
 
 
 def build(shape: tuple[int, ...], classes: int, hidden: int = 16) -> nn.Module:
-    """Any module from samples of ``shape`` to ``classes`` numbers; further arguments are further keys of ``model``. Every
-    rank builds it from the same seed."""
+    """Any module from samples of ``shape`` to ``classes`` numbers; further arguments are further keys of ``model``.
+    Every rank builds it from the same seed."""
     return nn.Sequential(nn.Linear(*shape, hidden), nn.Tanh(), nn.Linear(hidden, classes))
 
 

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     SerializeAsAny,
     StrictFloat,
     StrictInt,
     model_validator,
 )
 
-from fedmpi import methods, own
+from fedmpi import methods
+from fedmpi.choice import Choice, DataChoice, LossChoice, MetricChoice, ModelChoice, PartitionChoice
 from fedmpi.errors import ConfigError
 from fedmpi.local import MOST as _MOST
 from fedmpi.local import Local, Schedule
@@ -26,41 +25,8 @@ from fedmpi.methods.base import Options
 from fedmpi.optimizers import Name, Optimizer
 from fedmpi.overrides import override, read
 from fedmpi.plan import Rule
-from fedmpi.tasks.data import DATA
-from fedmpi.tasks.models import MODELS
-from fedmpi.tasks.objectives import OBJECTIVES
-from fedmpi.tasks.partitions import PARTITIONS
-from fedmpi.validation import Strict, checked, choose, mapping, no_words
+from fedmpi.validation import Strict, checked, mapping
 
-
-class Choice(BaseModel):
-    """One row of a table with that row's options: ``{name: dirichlet, alpha: 0.5}`` or a bare name."""
-
-    model_config = ConfigDict(frozen=True)
-    name: str
-    options: dict[str, Any] = {}
-
-
-def _chooser(where: str, table: Any, imports: bool = False) -> BeforeValidator:
-    """A row of ``table``, or with ``imports`` also an import path, whose options its own function checks."""
-
-    def parse(value: Any) -> Choice:
-        value = {"name": value} if isinstance(value, str) else value
-        if imports and isinstance(value, dict) and own.is_path(str(value.get("name"))):
-            options = {k: v for k, v in value.items() if k != "name"}
-            no_words(options, where)
-            return Choice(name=value["name"], options=options)
-        name = choose(where, value, table)
-        options = checked(table[name].options, {k: v for k, v in value.items() if k != "name"}, where)
-        return Choice(name=name, options=options.model_dump())
-
-    return BeforeValidator(parse)
-
-
-_flat = PlainSerializer(lambda choice: {"name": choice.name, **choice.options})
-_Data = Annotated[Choice, _chooser("data", DATA, imports=True), _flat]
-_Model = Annotated[Choice, _chooser("model", MODELS, imports=True), _flat]
-_Partition = Annotated[Choice, _chooser("partition", PARTITIONS), _flat]
 # pydantic before 2.8 would give a second argument something of its own.
 _Method = Annotated[SerializeAsAny[Options], BeforeValidator(lambda value: methods.parse(value))]
 
@@ -126,6 +92,22 @@ class ClipConfig(_Section):
     norm: float = Field(gt=0, description="a longer accumulated gradient is shortened to this L2 norm")
 
 
+class StopConfig(_Section):
+    """When a run is over before its last round."""
+
+    metric: str = Field(description="what is measured: a metric, test_loss, client_worst, …")
+    target: float | None = Field(None, description="the value that is enough")
+    patience: int | None = Field(None, ge=1, le=_MOST, description="rounds without a better value")
+
+    @model_validator(mode="after")
+    def _one(self) -> StopConfig:
+        if self.target is None and self.patience is None:
+            raise ValueError(
+                "stop: expected a target (the value that is enough) or patience (rounds without a better one)"
+            )
+        return self
+
+
 class CheckpointConfig(_Section):
     """When a run saves all that it needs to continue (and always when a signal ends it)."""
 
@@ -142,8 +124,8 @@ class CheckpointConfig(_Section):
 class Config(_Section):
     """A run. The command line's ``key.path=value`` overrides any of these."""
 
-    data: _Data
-    model: _Model
+    data: DataChoice
+    model: ModelChoice
     mode: Literal["federated", "data_parallel"] = Field(
         "federated",
         description="data_parallel: every rank trains one client with its share of the data, one step a round, or "
@@ -155,7 +137,7 @@ class Config(_Section):
         le=_MOST,
         description="how many (data_parallel: the number of ranks, which is the default there)",
     )
-    partition: _Partition = Choice(name="iid")
+    partition: PartitionChoice = Choice(name="iid")
     cohort: StrictInt | StrictFloat | None = Field(
         None, description="clients a round: a number, or a fraction as a float (default: all)"
     )
@@ -177,7 +159,16 @@ class Config(_Section):
     )
     clip: ClipConfig | None = None
     server: ServerConfig = ServerConfig.model_validate({})
-    loss: Literal[tuple(OBJECTIVES)] = "cross_entropy"  # type: ignore[valid-type]
+    loss: LossChoice = Choice(name="cross_entropy")
+    metrics: tuple[MetricChoice, ...] = Field(
+        (),
+        description="what is measured on the test set beside the loss's own metric, which comes first (with an own "
+        "loss, in its place)",
+    )
+    best: str | None = Field(
+        None, description="keep the model with the best value of this metric, too (model-best.safetensors)"
+    )
+    stop: StopConfig | None = Field(None, description="end the run before its last round")
     method: _Method
     parts: tuple[Rule, ...] = Field(
         (),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,8 @@ def _advise_arguments(commands: _Commands) -> None:
         help="measure whether compression pays on this link",
         description="Measure this launch's link and each method's coding and exchange of gradients, and say which "
         "method is fastest. Start it as the job is started: mpirun, srun or torchrun.",
-        epilog="example: mpirun -n 2 fedmpi advise --model resnet9 --method '{name: topk}'",
+        epilog="example: mpirun -n 2 fedmpi advise --model resnet9 --method '{name: topk}'; for a link that is not "
+        "there: fedmpi advise --link 100Mbps --ranks 2 --step-ms 60 --params 11000000",
     )
     size = advise.add_mutually_exclusive_group()
     size.add_argument("--params", type=positive, metavar="N", help="parameters (11000000)")
@@ -161,17 +163,42 @@ def _advise_arguments(commands: _Commands) -> None:
         metavar="COMM",
         help="what connects the ranks: auto, mpi, gloo or nccl (auto)",
     )
+    advise.add_argument(
+        "--link",
+        metavar="RATE",
+        help="compute the exchange for such a link instead, without a launcher: 100Mbps",
+    )
+    advise.add_argument(
+        "--latency", metavar="TIME", help="of a collective over that link, whatever its size (0.5ms)"
+    )
+    advise.add_argument("--ranks", type=positive, metavar="N", help="ranks that the link connects (2)")
+    advise.add_argument(
+        "--step-ms", type=float, default=0.0, metavar="MS", help="computing of one step of the job (0)"
+    )
     advise.set_defaults(run=_advise)
 
 
 def _advise(arguments: argparse.Namespace) -> int:
-    from fedmpi.comm import connect
+    from fedmpi.comm import Comm, connect
+    from fedmpi.comm.imagined import ImaginedComm, bandwidth, duration
+    from fedmpi.errors import ConfigError
     from fedmpi.integrations import advise
     from fedmpi.spec import Spec
     from fedmpi.tasks.models import build
     from fedmpi.validation import yaml_value
 
-    comm = connect(arguments.comm)
+    if arguments.link:
+        comm: Comm = ImaginedComm(
+            arguments.ranks or 2, bandwidth(arguments.link), duration(arguments.latency or "0.5ms")
+        )
+    elif arguments.ranks or arguments.latency:
+        raise ConfigError(
+            "--ranks, --latency: expected with --link alone; a launcher's own ranks and link are measured"
+        )
+    else:
+        comm = connect(arguments.comm)
+    if not 0 <= arguments.step_ms < math.inf:
+        raise ConfigError(f"--step-ms: expected milliseconds from 0, got {arguments.step_ms:g}")
     shapes = advise.shapes_of(arguments.params or 11_000_000)
     if arguments.model:
         spec = Spec.of(build(arguments.model, (3, 32, 32), 10, 0))
@@ -184,7 +211,7 @@ def _advise(arguments: argparse.Namespace) -> int:
         if comm.rank == 0:
             print(line, file=sys.stderr, flush=True)
 
-    text = advise.advise(comm, shapes, candidates, say)
+    text = advise.advise(comm, shapes, candidates, say, arguments.step_ms / 1e3)
     if comm.rank == 0:
         print(text)
     return 0

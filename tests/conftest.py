@@ -198,11 +198,33 @@ def torchrun(
     )
 
 
-def run_jobs(mpi: Mpi, ranks: int, jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Run configurations one after the other in one launch; returns what tests/jobs/runs.py reports of each."""
+def gloo_ranks(
+    ranks: int,
+    *arguments: str,
+    modules: str = "torch",
+    env: dict[str, str] | None = None,
+    within: Sequence[str] = (),
+) -> subprocess.CompletedProcess[str]:
+    """What :func:`torchrun` gives a script, with one import of ``modules`` for all ranks (tests/jobs/ranks.py)."""
+    return subprocess.run(
+        [*within, sys.executable, str(JOBS / "ranks.py"), str(ranks), modules, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"} if env is None else env,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def run_jobs(
+    mpi: Mpi, ranks: int, jobs: list[dict[str, Any]], folder: Path, *collectives: str
+) -> tuple[list[dict[str, Any]], str]:
+    """Run configurations one after the other in one launch; returns what tests/jobs/runs.py reports of each, and what
+    is printed. Before them ``collectives``: cases of tests/jobs/collectives.py."""
     request, answer = folder / "request.json", folder / "answer.json"
     request.write_text(json.dumps(jobs))
-    done = mpi(ranks, str(JOBS / "runs.py"), str(request), str(answer))
+    done = mpi(ranks, str(JOBS / "runs.py"), str(request), str(answer), *collectives)
     assert done.returncode == 0, done.stdout + done.stderr
     answers: list[dict[str, Any]] = json.loads(answer.read_text())
-    return answers
+    return answers, done.stdout

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
+from fedmpi.cli import main
 from fedmpi.comm import run_ranks
+from fedmpi.comm.imagined import ImaginedComm
 from fedmpi.errors import ConfigError
 from fedmpi.integrations.advise import Row, advise, break_even, link, measure, shapes_of, verdict
 
@@ -51,6 +54,37 @@ def test_what_is_sent_is_measured() -> None:
         "signs tell with one bit that no row is without gradient"
     )
     assert run_ranks(1, link) == [(0.0, math.inf)]
+
+
+def test_an_imagined_link_takes_what_its_bytes_take() -> None:
+    """As much is sent as between real ranks, and it takes latency and bandwidth, however long this machine took."""
+    for ranks in (2, 4):
+        comm = ImaginedComm(ranks, 1e6, 0.01)
+        rows = [measure(comm, {"w": (64, 64)}, method) for method in ("dense", "signsgd")]
+        real = run_ranks(
+            ranks, lambda comm: [measure(comm, {"w": (64, 64)}, method) for method in ("dense", "signsgd")]
+        )[0]
+        assert [row.sent for row in rows] == [row.sent for row in real]
+        assert rows[0].wire == pytest.approx(0.01 + 2 * (ranks - 1) / ranks * (4 * 4096 + 4) / 1e6)
+        assert link(comm) == (0.01, 1e6)
+        assert torch.equal(comm.allgather_tensor(torch.arange(3)), torch.arange(3).expand(ranks, 3))
+
+
+def test_advice_for_a_link_without_a_launcher(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["advise", "--params", "40000", "--ranks", "2", "--step-ms", "60", "--method", "signsgd"]
+    assert main([*command, "--link", "1Mbps"]) == 0
+    told = capsys.readouterr().out
+    assert "2 ranks over an imagined link: latency 500 µs, 1.0 Mb/s a rank" in told
+    assert "Use signsgd" in told.splitlines()[-1]
+    assert main([*command, "--link", "1000 Gbit/s", "--latency", "0us"]) == 0
+    assert "Stay with bf16: 6" in capsys.readouterr().out.splitlines()[-1], "60 ms of computing and a little"
+    for wrong, said in (
+        (["--link", "100MB"], "--link: expected bits a second such as 100Mbps"),
+        (["--link", "1Gbps", "--latency", "3"], "--latency: expected a time such as 0.5ms"),
+        ([], "--ranks, --latency: expected with --link alone"),
+    ):
+        assert main([*command, *wrong]) != 0
+        assert said in capsys.readouterr().err
 
 
 def test_methods_that_are_no_drop_in_are_refused() -> None:

@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import JOBS, find_mpi, one_mpi, torchrun
+from .conftest import JOBS, find_mpi, gloo_ranks, one_mpi, torchrun
 from .jobs import ddp_checks
 
 FULL = "FEDMPI_FULL" in os.environ
-LAUNCHES = {"torchrun 2": ("", 2), "torchrun 4": ("", 4), "mpirun 2": ("openmpi", 2)}
+LAUNCHES = {"2 ranks": ("", 2), "torchrun 4": ("", 4), "mpirun 2": ("openmpi", 2)}
+PLAIN = [str(JOBS / "plain_ddp.py"), "--hidden", "512", "--steps", "60"]
+PLAIN += [word for name in ("no", "bf16", "signsgd") for word in ("--fedmpi", name)]
 
 
+MODULES = "torch._dynamo"  # which DistributedDataParallel imports
 NAMESPACE = ["--net"] if os.geteuid() == 0 else ["--user", "--map-root-user", "--net"]
 
 
@@ -32,19 +35,24 @@ def namespaces() -> bool:
 
 
 @functools.cache
-def answers(launch: str, folder: Path) -> dict[str, str]:
-    """All checks in one launch."""
+def answers(launch: str, folder: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """All checks in one launch; where it is of two ranks, then what each training of a script reports that is not
+    ours, in a network namespace, if there can be one: its counters count nobody else's bytes."""
     library, ranks = LAUNCHES[launch]
     answer = folder / "answer.json"
     script = str(JOBS / "ddp_checks.py")
     if library:
         few = [] if FULL else ["cpu", *ddp_checks.COMM_CHECKS]
         done = find_mpi(library)(ranks, script, str(answer), "mpi", *few)
-    else:
+    elif "torchrun" in launch:
         done = torchrun(ranks, script, str(answer))
+    else:
+        inside = 'ip link set lo up && exec "$@"'
+        within = ["unshare", *NAMESPACE, "sh", "-c", inside, "sh"] if namespaces() else []
+        done = gloo_ranks(ranks, script, str(answer), "+", *PLAIN, modules=MODULES, within=within)
     assert done.returncode == 0, done.stdout + done.stderr
     result: dict[str, str] = json.loads(answer.read_text())
-    return result
+    return result, [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 @pytest.fixture(scope="module")
@@ -64,36 +72,20 @@ def test_the_hook_with_gradients_on_a_gpu(tmp_path: Path) -> None:
 
 # One launch stays on one worker of pytest-xdist, whoever steals: it answers for all checks.
 @pytest.mark.parametrize(
-    "launch", ["torchrun 2", pytest.param("torchrun 4", marks=pytest.mark.slow), "mpirun 2"]
+    "launch", ["2 ranks", pytest.param("torchrun 4", marks=pytest.mark.slow), "mpirun 2"]
 )
 def test_the_hook(launch: str, folders: dict[str, Path]) -> None:
-    found = answers(launch, folders[launch])
+    found, _ = answers(launch, folders[launch])
     wrong = {name: text for name, text in found.items() if text}
     assert not wrong, "\n".join(f"{name}: {text}" for name, text in wrong.items())
     few = LAUNCHES[launch][0] and not FULL
     assert list(found) == list(ddp_checks.COMM_CHECKS if few else ddp_checks.CHECKS), "every check ran"
 
 
-def test_over_a_part_of_the_ranks() -> None:
-    done = torchrun(4, str(JOBS / "part_checks.py"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ok") == 4, "one a rank; their ends of line may come later"
-
-
-def plain(*arguments: str, ranks: int = 2, alone: bool = False) -> list[dict[str, Any]]:
-    """What each training reports. ``alone``: in a network namespace, whose counters count nobody else's bytes."""
-    inside = 'ip link set lo up && exec "$@"'
-    within = ["unshare", *NAMESPACE, "sh", "-c", inside, "sh"] if alone else []
-    done = torchrun(ranks, str(JOBS / "plain_ddp.py"), *arguments, within=within)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
-def test_two_lines_in_a_job_that_we_did_not_write() -> None:
+def test_two_lines_in_a_job_that_we_did_not_write(folders: dict[str, Path]) -> None:
     """bf16 ends within 2 % of the plain test loss; signs are 25 times smaller, and the interface confirms what
     fedmpi says it sent."""
-    alone, three = namespaces(), [word for name in ("no", "bf16", "signsgd") for word in ("--fedmpi", name)]
-    unchanged, bf16, signs = plain(*three, "--hidden", "1024", "--steps", "60", alone=alone)
+    unchanged, bf16, signs = answers("2 ranks", folders["2 ranks"])[1]
     assert bf16["test_loss"] == pytest.approx(unchanged["test_loss"], rel=0.02)
     stats = signs["stats"]
     assert stats["ratio"] >= 25
@@ -101,11 +93,20 @@ def test_two_lines_in_a_job_that_we_did_not_write() -> None:
     assert signs["accuracy"] > 0.8
     # Two ranks send as much each; the payload is all that they send but for a flag a group.
     assert stats["wire_sent_bytes"] == pytest.approx(stats["payload_bytes"], rel=0.001)
-    if not alone:
+    if not namespaces():
         pytest.skip(
             "no network namespaces here (unshare --net): the interface counters count other programs, too"
         )
     assert signs["interface_bytes"] == pytest.approx(2 * stats["wire_sent_bytes"], rel=0.1)
+
+
+def test_collectives_and_hooks_over_a_part_of_the_jobs_ranks() -> None:
+    done = gloo_ranks(4, str(JOBS / "part_checks.py"), modules=MODULES)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line for line in done.stdout.splitlines() if "gloo" in line] == [
+        f"gloo: {rank} of 4, {rank} of 4 here" for rank in range(4)
+    ]
+    assert done.stdout.count("ok") == 4, "one a rank; their ends of line may come later"
 
 
 @pytest.mark.slow

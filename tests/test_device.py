@@ -57,6 +57,11 @@ WAITS = {
     "atomo truncated": (4, 1),
     "powersgd": (1, 0),
     "powersgd feedback=False": (1, 0),
+    # Scales in their range, and codes that are levels; of coded indices the map's count and its places, too.
+    **dict.fromkeys(("blockwise", "blockwise 4 bits", "blockwise normal", "blockwise nearest"), (0, 2)),
+    "randomk 4 bits": (0, 2),
+    "topk coded": (4, 4),
+    **dict.fromkeys(("topk coded, 4 bits", "rtopk coded"), (5, 5)),  # with values of few bits
     "prune of clients": (5, 5),  # who has a mask, and where
     "lookback per tensor": (12, 8),  # four tensors
     "lookback kept as sent": (5, 4),  # what is kept is decoded again
@@ -74,6 +79,7 @@ _PRODUCTS = {"mm", "bmm", "addmm", "mv", "addmv", "baddbmm", "dot", "_linalg_eig
 
 def budget(name: str) -> tuple[int, int]:
     """Waits of a sender and a receiver."""
+    name = name.removesuffix(" beside others")  # which never make anybody wait
     if name in WAITS:
         return WAITS[name]
     outer, over, inner = name.partition(" over ")
@@ -90,7 +96,7 @@ def budget(name: str) -> tuple[int, int]:
 def made(name: str) -> Method:
     """The method of a case; of "parts", one of several in one message."""
     if name != "parts":
-        return methods.build(CASES[name], SPEC, Setup(seed=1))
+        return conformance.made(name)
     parts, start = [], 0
     for key, (name, shape, size) in enumerate(zip(SPEC.names, SPEC.shapes, SPEC.sizes, strict=True)):
         spec = Spec((name,), (shape,))
@@ -194,15 +200,17 @@ def check(name: str, device: torch.device, rounds: int = 4) -> None:
 
 def _few(cases: list[str]) -> list[Any]:
     """With --full all; else what a row is alone."""
-    combined = (" over ", " feedback=")
+    combined = (" over ", " feedback=", " beside ")
     return [
         pytest.param(name, marks=[pytest.mark.slow] if any(c in name for c in combined) else [])
         for name in cases
     ]
 
 
-@pytest.mark.parametrize("name", _few([*CASES, "parts"]))
-def test_a_device_computes_what_the_cpu_does(name: str, device: torch.device) -> None:
+@pytest.mark.parametrize("name", _few([*CASES, *conformance.BESIDE, "parts"]))
+def test_property_9_nothing_mixes_devices_and_the_host_waits_within_its_budget(
+    name: str, device: torch.device
+) -> None:
     check(name, device)
 
 

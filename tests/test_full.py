@@ -60,7 +60,7 @@ def test_every_shipped_method_trains_under_mpirun(openmpi: Mpi, tmp_path: Path) 
         for path in paths
         for topology in ("allreduce", "aggregator")
     ]
-    for job, answer in zip(jobs, run_jobs(openmpi, 2, jobs, tmp_path), strict=True):
+    for job, answer in zip(jobs, run_jobs(openmpi, 2, jobs, tmp_path)[0], strict=True):
         losses = answer["losses"]
         assert all(map(math.isfinite, losses)), job["method"]
         assert losses[-1] < losses[0], job["method"]

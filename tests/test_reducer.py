@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedmpi.comm import run_ranks
+from fedmpi.comm import run_ranks, solo
 from fedmpi.comm.base import Comm
 from fedmpi.errors import CommError, ConfigError
 from fedmpi.integrations.reducer import Reducer
@@ -333,3 +333,43 @@ def test_wrong_settings_are_named() -> None:
         run_ranks(1, lambda comm: Reducer(SHAPES, "bf16", comm, group_mbs=3))
     with pytest.raises(ConfigError, match="exact_below: expected greater than or equal to 0"):
         run_ranks(1, lambda comm: Reducer(SHAPES, "bf16", comm, exact_below=-1))
+
+
+def test_parts_go_by_methods_of_their_own() -> None:
+    """Each as it goes alone: from equal gradients of the others nothing changes."""
+    names = sorted(SHAPES)
+    rules = [
+        {"match": names[0], "travels": "exact"},
+        {"match": names[-1], "travels": {"name": "topk", "ratio": 0.1, "feedback": True}},
+    ]
+
+    def job(comm: Comm, parts: Any) -> Any:
+        reducer = Reducer(SHAPES, "signsgd", comm, exact_below=0, parts=parts)
+        got = [average(reducer, gradients(comm.rank, t)) for t in range(3)]
+        return got, [(g.names, type(g.method.up).__name__) for g in reducer.groups], reducer.state_dict()
+
+    with_rules = run_ranks(2, lambda comm: job(comm, rules))
+    groups = {name: kind for names_, kind in with_rules[0][1] for name in names_}
+    assert groups[names[0]] == "Dense"
+    assert groups[names[-1]] == "Feedback"
+    assert {groups[name] for name in names[1:-1]} == {groups[names[1]]} != {"Dense"}
+
+    def alone(comm: Comm) -> Any:
+        one = {names[-1]: SHAPES[names[-1]]}
+        reducer = Reducer(one, rules[1]["travels"], comm, exact_below=0)
+        return [average(reducer, {names[-1]: gradients(comm.rank, t)[names[-1]]}) for t in range(3)]
+
+    for got, expected in zip(with_rules[0][0], run_ranks(2, alone)[0], strict=True):
+        assert torch.equal(got[names[-1]], expected[names[-1]])
+    for t, got in enumerate(with_rules[0][0]):
+        mean = (gradients(0, t)[names[0]] + gradients(1, t)[names[0]]) / 2
+        torch.testing.assert_close(got[names[0]], mean)
+    saved = with_rules[0][2]
+    with pytest.raises(ConfigError, match="settings"):
+        Reducer(SHAPES, "signsgd", solo(), exact_below=0).load_state_dict(saved)
+    for wrong, message in (
+        ([{"match": "nothing", "travels": "exact"}], "fits none of the parameters"),
+        ([{"match": "*", "travels": "local"}], "expected exact or a method, got local"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Reducer(SHAPES, "signsgd", solo(), parts=wrong)

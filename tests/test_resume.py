@@ -20,14 +20,14 @@ from fedmpi.errors import ConfigError
 from fedmpi.methods import METHODS
 
 from .interrupted import LOOKBACK, SAVED, TOPK, lines, only, outcome, rounds_saved, train
-from .test_conformance import RUNS
+from .test_conformance import RUNS, RUNS_BESIDE
 
 EXAMPLES = [name for name in RUNS if name in METHODS]
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_every_method_resumes_exactly_at_half_the_ranks(name: str, tmp_path: Path) -> None:
-    values = {**SAVED, "method": RUNS[name]["method"], "topology": "aggregator"}
+@pytest.mark.parametrize("name", [*EXAMPLES, *RUNS_BESIDE])
+def test_property_8_every_method_resumes_exactly_at_half_the_ranks(name: str, tmp_path: Path) -> None:
+    values = {**SAVED, **(RUNS | RUNS_BESIDE)[name], "rounds": 5, "topology": "aggregator"}
     train(values, tmp_path, ranks=4)
     expected = outcome(tmp_path)
     train(values, tmp_path, ranks=2, resume=True)

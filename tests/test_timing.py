@@ -130,7 +130,7 @@ def test_processes_agree_on_time(mpi: Mpi, tmp_path: Path) -> None:
         for method in methods
         for topology in ("allreduce", "aggregator")
     ]
-    for job, answer in zip(jobs, run_jobs(mpi, 3, jobs, tmp_path), strict=True):
+    for job, answer in zip(jobs, run_jobs(mpi, 3, jobs, tmp_path)[0], strict=True):
         alone = outcome(job, solo())
         for name in ("sha256", "simulated_seconds", "late", "upload_bytes", "messages"):
             assert answer[name] == alone[name], (job, name)

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from .conftest import JOBS, Mpi, torchrun
+from .conftest import JOBS, Mpi, gloo_ranks, torchrun
 
+MODULES = "torch._dynamo,transformers.trainer,transformers.models.bert.modeling_bert"
 TRAINER = str(JOBS / "trainer.py")
 TOPK = '{"name": "topk", "ratio": 0.05, "feedback": true}'
 
 
-def report(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
+def report(folder: Path, name: str = "final") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
     return found
 
 
-def test_bert_under_mpirun_resumes_exactly_under_torchrun(openmpi: Mpi, tmp_path: Path) -> None:
-    done = openmpi(2, TRAINER, "bert", str(tmp_path), "8", TOPK)
+@pytest.mark.parametrize("launch", ["gloo", pytest.param("mpirun, torchrun", marks=pytest.mark.slow)])
+def test_bert_resumes_exactly(launch: str, openmpi: Mpi, tmp_path: Path) -> None:
+    first = [TRAINER, "bert", str(tmp_path), "8", TOPK]
+    second = [*first, "resume"]
+    if launch == "gloo":
+        done = gloo_ranks(2, *first, "+", *second, modules=MODULES)
+    else:
+        done = openmpi(2, *first)
+        assert done.returncode == 0, done.stdout + done.stderr
+        done = torchrun(2, *second)
     assert done.returncode == 0, done.stdout + done.stderr
-    whole, weights = report(tmp_path), torch.load(tmp_path / "final.pt", weights_only=True)
+    whole, found = report(tmp_path), report(tmp_path, "resumed")
     assert whole["ranks"] == 2
-    assert whole["stats"]["steps"] == 8
+    assert whole["stats"]["steps"] == found["stats"]["steps"] == 8
     assert whole["stats"]["ratio"] > 5
     assert whole["losses"][-1] < whole["losses"][0]
     assert [entry["step"] for entry in whole["logged"]] == list(range(1, 9)), "beside each loss"
@@ -34,15 +42,11 @@ def test_bert_under_mpirun_resumes_exactly_under_torchrun(openmpi: Mpi, tmp_path
     assert logged["fedmpi_payload_bytes"] == whole["stats"]["payload_bytes"]
     assert logged["fedmpi_ratio"] == whole["stats"]["ratio"]
     assert logged["fedmpi_seconds"] > 0
-    shutil.rmtree(tmp_path / "checkpoint-8")
-    done = torchrun(2, TRAINER, "bert", str(tmp_path), "8", TOPK, "resume")
-    assert done.returncode == 0, done.stdout + done.stderr
-    again = torch.load(tmp_path / "final.pt", weights_only=True)
-    assert report(tmp_path)["stats"]["steps"] == 8
-    assert all(torch.equal(weights[name], again[name]) for name in weights)
-    found = report(tmp_path)
     assert found["moved"] == [8, True], "with the state of the checkpoint that it resumes from"
-    moved = torch.load(tmp_path / "moved.pt", weights_only=True)
+    weights, again, moved = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("final", "resumed", "moved")
+    )
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
     assert all(torch.equal(weights[name], moved[name]) for name in weights)
     assert found["retried"] == [5, True], "2 of the first attempt, 3 of the second, for the same parameters"
     assert found["anew"] == [2, True], "a model of its own"

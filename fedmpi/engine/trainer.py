@@ -96,8 +96,7 @@ class Trainer:
         self._draws, self._apart = traits.draws, Apart(model, plan)
         own = self._apart.trained
         # In the order of their memory, which is not that of ``own`` where convolutions are laid out otherwise.
-        self.theta_D = torch.empty(own.size)
-        self.grad_D = torch.zeros(own.size)
+        self.theta_D, self.grad_D = torch.empty(own.size), torch.zeros(own.size)
         self._laid = Layout(model, own)
         self._laid.bind(self.theta_D, self.grad_D)
         self.rule, self._rounds = Rule.of(local), rounds

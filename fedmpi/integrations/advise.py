@@ -1,6 +1,7 @@
 """``fedmpi advise``: does compression pay on this link, with these processors, for so many parameters?
 
-Everything is measured here and now: the link by all-reduces of two sizes, each method by steps of the very
+Everything is measured here and now, unless a link is imagined, whose times are computed
+(:class:`~fedmpi.comm.imagined.ImaginedComm`): the link by all-reduces of two sizes, each method by steps of the very
 :class:`~fedmpi.integrations.reducer.Reducer` that the drop-ins use, on random gradients. What it cannot know is how
 much of the exchange a job hides behind its backward pass, and what a method costs in accuracy.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ import torch
 
 from fedmpi import random
 from fedmpi.comm.base import Comm
+from fedmpi.comm.imagined import ImaginedComm
 from fedmpi.errors import ConfigError
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.integrations.settings import Shapes
@@ -34,6 +37,7 @@ CANDIDATES: tuple[dict[str, Any] | str, ...] = (
 
 _SMALL, _LARGE = 1 << 8, 1 << 22  # float32 numbers of the link's two all-reduces
 _BUDGET = 2.5  # seconds that a method's steps may take
+_SHORT = 0.2  # over a link that is imagined
 _NEAR = 1.05  # within so much of the fastest, the simpler method is the advice
 
 
@@ -76,6 +80,8 @@ def link(comm: Comm) -> Link:
     """Latency and bandwidth, from the medians of all-reduces of two sizes."""
     if comm.size == 1:
         return Link(0.0, float("inf"))
+    if isinstance(comm, ImaginedComm):
+        return Link(comm.latency, comm.bandwidth)
     small, large = (_median(comm, n) for n in (_SMALL, _LARGE))
     per_rank = 2 * (comm.size - 1) / comm.size * 4 * (_LARGE - _SMALL)
     return Link(small, per_rank / max(large - small, 1e-9))
@@ -105,25 +111,36 @@ def measure(comm: Comm, shapes: Shapes, method: dict[str, Any] | str) -> Row:
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
     options, label = _resolved(method, total)
     reducer = Reducer(shapes, options, comm)
-    noise = [
-        random.normal(random.key(0, client=comm.rank, stream=f"advise {i}"), group.spec.size)
-        for i, group in enumerate(reducer.groups)
-    ]
-    names = ("encode_seconds", "wire_seconds", "decode_seconds", "wire_sent_bytes")
+    noise = _noise(comm.rank, total).split([group.spec.size for group in reducer.groups])
+    names = ("encode", "wire", "decode", "sent")
+    imagined = comm if isinstance(comm, ImaginedComm) else None
+    budget = _BUDGET if imagined is None else _SHORT
     spent, steps, total_of = 0.0, 0, dict.fromkeys(names, 0.0)
     # One step to warm up, then as many as the budget allows: the same number on every rank.
-    while steps < 2 or (spent < _BUDGET and steps < 8):
-        before, started = reducer.stats(), perf_counter()
+    while steps < 2 or (spent < budget and steps < 8):
+        before, started, waited = (
+            reducer.seconds | {"sent": comm.sent},
+            perf_counter(),
+            imagined.waited if imagined else 0.0,
+        )
         for i, group in enumerate(reducer.groups):
             group.flat_D.copy_(noise[i])
             reducer.reduce(i)
-        seconds, after = perf_counter() - started, reducer.stats()
+        seconds, after = perf_counter() - started, reducer.seconds | {"sent": comm.sent}
+        if imagined is not None:  # instead of what standing for the others took
+            after["wire"] = before["wire"] + imagined.waited - waited
         spent += _slowest(comm, [seconds])[0]
         steps += 1
         if steps > 1:
             total_of = {n: total_of[n] + after[n] - before[n] for n in names}
     encode, wire, decode, sent = _slowest(comm, [total_of[n] / (steps - 1) for n in names])
     return Row(label, encode, wire, decode, sent)
+
+
+@lru_cache(1)
+def _noise(rank: int, size: int) -> torch.Tensor:
+    """Gradients of all parameters, drawn once for all methods."""
+    return random.normal(random.key(0, client=rank, stream="advise"), size)
 
 
 def _resolved(method: dict[str, Any] | str, total: int) -> tuple[dict[str, Any], str]:
@@ -147,8 +164,11 @@ def advise(
     shapes: Shapes,
     candidates: Sequence[dict[str, Any] | str] = CANDIDATES,
     say: Callable[[str], None] = lambda line: None,
+    computing: float = 0.0,
 ) -> str:
     """The table and the verdict, the same on every rank.
+
+    Args: computing: seconds of a step of the job without any exchange.
 
     Raises:
       ConfigError: a method that was asked for cannot be a drop-in.
@@ -168,7 +188,8 @@ def advise(
         f"{'method':<42}{'encode':>10}{'wire':>10}{'decode':>10}{'step':>10}{'sent':>10}   pays below",
     ]
     for row in rows:
-        times = "".join(f"{1e3 * x:>7.1f} ms" for x in (row.encode, row.wire, row.decode, row.total))
+        step = computing + row.total
+        times = "".join(f"{1e3 * x:>7.1f} ms" for x in (row.encode, row.wire, row.decode, step))
         point = break_even(row, bf16)
         pays = (
             ""
@@ -180,23 +201,25 @@ def advise(
             else _bandwidth(point)
         )
         lines.append(f"{row.label:<42}{times}{row.sent / 1e6:>7.2f} MB   {pays}")
-    return "\n".join([*lines, "", verdict(rows, bf16, comm.size)])
+    if computing:
+        what = f"a step is {1e3 * computing:.1f} ms of computing and all of the exchange"
+        lines += ["", f"{what}, as if none of it went on during the backward pass"]
+    return "\n".join([*lines, "", verdict(rows, bf16, comm.size, computing)])
 
 
-def verdict(rows: Sequence[Row], bf16: Row, ranks: int) -> str:
+def verdict(rows: Sequence[Row], bf16: Row, ranks: int, computing: float = 0.0) -> str:
     """One plain sentence."""
     if ranks == 1:
         return "One rank exchanges nothing: start this under mpirun, srun or torchrun to measure a link."
     best = min(rows, key=lambda row: row.total)
-    if bf16.total <= _NEAR * best.total:
-        return f"Stay with bf16: {1e3 * bf16.total:.1f} ms a step; nothing here saves more than 5 % of it."
+    least, half = computing + best.total, computing + bf16.total
+    if half <= _NEAR * least:
+        return f"Stay with bf16: {1e3 * half:.1f} ms a step; nothing here saves more than 5 % of it."
     if best.label == "dense":
-        return (
-            f"Do not compress: {1e3 * best.total:.1f} ms a step against {1e3 * bf16.total:.1f} ms with bf16."
-        )
+        return f"Do not compress: {1e3 * least:.1f} ms a step against {1e3 * half:.1f} ms with bf16."
     return (
-        f"Use {best.label}: {1e3 * best.total:.1f} ms a step against {1e3 * bf16.total:.1f} ms with bf16 "
-        f"({bf16.total / best.total:.1f}x), if its accuracy suits you."
+        f"Use {best.label}: {1e3 * least:.1f} ms a step against {1e3 * half:.1f} ms with bf16 "
+        f"({half / least:.1f}x), if its accuracy suits you."
     )
 
 

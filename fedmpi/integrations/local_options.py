@@ -143,16 +143,13 @@ def check_rate(fragments: Sequence[Fragment], options: LocalOptions) -> None:
         )
 
 
-_STEPS = (torch.amp.GradScaler.step.__code__, torch.amp.GradScaler._maybe_opt_step.__code__)
-
-
 def scaled() -> bool:
     """A GradScaler called the optimizer's step()."""
     frame: FrameType | None = sys._getframe(1)
     for _ in range(16):  # past the wrappers of hooks and schedulers
         if frame is None:
             return False
-        if frame.f_code in _STEPS:
+        if frame.f_code is torch.amp.GradScaler.step.__code__:
             return True
         frame = frame.f_back
     return False

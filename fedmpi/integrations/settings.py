@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
+from fedmpi.errors import ConfigError
 from fedmpi.meet.ways import Name
+from fedmpi.methods.base import Options
+from fedmpi.plan import Rule, Tensors
 from fedmpi.validation import Strict, checked
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -26,6 +29,11 @@ class Settings(Strict):
         ge=0,
         description="tensors of fewer numbers and those of one dimension (norms, biases) are averaged exactly; "
         "0: none are",
+    )
+    parts: tuple[Rule, ...] = Field(
+        (),
+        description="tensors that go otherwise: [{match: ..., travels: exact | a method}], of which the first that "
+        "fits a name counts, whatever exact_below says",
     )
     start_after: int = Field(0, ge=0, description="steps that are averaged exactly before compression starts")
     steps_per_epoch: int = Field(1, ge=1, description="steps for which time-varying subspaces stay")
@@ -46,17 +54,52 @@ class Settings(Strict):
         """
         return checked(cls, settings)
 
+    @field_validator("parts")
+    @classmethod
+    def _travel(cls, parts: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        for rule in parts:
+            if rule.travels in ("local", "frozen"):
+                raise ValueError(
+                    f"expected exact or a method, got {rule.travels} for {rule.match!r}: what a rank keeps for itself "
+                    "is not given to DDP (ignored parameters), what nobody changes has requires_grad=False"
+                )
+        return parts
+
     def split(self, shapes: Shapes) -> tuple[Shapes, Shapes]:
         """The parameters that are averaged exactly, and the others."""
-        exact = {n: s for n, s in shapes.items() if self.exact(s)}
+        ways = self.ways(shapes)
+        exact = {n: s for n, s in shapes.items() if ways[n] == "exact"}
         return exact, {n: s for n, s in shapes.items() if n not in exact}
+
+    def ways(self, shapes: Shapes) -> dict[str, Options | Literal["exact"] | None]:
+        """How each parameter goes: exactly, by a rule's method, or (None) by the job's.
+
+        Raises:
+          ConfigError: a rule fits none.
+        """
+        tensors = Tensors(dict(shapes), {}, frozenset(), frozenset())
+        fitting = {name: next((r for r in self.parts if tensors.fits(r, name)), None) for name in shapes}
+        for rule in self.parts:
+            if not any(tensors.fits(rule, name) for name in shapes):
+                raise ConfigError(
+                    f"parts.match: {rule.match!r} fits none of the parameters; expected a pattern of names such as "
+                    f"{', '.join(list(shapes)[:3])}"
+                )
+        ways: dict[str, Options | Literal["exact"] | None] = {}
+        for name, shape in shapes.items():
+            found = fitting[name]
+            if found is None or not math.prod(shape):
+                ways[name] = "exact" if self.exact(shape) else None
+            else:
+                ways[name] = found.travels if isinstance(found.travels, Options) else "exact"
+        return ways
 
     def exact(self, shape: tuple[int, ...]) -> bool:
         """A tensor of this shape is averaged exactly: also one of no numbers, in which there is nothing to compress."""
         size = math.prod(shape)
         return size == 0 or (self.exact_below > 0 and (len(shape) < 2 or size < self.exact_below))
 
-    def parts(self, shapes: Shapes, ranks: int) -> list[Shapes]:
+    def grouped(self, shapes: Shapes, ranks: int) -> list[Shapes]:
         """The groups that parameters go in, from the last parameter to the first, as gradients become ready.
 
         One as large as a group is one by itself, whose gradient can be averaged where it lies; small ones before and

@@ -207,7 +207,8 @@ def wrapped() -> Comm:
     """A job's own group and a part of it, which go on after what is done with them here."""
     from fedmpi.comm.torch import TorchComm
 
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     half = dist.new_group(list(range(dist.get_world_size() // 2)))
     if dist.get_rank() < dist.get_world_size() // 2:
         check(TorchComm(half))

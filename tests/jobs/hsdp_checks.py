@@ -265,7 +265,7 @@ def main() -> None:
     long = "all" in sys.argv[2:]
     powersgd = {"name": "powersgd", "rank": 4, "feedback": True}
     every = {name: {"name": name, **entry.example} for name, entry in METHODS.items() if name != "prune"}
-    replicas_stay_equal(mesh, [SIGNS, TOPK, powersgd, *(every.values() if long else ())])
+    replicas_stay_equal(mesh, [SIGNS, TOPK, *((powersgd, *every.values()) if long else ())])
     if long:
         auto_is_of_one_mind(mesh)
     exact_alike(mesh)

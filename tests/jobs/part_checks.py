@@ -1,4 +1,5 @@
-"""The drop-ins over a part of the ranks, in one launch of four: part_checks.py. Prints "ok" for each rank.
+"""The drop-ins over a part of the ranks, in one launch of four: part_checks.py. Prints "ok" for each rank, after
+what collectives.py prints of a group that the job has started.
 
 Groups: two pairs, beside each other; two that share ranks, used in turn and together; each rank alone.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import collectives
 import pytest
 import torch
 import torch.distributed as dist
@@ -163,7 +165,8 @@ def main() -> None:
     total = torch.ones(1)
     dist.all_reduce(total)  # the job's own groups go on
     assert total.item() == 4
-    print("ok", flush=True)  # and are left as they are: the processes end all the same
+    collectives.main("wrap")
+    print("ok", flush=True)  # and the groups are left as they are: the processes end all the same
 
 
 if __name__ == "__main__":

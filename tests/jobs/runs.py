@@ -1,7 +1,8 @@
-"""Runs configurations one after the other on the ranks of one launch: ``runs.py REQUEST ANSWER``.
+"""Runs configurations one after the other on the ranks of one launch: ``runs.py REQUEST ANSWER [CASE …]``.
 
 REQUEST is a JSON list of configurations; ANSWER gets, for each, the summary, a hash of the
-parameters' bytes and the parameters. Also the in-process reference: :func:`outcome`.
+parameters' bytes and the parameters. Before them the CASEs of collectives.py.
+Also the in-process reference: :func:`outcome`.
 """
 
 from __future__ import annotations
@@ -59,7 +60,11 @@ def _hashes(state: State, clients: torch.Tensor) -> list[str]:
 
 
 if __name__ == "__main__":
-    request, answer = sys.argv[1:]
+    import collectives
+
+    request, answer, *cases = sys.argv[1:]
+    for case in cases:
+        collectives.main(case)
     comm = connect()
     answers = [outcome(values, comm) for values in json.loads(Path(request).read_text())]
     if comm.rank == 0:

@@ -1,6 +1,7 @@
 """A transformers.Trainer job on random tokens: trainer.py MODEL OUT STEPS [METHOD] [RESUME].
 
-One that resumes also does what makes a Trainer wrap its model again, and saves and loads with accelerate alone.
+One that resumes, from its fourth step, also does what makes a Trainer wrap its model again, and saves and loads with
+accelerate alone.
 """
 
 from __future__ import annotations
@@ -58,16 +59,17 @@ def main() -> None:
     trainer = Trainer(
         model(kind), arguments, train_dataset=Tokens(kind), callbacks=[callback] if callback else None
     )
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=str(out / "checkpoint-4") if resume else None)
     more = again(kind, out, method) if resume else {}
     if trainer.is_world_process_zero():
         weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-        torch.save(weights, out / "final.pt")
+        name = "resumed" if resume else "final"
+        torch.save(weights, out / f"{name}.pt")
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         stats = callback.state.stats() if callback and callback.state else None
         logged = [entry for entry in trainer.state.log_history if "fedmpi_ratio" in entry]
         report = {"losses": losses, "stats": stats, "logged": logged, "ranks": arguments.world_size, **more}
-        (out / "report.json").write_text(json.dumps(report))
+        (out / f"{name}.json").write_text(json.dumps(report))
 
 
 def arguments_for(out: Path, **more: Any) -> Any:

@@ -84,7 +84,8 @@ def build(name: str, shape: Shape, classes: int, key: int, **options: object) ->
             return row.build(shape, classes, given)
     with torch.device("meta"):  # torch's own initial values would draw from its global generator
         module = row.build(shape, classes, given)
-    return initialize(module.to_empty(device="cpu"), key)
+    # Not to_empty(): empty_like of a meta tensor on another device imports sympy, 0.7 s of every process.
+    return initialize(module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu")), key)
 
 
 def _fits(name: str, row: Model, shape: Shape, classes: int, given: Any) -> None:
