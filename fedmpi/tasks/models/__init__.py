@@ -85,7 +85,10 @@ def _build(name: str, shape: Shape, classes: int, key: int, options: dict[str, o
         return module
     row = choose("model", name, MODELS)
     given = checked(row.options, options, f"model {name}")
-    _fits(name, row, shape, classes, given)
+    with (
+        SEEDING
+    ):  # transformers imports a model's module when it is first built, and not for several threads at once
+        _fits(name, row, shape, classes, given)
     if row.seeded:
         with SEEDING, torch.random.fork_rng(devices=[]):
             torch.manual_seed(key % 2**63)
