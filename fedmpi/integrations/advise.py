@@ -3,8 +3,8 @@
 Everything is measured here and now, unless a link is imagined, whose times are computed
 (:class:`~fedmpi.comm.imagined.ImaginedComm`): the link by all-reduces of two sizes, each method by steps of the very
 :class:`~fedmpi.integrations.reducer.Reducer` that the drop-ins use, on random gradients. What it cannot know is what a
-method costs in accuracy, and how much of the exchange a job hides behind its backward pass: a quarter of its computing is
-taken for it (:data:`HIDES`).
+method costs in accuracy, and how much of the exchange a job hides behind its backward pass: a quarter of its computing
+is taken for it (:data:`HIDES`).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ CANDIDATES: tuple[dict[str, Any] | str, ...] = (
 
 _SMALL, _LARGE = 1 << 8, 1 << 22  # float32 numbers of the link's two all-reduces
 HIDES = 0.25
-"""Of a step's computing, the part that hides the wire: with it step times of other bandwidths follow from those of a fast
-link, for the two jobs that ``configs/studies/link.py`` measures (``configs/results/link.json``, ``link-mlp.json``)."""
+"""Of a step's computing, the part that hides the wire: with it steps over slower links follow from those over a fast
+one, for the two jobs that ``configs/studies/link.py`` measures (``configs/results/link.json``, ``link-mlp.json``)."""
 
 _BUDGET = 2.5  # seconds that a method's steps may take
 _SHORT, _LONG = 0.3, 0.8  # over a link that is imagined; a first step that takes so long is the only one

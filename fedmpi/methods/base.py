@@ -33,8 +33,8 @@ class Options(Strict):
 
     @property
     def rate_note(self) -> str:
-        """Which learning rate it needs, against uncompressed training; "" where it needs no other one. Figures are those
-        of ``configs/results/link.md`` (SGD with momentum, two models)."""
+        """Which learning rate it needs, against uncompressed training; "" where it needs no other one. Figures are
+        those of ``configs/results/link.json`` and ``link-mlp.json`` (SGD with momentum, two models)."""
         return ""
 
 
