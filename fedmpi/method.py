@@ -96,8 +96,8 @@ class Context:
 
 
 class Merge(ABC):
-    """How parts of an array of messages, their only one but for an optional one, become what stands in the mean's
-    message: ranks then average a part each, and nobody receives everybody's message.
+    """How parts of messages' only array (but for an optional one) become what stands in the mean's message: ranks then
+    average a part each, and nobody receives everybody's.
 
     Attributes:
       array: its name.
@@ -114,9 +114,7 @@ class Merge(ABC):
         """What ``W`` senders' entries ``start`` … ``start + N`` come to ``(N,)``: what one sender would send for their
         mean, as the server would have decided on it. Both are multiples of :attr:`align`.
 
-        Args:
-          optional_WB: the senders' :attr:`Compressor.optional` arrays, zeros for who has none; None: nobody has.
-        """
+        ``optional_WB`` are the senders' :attr:`Compressor.optional` arrays, zeros for who has none; None: nobody has."""
 
     def message(self, merged_1N: Tensor, optional_WB: Tensor | None = None) -> Message:
         """The message of all entries that calls made."""
@@ -129,13 +127,13 @@ class Compressor(ABC):
     Attributes:
       spec: the parameters' layout.
       size: S, how many numbers of a client are summed.
-      additive: the decoded vectors fulfil v(a) + v(b) = v(a + b) whoever sends a, b and a + b (in the same
-        round, with the same shared state): gradients of several clients may be summed before they are encoded.
+      additive: decoded vectors fulfil v(a) + v(b) = v(a + b) whoever sends a, b and a + b (in a round, with the same
+        shared state): gradients of several clients may be summed before they are encoded.
       replayable: a message decodes to the same vector whenever it is decoded, without any state.
       integer: decoded values are small integers, summed as integers, one vote a client.
       presence: the last of the S numbers, one a row (:attr:`~fedmpi.spec.Spec.rows`), that count who had a gradient
         there instead of saying what it was.
-      optional: the ragged array, of at most one row a client, that most messages go without.
+      optional: the ragged array, at most one row a client, that most messages lack.
       merge: None, or how ranks can share out the averaging.
       tells: messages say whether gradients were finite (:attr:`~fedmpi.message.Message.finite`): nobody else need look.
       counters: names of what :meth:`count` counts, shown in every round's metrics.

@@ -196,7 +196,9 @@ def parse(text: str) -> Any:
         return _apart(_Loader(text).get_single_data())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        problem = (error.problem or error.context or "no YAML").replace("'\\t'", "a tab (indent with spaces)")
+        problem = error.problem or error.context or "no YAML"
+        if "'\\t'" in problem:
+            problem = "found a tab where an indent or a value begins; expected spaces"
         syntax = not isinstance(error, _Refusal | ConstructorError)
         raise NotYaml(problem[:300], mark.line + 1 if mark else None, syntax) from None
     except yaml.YAMLError as error:  # a character that no YAML has

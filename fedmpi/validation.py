@@ -212,6 +212,7 @@ def _line(problem: Any, model: type[BaseModel], where: str) -> str:
     if problem["type"] == "missing":
         return f"{path}: required, not given"
     message = problem["msg"].replace("Input should be", "expected").replace("Value error, ", "")
+    message = message.replace("a valid tuple", "a list").replace("a valid list", "a list")
     # A check of several keys together names them itself; its input is the whole section.
     return f"{path}: {message}, got {got(problem['input'])}" if path else message
 

@@ -35,7 +35,8 @@ LAYERS = {
     "meet": {"comm", "errors", "message", "method", "methods", "ops", "phases"},
     "local": {"methods", "validation"},
     "plan": BASE | {"method", "methods", "spec", "validation"},
-    "config": {"errors", "local", "methods", "own", "tasks", "optimizers", "overrides", "plan", "validation"},
+    "choice": {"own", "tasks", "validation"},
+    "config": {"choice", "errors", "local", "methods", "optimizers", "overrides", "plan", "validation"},
     "engine": BASE
     | {
         "comm",

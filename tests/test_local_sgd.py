@@ -263,7 +263,7 @@ def test_ranks_are_equal_after_every_synchronisation_and_a_state_goes_on_exactly
             train(net, optimizer, range(cut, 19), comm.rank)
         stats = outer.stats()
         assert stats["dropped"] == 0
-        assert stats["steps"] == 19
+        assert (stats["step"], stats["steps"]) == (19, 19 - (cut or 0))
         before = whole(net)
         outer.synchronize()
         after = whole(net)
@@ -476,6 +476,32 @@ def test_what_cannot_be_is_said_in_a_sentence() -> None:
         ConfigError, match=r"model: parameter a.bias was frozen, or not there, when fedmpi.local_sgd"
     ):
         train(net, optimizer, range(1), 0)
+
+
+def test_parameters_that_were_replaced_are_noticed() -> None:
+    """Those of a model loaded with assign=True are other objects: an optimizer's, and so the mean's, are not."""
+
+    def job(comm: Comm) -> str:
+        net = model()
+        old = sgd(net)
+        fedmpi.local_sgd(net, old, every=1, outer="sgd", comm=comm)
+        other = copy.deepcopy(net)
+        net.load_state_dict({name: t.clone() for name, t in net.state_dict().items()}, assign=True)
+        with pytest.raises(ConfigError) as found:
+            backward(net, 0, comm.rank)
+        with pytest.raises(ConfigError, match="is another object than"):
+            old.step()  # of a compiled model, in whose forward pass nobody looks
+        other.load_state_dict(net.state_dict(), assign=True)
+        backward(other, 0, comm.rank)  # a copy is nobody's
+        fedmpi.local_sgd(net, sgd(net), every=2, outer="sgd", comm=comm)
+        backward(net, 0, comm.rank)
+        return str(found.value)
+
+    assert run_ranks(1, job)[0] == (
+        "model: parameter a.weight is another object than when fedmpi.local_sgd was called, and averaged by nobody; "
+        "expected load_state_dict without assign=True, or call fedmpi.local_sgd after all parameters are as they will "
+        "be trained"
+    )
 
 
 def test_ranks_that_disagree_find_out() -> None:

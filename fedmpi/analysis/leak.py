@@ -152,7 +152,7 @@ class Victim:
     """A run's model and the gradient of its loss on one image, in float64: mismatches become tiny in the end."""
 
     def __init__(self, simulation: Simulation) -> None:
-        self.data, self.spec, self.loss = simulation.data, simulation.spec, simulation.objective.loss
+        self.data, self.spec, self.loss = simulation.data, simulation.spec, simulation.measured.objective.loss
         self.theta_D = simulation.replica.parameters()
         self.model = smooth(copy.deepcopy(simulation.trainer.model)).double()
         self.parameters = [dict(self.model.named_parameters())[name] for name in self.spec.names]

@@ -48,6 +48,11 @@ class Watched:
     def __init__(self, config: Config, see: Callable[[Sent], None], schedule: str = "constant") -> None:
         self.config, self._schedule = config, Schedule.model_validate({"name": schedule})
         self.simulation = plain(config)
+        if "accuracy" not in self.simulation.measured.metrics:
+            raise ConfigError(
+                f"analyze: expected a run that measures accuracy, which is drawn beside the rest, got "
+                f"{', '.join(self.simulation.measured.metrics)}; take a loss of classes"
+            )
         self.simulation.passes.observe = see
         self.simulation.set_threads()
 

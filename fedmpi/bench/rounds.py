@@ -98,7 +98,7 @@ def _one_step(model: str, method: dict[str, Any], target: float | None, repeats:
         simulation(10 * clients, samples, clients, {"steps": 1}, model=model, method=method) for _ in range(2)
     )
     single.trainer = Trainer(
-        single.trainer.model, single.plan, single.objective, single.config.local, single.config.seed
+        single.trainer.model, single.plan, single.measured.objective, single.config.local, single.config.seed
     )
     single.passes.trainer = single.trainer
     single.passes.observe = lambda sent: None  # which asks for single clients

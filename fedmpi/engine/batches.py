@@ -98,7 +98,7 @@ class Orders:
     """Which samples one client sees in a step: shuffled afresh for every pass over its own.
 
     Args:
-      continuing: passes go on from round to round, one step a round.
+      continuing: passes go on from round to round, with equally many steps in each.
     """
 
     def __init__(self, seed: int, local: Local, continuing: bool) -> None:
@@ -110,8 +110,8 @@ class Orders:
         if batch == len(index):
             return index
         turns = -(-len(index) // batch)
-        if self._continuing:  # one step a round
-            round, turn = divmod(round, turns)
+        if self._continuing:
+            round, turn = divmod(round * (self._local.steps or 1) + step, turns)
             shuffle = 0
         else:
             shuffle, turn = divmod(step, turns)

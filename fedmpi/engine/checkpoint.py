@@ -92,7 +92,7 @@ class Checkpoints:
           Stopped: a signal asked for it, and a checkpoint is written.
         """
         stop, due = simulation.asked
-        unfinished = done < simulation.config.rounds
+        unfinished = done < simulation.config.rounds and not simulation.ended
         if (self.plan.rounds and done % self.plan.rounds == 0) or (unfinished and (stop or due)):
             self.save(simulation, done)
         if unfinished and stop:
@@ -178,11 +178,12 @@ class Checkpoints:
         states = nest(simulation.replica.state, "server.") | nest(ledger, "ledger.")
         states = {name: value.clone().contiguous() for name, value in states.items()}  # some share memory
         written["state.safetensors"] = files.write_tensors(aside / "state.safetensors", states)
+        if simulation.best_X is not None:
+            written[files.BEST] = files.write_tensors(aside / files.BEST, {"x": simulation.best_X})
         written["metrics.jsonl"] = files.write(
             aside / "metrics.jsonl", files.read(self.run / "metrics.jsonl")
         )
         totals = {name: getattr(simulation, name) for name in Totals.model_fields}
-        numbers = {name: None if value != value else value for name, value in totals.items()}
         described = Manifest(
             fedmpi=fedmpi.__version__,
             torch=torch.__version__,
@@ -190,7 +191,7 @@ class Checkpoints:
             config=simulation.config.plain(),
             parameters=simulation.spec.plain(),
             fingerprint=simulation.fingerprint,
-            totals=Totals.model_validate(numbers),
+            totals=Totals.model_validate(totals),
             seconds=time.monotonic() - simulation.started,
             ranks=ranks,
             lost_ranks=simulation.lost,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,18 +38,24 @@ def restore(simulation: Simulation, folder: Path) -> tuple[Manifest, bytes]:
       ConfigError: it is of another run; names the difference and both values.
     """
     comm = simulation.comm
-    head = metrics = state = b""
+    head = metrics = state = best = b""
     with _agreed(comm):
         if comm.rank == 0:
             head, described = _head(folder)
             metrics = _file(folder, described, "metrics.jsonl")
             state = _file(folder, described, "state.safetensors")
+            best = _file(folder, described, files.BEST) if files.BEST in described.files else b""
     described = files.parse_manifest(folder / MANIFEST, comm.broadcast(head))
     _check_run(folder, described, simulation)
-    state = comm.broadcast(state)
+    state, best = comm.broadcast(state), comm.broadcast(best)
     with _agreed(comm):
         schema.check_manifest(folder, described, simulation)
         server, ledger = _parts(folder / "state.safetensors", state)
+        best_X = None
+        if best:
+            found = files.tensors(folder / files.BEST, best)
+            schema.check_best(folder / files.BEST, found, simulation.replica.parameters())
+            best_X = found["x"]
         if comm.rank == 0:  # the others have the same
             theta_D = simulation.replica.parameters()  # θ₀: nothing has changed it yet
             schema.check_metrics(folder / "metrics.jsonl", metrics, described, simulation)
@@ -63,6 +68,7 @@ def restore(simulation: Simulation, folder: Path) -> tuple[Manifest, bytes]:
             if file.store:
                 _load_part(folder / name, file, stores)
     _take_over(simulation, described, server, ledger)
+    simulation.best_X = best_X
     return described, metrics
 
 
@@ -258,8 +264,8 @@ def _load_part(path: Path, file: File, stores: dict[str, Kept]) -> None:
 def _take_over(simulation: Simulation, described: Manifest, server: State, ledger: State) -> None:
     """Nothing fails from here on."""
     simulation.replica.load(server)
-    for name, value in described.totals.model_dump().items():
-        setattr(simulation, name, math.nan if value is None else value)
+    for name, value in described.totals:  # peaks stay what they are
+        setattr(simulation, name, value)
     simulation.lost = [*described.lost_ranks, *simulation.lost]
     simulation.started -= described.seconds
     comm = simulation.comm

@@ -16,10 +16,11 @@ from fedmpi.comm.placement import own_cpus
 from fedmpi.config import Config
 from fedmpi.engine import updates
 from fedmpi.engine.clients import cohort, place, survivors
-from fedmpi.engine.evaluate import MEASURES, by_client, evaluate
+from fedmpi.engine.evaluate import by_client, evaluate, of_clients
 from fedmpi.engine.fingerprint import fingerprint
+from fedmpi.engine.goals import Goals
 from fedmpi.engine.ledger import Ledger
-from fedmpi.engine.manifest import Lost
+from fedmpi.engine.manifest import Lost, Peak
 from fedmpi.engine.parts import load
 from fedmpi.engine.passes import Call, Passes
 from fedmpi.engine.replica import Kind, Replica, sums_of
@@ -30,6 +31,7 @@ from fedmpi.engine.trainer import Trainer
 from fedmpi.errors import FedMPIError
 from fedmpi.method import Round
 from fedmpi.ops.sums import from_fixed
+from fedmpi.tasks.metrics import TEST_LOSS
 
 _CHUNK_VALUES = 1 << 22  # gradients of so many numbers are held at a time
 _MANY = 200  # steps of a run; fewer are done before clients' steps at once are ready
@@ -49,14 +51,14 @@ class Simulation:
         self.config, self.comm = config, comm
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext
         parts = load(config)
-        self.data, self.objective, self.partition = parts.data, parts.objective, parts.partition
+        self.data, self.measured, self.partition = parts.data, parts.measured, parts.partition
         self.plan, self.spec, self.method = parts.plan, parts.plan.spec, parts.plan.method
         self.fingerprint = fingerprint(self.data, self.partition)
         up, workers = self.method.up, config.mode == "data_parallel"
         self.trainer = Trainer(
             parts.model,
             self.plan,
-            self.objective,
+            self.measured.objective,
             config.local,
             config.seed,
             workers,
@@ -95,9 +97,13 @@ class Simulation:
         self.counters = (*self.method.up.counters, *updates.counters(config, self.partition))
         self.counts: dict[str, int] = dict.fromkeys(self.counters, 0)
         self.simulated_seconds = 0.0
-        self.accuracy = self.test_loss = float("nan")
         self.held = parts.held
-        self.measures: dict[str, float | None] = dict.fromkeys(MEASURES if self.held else ())
+        of_held = of_clients(self.measured) if self.held else ()
+        self.measures: dict[str, float | None] = dict.fromkeys([*self.measured.metrics, TEST_LOSS, *of_held])
+        self.goals = Goals.of(config, self.measured, self.measures)
+        self.peaks: dict[str, Peak] = {}
+        self.best_X: Tensor | None = None  # the model of config.best's peak
+        self.ended = ""  # why the run is over before its last round
         self.started = time.monotonic()
         self.asks: Callable[[], tuple[bool, bool]] = lambda: (False, False)  # to stop, to save, by this rank
         self.asked = (False, False)  # by any rank, as of the last round
@@ -136,7 +142,7 @@ class Simulation:
     def _passes_of_data(self) -> int:
         """Rounds in which a rank sees all its samples once."""
         largest = int(self.partition.sizes.max())
-        return -(-largest // (self.config.local.batch or largest))
+        return -(-largest // ((self.config.local.batch or largest) * (self.config.local.steps or 1)))
 
     def _clock(self) -> Clock | None:
         config = self.config
@@ -173,20 +179,22 @@ class Simulation:
             self.replica.skip(before, call.now)
         line = self._account(call, status, sent_C)
         if (t + 1) % self.config.evaluate_every == 0 or t + 1 == self.config.rounds:
-            self._evaluate()
-            line |= {"accuracy": self.accuracy, "test_loss": self.test_loss, **self.measures}
+            self._evaluate(t)
+            line |= self.measures
         return line | {"seconds": time.monotonic() - started}
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, t: int) -> None:
         """On the test set; where clients keep parts of the model, on what they hold out themselves."""
-        x_X, of = self.replica.parameters(), (self.trainer, self.objective)
+        x_X, of = self.replica.parameters(), (self.trainer, self.measured)
+        clients: dict[str, float | None] = {}
         if self.held is not None:
-            self.measures, *result = by_client(
-                *of, x_X, self.data.train, self.held, self.own, self.home, self.comm
-            )
+            clients, found = by_client(*of, x_X, self.data.train, self.held, self.own, self.home, self.comm)
         if self.held is None or not self.plan.local.names:
-            result = list(evaluate(*of, x_X, self.data.test, self.config.test_batch, self.comm))
-        self.accuracy, self.test_loss = result
+            found = evaluate(*of, x_X, self.data.test, self.config.test_batch, self.comm)
+        self.measures = found | clients
+        self.peaks, self.ended = self.goals.after(t, self.measures, self.peaks)
+        if (best := self.config.best) in self.peaks and self.peaks[str(best)].round == t:
+            self.best_X = x_X.clone()
 
     def call(self, t: int) -> Call:
         """Who takes part in round t, with what weight, and where."""
@@ -240,8 +248,6 @@ class Simulation:
         return {
             "round": call.now.t,
             "loss": float(from_fixed(torch.tensor(total["loss"]))) / self.replica.way.share if sent else None,
-            "accuracy": None,
-            "test_loss": None,
             **dict.fromkeys(self.measures),
             "clients": sent,
             "upload_bytes": total["upload"],

@@ -32,9 +32,8 @@ from fedmpi.tasks.data import Split
 from fedmpi.tasks.objectives import Objective
 from fedmpi.tasks.partitions import Partition
 
-_POOL_VALUES = (
-    1 << 19
-)  # inputs of a pass; what a convolutional model keeps of each is some hundred times as much
+# Inputs of a pass; what a convolutional model keeps of each is some hundred times as much.
+_POOL_VALUES = 1 << 19
 
 
 class Update(NamedTuple):
@@ -67,7 +66,7 @@ class Trainer:
     (lines 3 and 4); for plain SGD it is (θ₀ − θ_τ)/η, and for one step it is the gradient to the bit.
 
     A client shuffles its samples afresh in every round, or, ``continuing`` (data-parallel training), goes on
-    where it was: it sees each sample once before it sees one again.
+    where it was: it sees each sample once before it sees one again, and its rate changes from step to step.
 
     Attributes:
       together: small models' clients train at once, which gives the same up to rounding.
@@ -97,14 +96,16 @@ class Trainer:
         self._draws, self._apart = traits.draws, Apart(model, plan)
         own = self._apart.trained
         # In the order of their memory, which is not that of ``own`` where convolutions are laid out otherwise.
-        self.theta_D = torch.empty(own.size)
-        self.grad_D = torch.zeros(own.size)
+        self.theta_D, self.grad_D = torch.empty(own.size), torch.zeros(own.size)
         self._laid = Layout(model, own)
         self._laid.bind(self.theta_D, self.grad_D)
         self.rule, self._rounds = Rule.of(local), rounds
-        self._plain = traits.plain and self._apart.empty and not (local.keep or plan.control)
+        self._parts = (local.steps or 1) if continuing else 1  # of a round, each with a rate of its own
+        remembers = bool(self.rule.init(self.theta_D[:0]))
+        self._keeps = remembers and (self._parts > 1 if local.keep is None else local.keep)
+        self._plain = traits.plain and self._apart.empty and not (self._keeps or plan.control)
         # θ_s = θ₀ − η Σ g then, and the sum is what is wanted: no pass over the parameters but this one.
-        self._sums = self.rule.plain and own is spec and not plan.control
+        self._sums = self.rule.plain and own is spec and not plan.control and self._parts == 1
         plain = self._plain and local.accumulate == 1 and local.precision == "float32"
         self._stacked = Stacked(model, spec, self.loss) if plain and not continuing else None
         self._worth: bool | None = None  # to train several clients so
@@ -146,7 +147,7 @@ class Trainer:
     def keeps(self) -> State:
         """What a client keeps for itself before its first round, without the axis C; {} for nothing."""
         kept = {"local": self._apart.kept_L} if self.plan.local.size else {}
-        if self.local.keep:
+        if self._keeps:
             kept |= nest(self.rule.init(self.theta_D), "optimizer.")
         if self.plan.control:
             kept["control"] = torch.zeros(self.spec.size)
@@ -213,10 +214,8 @@ class Trainer:
         SCAFFOLD's part is c_i − c_i⁺ with c_i⁺ = c_i − c + (x − y)/(τη), option II; c_i itself stays, until it is known
         what of the difference arrives.
         """
-        start_O, g_O = (
-            self._laid.inside(self._apart.begin(x_X, own.get("local"))),
-            torch.zeros_like(self.grad_D),
-        )
+        start_O = self._laid.inside(self._apart.begin(x_X, own.get("local")))
+        g_O = torch.zeros_like(self.grad_D)
         size, control, shift_O = self.spec.size, self.plan.control, None
         if control:
             drift_D = x_X[control] - own["control"]
@@ -234,7 +233,7 @@ class Trainer:
 
     def _scaled(self, g_CX: Tensor, steps_C: Tensor, round: int) -> Tensor:
         """Accumulated gradients as the server takes them: in units of ``local.lr``, divided by what FedNova says."""
-        factor = self.local.schedule.factor(round, self._rounds)
+        factor = self.local.schedule.factor(round, self._rounds) if self._parts == 1 else 1.0
         if self.local.fednova:
             weight_C = self.rule.weight(steps_C, self.local.lr * factor)
             g_CX[:, : self.spec.size] *= (factor / weight_C).float()[:, None]
@@ -355,7 +354,8 @@ class Trainer:
         batch = min(self.local.batch or len(index), len(index))
         self._begin(theta_D)
         self.grad_D.zero_()
-        lr = self.local.lr * self.local.schedule.factor(round, self._rounds)
+        factor, parts = partial(self.local.schedule.factor, round, self._rounds), self._parts
+        lr = self.local.lr * (factor() if parts == 1 else 1)
         memory = self.rule.init(self.theta_D) if memory is None else memory
         sum_D = self.grad_D if self._sums else torch.zeros_like(self.theta_D)
         total = seen = 0.0
@@ -376,8 +376,9 @@ class Trainer:
             if shift_D is not None:
                 self.grad_D.add_(shift_D)
             direction_D = self.rule.direction(memory, self.grad_D, self.theta_D, theta_D, frozen_D)
-            sum_D.add_(direction_D)
-            self.theta_D.add_(direction_D, alpha=-lr)
+            share = factor(step, parts) if parts > 1 else 1.0
+            sum_D.add_(direction_D, alpha=share)
+            self.theta_D.add_(direction_D, alpha=-lr * share)
             self.grad_D.zero_()
         self._laid.outside(sum_D, g_D)
         return total / max(seen, LEAST)

@@ -117,19 +117,23 @@ def measure(comm: Comm, shapes: Shapes, method: dict[str, Any] | str) -> Row:
     options, label = _resolved(method, total)
     reducer = Reducer(shapes, options, comm)
     noise = _noise(comm.rank, total).split([group.spec.size for group in reducer.groups])
-    names = ("encode_seconds", "wire_seconds", "decode_seconds", "wire_sent_bytes")
+    names = ("encode", "wire", "decode", "sent")
     imagined = comm if isinstance(comm, ImaginedComm) else None
     budget = _BUDGET if imagined is None else _SHORT
     spent, steps, total_of = 0.0, 0, dict.fromkeys(names, 0.0)
     # One step to warm up, then as many as the budget allows: the same number on every rank.
     while steps < 2 or (spent < budget and steps < 8):
-        before, started, waited = reducer.stats(), perf_counter(), imagined.waited if imagined else 0.0
+        before, started, waited = (
+            reducer.seconds | {"sent": comm.sent},
+            perf_counter(),
+            imagined.waited if imagined else 0.0,
+        )
         for i, group in enumerate(reducer.groups):
             group.flat_D.copy_(noise[i])
             reducer.reduce(i)
-        seconds, after = perf_counter() - started, reducer.stats()
+        seconds, after = perf_counter() - started, reducer.seconds | {"sent": comm.sent}
         if imagined is not None:  # instead of what standing for the others took
-            after["wire_seconds"] = before["wire_seconds"] + imagined.waited - waited
+            after["wire"] = before["wire"] + imagined.waited - waited
         spent += _slowest(comm, [seconds])[0]
         steps += 1
         if steps > 1:

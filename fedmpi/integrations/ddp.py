@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fedmpi.comm.base import Comm, together
 from fedmpi.errors import ConfigError
 from fedmpi.integrations.job import AnyMethod, Job
-from fedmpi.integrations.modules import device_of, hookable, shapes_of, trained
+from fedmpi.integrations.modules import Same, device_of, hookable, shapes_of, trained, watch
 from fedmpi.integrations.ranks import among
 
 T = TypeVar("T")
@@ -92,6 +92,10 @@ class State:
         """Steps, bytes and seconds so far on this rank (:meth:`Reducer.stats`)."""
         return self._worker.submit(self._job.stats).result()
 
+    def table(self) -> str:
+        """A line a message: its tensors, method, bytes."""
+        return self._worker.submit(self._job.table).result()
+
     def state_dict(self) -> dict[str, Any]:
         """This rank's state between two steps: tensors and plain values; every rank saves its own."""
         return self._worker.submit(self._job.state_dict).result()
@@ -116,12 +120,16 @@ class State:
         """Both are for the same parameters, by the same names."""
         return dict(self._names) == dict(other._names)
 
+    def fail(self, error: BaseException) -> None:
+        """No step can be finished here any more: the other ranks are told."""
+        self._worker.submit(self._break, error)
+
     def hook(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Called by DDP in each backward pass, in the same order on all ranks."""
         try:
             return self._hook(bucket)
         except BaseException as error:  # after what is under way, which the others take part in
-            self._worker.submit(self._break, error)
+            self.fail(error)
             raise
 
     def _hook(self, bucket: Any) -> torch.futures.Future[Tensor]:
@@ -287,6 +295,7 @@ def attach(
     except RuntimeError as error:
         raise ConfigError(f"ddp: it has another communication hook already ({error})") from None
     ddp._fedmpi = state  # type: ignore[assignment]
+    watch(ddp, Same(ddp.module, parameters, "DistributedDataParallel, and fedmpi.ddp.attach,", state.fail))
     return state
 
 
@@ -299,6 +308,7 @@ def attach_anew(
     if before is not None and before.averages(state):
         try:
             state.load_state_dict(before.state_dict())
+            state.run(lambda job: job.follow(before._job))
         except ConfigError as error:  # on all ranks
             warnings.warn(
                 f"fedmpi: {who} has wrapped its model anew, and what the method kept starts afresh: {error}",

@@ -36,7 +36,8 @@ class Group:
       flat_D: their gradients before :meth:`start`, and their mean after :meth:`finish`.
       views: the same by name, in their own shapes.
       state, memory: what this rank keeps between steps as a sender, and what the decoder of each rank does.
-      seconds, payload: spent and sent so far, in seconds and bytes.
+      options: of the method.
+      seconds, payload: spent and sent so far, in seconds and bytes; sent: in so many steps.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Group:
         Raises:
           ConfigError: the method changes parameters itself, or does not fit.
         """
-        self.comm, self.settings, self.device = comm, settings, device
+        self.comm, self.settings, self.device, self.options = comm, settings, device, options
         self.spec = Spec(tuple(shapes), tuple(shapes.values()))
         self.names = self.spec.names
         # A key of its own: equal groups must not draw equal numbers.
@@ -75,9 +76,13 @@ class Group:
             way.reuse = True  # a mean is copied, or decoded, before the next step
         self.place(self.memory_D())
         self._borrowed = False
-        self.seconds = dict.fromkeys(("encode", "wire", "decode"), 0.0)
-        self.payload = 0
+        self.begin_span()
         self.reset()
+
+    def begin_span(self) -> None:
+        """Seconds and bytes count from here."""
+        self.seconds = dict.fromkeys(("encode", "wire", "decode"), 0.0)
+        self.payload = self.sent = 0
 
     def reset(self) -> None:
         """Forget all that was kept between steps."""
@@ -141,6 +146,7 @@ class Group:
           exact: they go as they are.
         """
         now = Round(self.seed, step, 1.0, self.settings.steps_per_epoch)
+        self.sent += 1
         self._end: Callable[[], _Result] | None
         self._end = self._exactly(now) if exact else self._compressed(now)
 

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fedmpi.comm.base import Comm, LostError, together
 from fedmpi.integrations import auto
 from fedmpi.integrations.modules import warn_of_nothing
 from fedmpi.integrations.reducer import Reducer
+from fedmpi.integrations.say import say_at_end, table
 from fedmpi.integrations.settings import Settings, Shapes
 from fedmpi.integrations.shards import Shards
 from fedmpi.message import CPU
@@ -35,6 +37,8 @@ class Job:
     ) -> None:
         with together(shards or comm, "reading its method and settings"):
             options, checked = auto.parse(method), Settings.of(**settings)
+        if comm.size > 1:
+            say_at_end(comm.rank if shards is None else dist.get_rank(), self, Job.stats)
         self.alone = comm.size == 1  # nothing is to be averaged, and so nothing compressed
         self._auto: auto.Auto | None = None
         if isinstance(options, auto.AutoOptions):
@@ -58,7 +62,7 @@ class Job:
     @property
     def settled(self) -> bool:
         """:attr:`reducer` stays."""
-        return self._auto is None or self._auto.chosen is not None
+        return self._auto is None
 
     @property
     def plain(self) -> bool:
@@ -67,6 +71,14 @@ class Job:
 
     def stats(self) -> dict[str, Any]:
         return self.reducer.stats() | (self._auto.facts() if self._auto else {})
+
+    def follow(self, before: Job) -> None:
+        """:meth:`stats` go on from those of a job that this one stands in for."""
+        self.reducer.follow(before.reducer)
+
+    def table(self) -> str:
+        """What each message came to, a line each: its tensors, method and bytes."""
+        return table(self.reducer.layers())
 
     def run(self, task: Callable[[Job], T]) -> T:
         """``task`` of this job, between two steps."""
@@ -102,7 +114,7 @@ class Job:
             self._reducer.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        return self.reducer.state_dict() | {"measuring": not self.settled}
+        return self.reducer.state_dict() | {"measuring": self._auto is not None and self._auto.chosen is None}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         if self._auto:

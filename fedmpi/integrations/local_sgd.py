@@ -16,7 +16,6 @@ on one rank and not on another: with ``scaler`` its ``step()`` is what counts.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
@@ -39,14 +38,21 @@ from fedmpi.integrations.local_options import (
     options_of,
     scaled,
 )
-from fedmpi.integrations.modules import shapes_of, trained, uncompiled, warn_of_nothing
+from fedmpi.integrations.modules import (
+    Same,
+    shapes_of,
+    trained,
+    uncompiled,
+    warn_of_nothing,
+    watch,
+)
 from fedmpi.integrations.reducer import Reducer
+from fedmpi.integrations.say import say_at_end
 from fedmpi.methods.base import Options
 from fedmpi.optimizers import Optimizer
 
 T = TypeVar("T")
 Every = int | Callable[[int], int]
-_SECONDS = ("encode", "wire", "decode")
 _TOLD = 16  # dropped rounds that stats() names
 
 
@@ -122,14 +128,18 @@ class LocalSGD:
         self.buffers, self.optimizer, self._module = buffers, optimizer, inside
         self._first = {p: _copied(state) for p, state in optimizer.state.items()}
         self._worker = ThreadPoolExecutor(1, "fedmpi") if opt.overlap else None
-        self._sent0, self._received0 = self.comm.sent, self.comm.received
         self.step = self.rounds = self.dropped = self.cycles = self.at = 0
-        self.waited, self.told = 0.0, list[dict[str, Any]]()
+        self.told = list[dict[str, Any]]()
+        self.span = local_state.Span(self)
         self._names, self._scaler = set(parameters), scaler
         self._inside = self._removed = False
         self._hook = optimizer.register_step_post_hook(lambda *_: self._made())
         if scaler is not None:
             self._count_scaler(scaler)
+        if self.comm.size > 1:
+            say_at_end(self.comm.rank, self, local_state.stats)
+        self._same = Same(inside, self._names, "fedmpi.local_sgd", self._tell)
+        self._watch = watch(inside, self._same)
 
     # Where steps are counted.
 
@@ -173,9 +183,12 @@ class LocalSGD:
 
     def _fail(self, error: BaseException) -> NoReturn:
         """Raises it; the other ranks, which may wait, are told."""
+        self._tell(error)
+        raise error
+
+    def _tell(self, error: BaseException) -> None:
         if not isinstance(error, (LostError, RankError)):
             self.comm.fail(f"{type(error).__name__}: {error}")
-        raise error
 
     def _after_step(self) -> None:
         opt, count = self.options, len(self.fragments)
@@ -238,7 +251,7 @@ class LocalSGD:
             return
         started, sent = perf_counter(), fragment.under_way
         outcome = sent.result()
-        self.waited += perf_counter() - started
+        self.span.waited += perf_counter() - started
         fragment.under_way = fragment.due = None
         outcome = fragment.merge(outcome, alpha, averaging)
         if outcome.counts:
@@ -280,8 +293,9 @@ class LocalSGD:
     def _unchanged(self) -> None:
         """
         Raises:
-          ConfigError: a parameter that was frozen is trained by now, and nobody would average it.
+          ConfigError: a parameter that was frozen is trained by now, or replaced, and nobody would average it.
         """
+        self._same.check()
         for name, p in self._module.named_parameters():
             if p.requires_grad and name not in self._names:
                 raise ConfigError(
@@ -312,31 +326,14 @@ class LocalSGD:
         """Take in what is under way, and count steps no more: ranks go on by themselves. Called by all ranks."""
         self.take_in_all(self.options.alpha)
         self._hook.remove()
+        self._watch.remove()
         self._removed = True
 
     def stats(self) -> dict[str, Any]:
-        """What all steps so far came to on this rank: bytes and seconds. ``uncompressed_bytes`` are those of gradients
-        averaged in every step; ``largest_bytes`` the most that one step sent."""
-        each = self._do(lambda: [fragment.reducer.stats() for fragment in self.fragments])
-        full = 4 * sum(fragment.reducer.size for fragment in self.fragments) * self.step
-        payload = sum(stats["payload_bytes"] for stats in each)
-        return {
-            "method": each[0]["method"],
-            "steps": self.step,
-            "rounds": self.rounds,
-            "dropped": self.dropped,
-            "dropped_rounds": [dict(told) for told in self.told],
-            "payload_bytes": payload,
-            "uncompressed_bytes": full,
-            "ratio": full / payload if payload else math.nan,
-            "largest_bytes": max(fragment.largest for fragment in self.fragments),
-            "wire_sent_bytes": self.comm.sent - self._sent0,
-            "wire_received_bytes": self.comm.received - self._received0,
-            "kept_bytes": sum(stats["kept_bytes"] for stats in each)
-            + sum(fragment.kept_bytes for fragment in self.fragments),
-            **{f"{what}_seconds": sum(s[f"{what}_seconds"] for s in each) for what in _SECONDS},
-            "waited_seconds": self.waited,
-        }
+        """Steps, bytes and seconds on this rank, all since this was made, or a state was loaded; ``step`` is the job's.
+        ``uncompressed_bytes`` are those of gradients averaged in every step; ``largest_bytes`` the most that one step
+        sent."""
+        return self._do(lambda: local_state.stats(self))
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state between two steps: tensors and plain values. Called by all ranks, each of which saves its
@@ -355,11 +352,17 @@ class LocalSGD:
             argument, or the ranks' do not belong together.
         """
         local_state.load(self, saved)
+        self.span = local_state.Span(self)
 
     @property
     def reducer(self) -> Reducer:
         """The first fragment's."""
         return self.fragments[0].reducer
+
+    @property
+    def place(self) -> list[list[int]]:
+        """Among shards: each rank holds whole parameters."""
+        return []
 
     def run(self, task: Callable[[Any], T]) -> T:
         """``task`` of this, between two steps (:mod:`fedmpi.integrations.folder`)."""
@@ -373,6 +376,7 @@ class LocalSGD:
             fragment.reset()
         self.step = self.rounds = self.dropped = self.cycles = self.at = 0
         self.length, self.told = self._next(0), []
+        self.span = local_state.Span(self)
 
 
 def _is_floating(value: object) -> TypeGuard[Tensor]:

@@ -7,6 +7,7 @@ part, which is here a part of each fragment's.
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -31,6 +32,10 @@ class Kept(Protocol):
     fragments: list[Fragment]
     buffers: Buffers
     told: list[dict[str, Any]]
+    span: Span
+    step: int
+    rounds: int
+    dropped: int
     at: int
 
     @property
@@ -43,6 +48,45 @@ _COUNTS = ("step", "rounds", "dropped", "cycles", "at", "length")
 _KEYS = ("ranks", "rank", "options", *_COUNTS, "told", "fragments", "buffers")
 _FRAGMENT = ("reducer", "anchor", "outer", "taken", "due", "counts", "odd", "mean", "buffers")
 _MOST = 2**62
+
+
+class Span:
+    """Where what is told begins.
+
+    Attributes:
+      waited: seconds in which a step waited for what was under way.
+    """
+
+    def __init__(self, local: Kept) -> None:
+        self.step, self.rounds, self.dropped = local.step, local.rounds, local.dropped
+        self.sent, self.received, self.waited = local.comm.sent, local.comm.received, 0.0
+
+
+def stats(local: Kept) -> dict[str, Any]:
+    """What :meth:`fedmpi.integrations.local_sgd.LocalSGD.stats` tells."""
+    span, each = local.span, [fragment.reducer.stats() for fragment in local.fragments]
+    steps = local.step - span.step
+    full = 4 * sum(fragment.reducer.size for fragment in local.fragments) * steps
+    payload = sum(told["payload_bytes"] for told in each)
+    return {
+        "method": each[0]["method"],
+        "step": local.step,
+        "steps": steps,
+        "rounds": local.rounds - span.rounds,
+        "dropped": local.dropped - span.dropped,
+        "dropped_rounds": [dict(told) for told in local.told],
+        "payload_bytes": payload,
+        "uncompressed_bytes": full,
+        "ratio": full / payload if payload else math.nan,
+        "largest_bytes": max(fragment.largest for fragment in local.fragments),
+        "wire_sent_bytes": local.comm.sent - span.sent,
+        "wire_received_bytes": local.comm.received - span.received,
+        "kept_bytes": sum(told["kept_bytes"] for told in each)
+        + sum(fragment.kept_bytes for fragment in local.fragments),
+        "timed_rounds": min(told["timed_steps"] for told in each),
+        **{name: sum(told[name] for told in each) for name in each[0] if name.endswith("_seconds")},
+        "waited_seconds": span.waited,
+    }
 
 
 def agree(comm: Comm, options: Strict, length: int, module: nn.Module) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from fedmpi import methods
 from fedmpi.errors import ConfigError
@@ -116,6 +118,104 @@ def trained(module: nn.Module, ignored: Collection[str] = (), *, shards: bool = 
         if id(p) in sparse:
             raise ConfigError(sparse_gradient(name))
     return found
+
+
+def still(
+    module: nn.Module, before: Mapping[str, Tensor], ignored: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The parameters by the names of ``before``: other objects, where a job replaced them
+    (``load_state_dict(assign=True)``).
+
+    Raises:
+      ConfigError: one is no longer there or has another shape or type, or another one is trained.
+    """
+    now, found = dict(module.named_parameters()), dict[str, Tensor]()
+    for name, old in before.items():
+        p = now.get(name)
+        if p is old or (is_sharded(old) and p is not None and not is_sharded(p)):  # FSDP2 shows the whole one
+            found[name] = old
+            continue
+        has, had = (f"{tuple(x.shape)} of {x.dtype}" if x is not None else "none" for x in (p, old))
+        if has != had or p is None or local(p).shape != local(old).shape:
+            raise ConfigError(
+                f"model: expected parameter {name} to stay {had}, got {has}; {_ANEW.format('fedmpi.sync')}"
+            )
+        found[name] = p
+    for name, p in now.items():
+        if p.requires_grad and name not in before and name not in ignored:
+            raise ConfigError(
+                f"model: parameter {name} was frozen, tied to another or not there when fedmpi.sync was called, and is "
+                f"trained now, averaged by nobody; {_ANEW.format('fedmpi.sync')}"
+            )
+    return found
+
+
+_ANEW = "call {} after all parameters are as they will be trained"
+
+
+def watch(module: nn.Module, same: Same) -> RemovableHandle:
+    """``same`` looks before each forward pass, instead of one that another call of the same function left."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, Same) and hook.who == same.who:
+            del module._forward_pre_hooks[key]
+    return module.register_forward_pre_hook(same)
+
+
+class Same:
+    """A forward pre-hook that raises where a job has replaced parameters by others, which nobody averages: those of
+    DDP's hooks and of an optimizer stay the old ones."""
+
+    def __init__(
+        self, module: nn.Module, names: Collection[str], who: str, fail: Callable[[Exception], object]
+    ) -> None:
+        """Args:
+        names: of the parameters that must stay.
+        who: what has to be called anew.
+        fail: told of the error before it is raised.
+        """
+        self.who, self._fail = who, fail
+        self._held: list[tuple[str, dict[str, Any], str, Tensor]] = []
+        for prefix, part in module.named_modules():
+            for name, p in part._parameters.items():
+                full = f"{prefix}.{name}" if prefix else name
+                if p is not None and full in names:
+                    self._held.append((full, part._parameters, name, p))
+
+    def check(self) -> None:
+        """
+        Raises:
+          ConfigError: a parameter is another object.
+        """
+        for full, parameters, name, p in self._held:
+            now = parameters.get(name)
+            # Tensors made from parameters (torch.func.functional_call) pass their gradients on to these.
+            if now is not p and isinstance(now, nn.Parameter):
+                raise ConfigError(
+                    f"model: parameter {full} is another object than when {self.who} was called, and averaged by "
+                    "nobody; expected load_state_dict without assign=True, or "
+                    f"{_ANEW.format(self.who)}"
+                )
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        try:
+            self.check()
+        except ConfigError as error:
+            self._fail(error)
+            raise
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the module, in memory or in a file, is averaged by nobody, and may have any parameters."""
+        return _unwatched, ()
+
+
+def _unwatched() -> Callable[..., None]:
+    return _pass
+
+
+def _pass(module: nn.Module, inputs: Any) -> None:
+    """No look at all."""
 
 
 def sparse_gradient(name: str) -> str:

@@ -27,6 +27,9 @@ from fedmpi.message import CPU
 from fedmpi.methods.base import Options
 from fedmpi.ops import bits
 
+_PHASES = ("encode", "wire", "decode")
+_WARM = 2  # steps
+
 
 class Reducer:
     """All groups of a job.
@@ -88,8 +91,8 @@ class Reducer:
         self.size = sum(group.spec.size for group in self.groups)
         self.step = self.skipped = 0
         self._results: dict[int, bool] = {}
-        self._reduced = self._past = 0
-        self._sent0, self._received0 = comm.sent, comm.received
+        self._warm = 0  # steps of this reducer's, up to _WARM
+        self.begin_span()
 
     def _by_method(self, shapes: Shapes, compressed: Shapes) -> list[tuple[Options, Shapes]]:
         """What goes by each method: the job's, and those of rules."""
@@ -132,6 +135,47 @@ class Reducer:
         if len(self._results) == len(self.groups):
             self._finish()
 
+    def begin_span(self) -> None:
+        """What :meth:`stats` tells begins here."""
+        self._begun = self.step, self.skipped
+        self._reduced = self._past = self._timed = 0
+        self._sent0, self._received0 = self.comm.sent, self.comm.received
+        self._warmup, self._timed_before = 0.0, dict.fromkeys(_PHASES, 0.0)
+        for group in self.groups:
+            group.begin_span()
+
+    def follow(self, before: Reducer) -> None:
+        """Go on with the step and the span of a reducer that this one stands in for."""
+        self.step, self.skipped, self._begun = before.step, before.skipped, before._begun
+        self._reduced, self._past, self._timed = before._reduced, before._payload(), before._timed
+        self._sent0 = self.comm.sent - (before.comm.sent - before._sent0)
+        self._received0 = self.comm.received - (before.comm.received - before._received0)
+        self._warmup, self._timed_before = before._warmup, before._after_warmup()
+
+    def _payload(self) -> int:
+        return self._past + sum(group.payload for group in self.groups)
+
+    def _after_warmup(self) -> dict[str, float]:
+        return {
+            what: self._timed_before[what] + sum(g.seconds[what] for g in self.groups) for what in _PHASES
+        }
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of all steps of the span, but for those that were warm-up, by phase; and of those."""
+        return {**self._after_warmup(), "warmup": self._warmup}
+
+    def _count(self) -> None:
+        """A step was averaged. In the first ones kernels are loaded or compiled, and memory is touched."""
+        self._reduced += 1
+        if self._warm == _WARM:
+            self._timed += 1
+            return
+        self._warm += 1
+        for group in self.groups:
+            self._warmup += sum(group.seconds.values())
+            group.seconds = dict.fromkeys(_PHASES, 0.0)
+
     def _finish(self) -> None:
         usable = all(self._results.values())
         if self.shards is not None and not self.shards.all(usable):
@@ -140,7 +184,7 @@ class Reducer:
                     math.nan
                 )  # whoever looks at gradients before a step sees the same everywhere
             usable = False
-        self._reduced += 1
+        self._count()
         for group in self.groups:
             if usable:
                 group.commit()
@@ -187,34 +231,57 @@ class Reducer:
         self._past += payload
         self.comm.sent += payload
         self.comm.received += payload
-        self._reduced += last
         self.step += last
+        if last:
+            self._count()
 
     def reset(self) -> None:
         """Forget all steps and what was kept from them."""
         for group in self.groups:
             group.reset()
         self.step = self.skipped = 0
+        self.begin_span()
 
     def stats(self) -> dict[str, Any]:
-        """What all steps so far came to on this rank: bytes and seconds."""
-        payload = self._past + sum(group.payload for group in self.groups)
-        full = 4 * self.size * self._reduced
+        """Bytes and seconds on this rank, all of the same span: since this was made, or a state was loaded.
+
+        ``steps`` and ``skipped`` are the span's, ``step`` is the job's. The seconds are those of ``timed_steps``,
+        without the first two steps', ``warmup_seconds``.
+        """
+        payload, full = self._payload(), 4 * self.size * self._reduced
         return {
             "method": self.options.name,
-            "steps": self.step,
-            "skipped": self.skipped,
+            "step": self.step,
+            "steps": self.step - self._begun[0],
+            "skipped": self.skipped - self._begun[1],
             "payload_bytes": payload,
             "uncompressed_bytes": full,
             "ratio": full / payload if payload else math.nan,
             "wire_sent_bytes": self.comm.sent - self._sent0,
             "wire_received_bytes": self.comm.received - self._received0,
             "kept_bytes": sum(group.kept_bytes for group in self.groups),
-            **{
-                f"{what}_seconds": sum(g.seconds[what] for g in self.groups)
-                for what in ("encode", "wire", "decode")
-            },
+            "timed_steps": self._timed,
+            **{f"{what}_seconds": value for what, value in self.seconds.items()},
         }
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Of each message: its tensors, and what of :meth:`stats` is its own, since this was made."""
+        rows = []
+        for group in self.groups:
+            full = 4 * group.spec.size * group.sent
+            rows.append(
+                {
+                    "tensors": group.names,
+                    "numbers": group.spec.size,
+                    "method": group.options.name,
+                    "payload_bytes": group.payload,
+                    "uncompressed_bytes": full,
+                    "ratio": full / group.payload if group.payload else math.nan,
+                    "kept_bytes": group.kept_bytes,
+                    **{f"{what}_seconds": group.seconds[what] for what in _PHASES},
+                }
+            )
+        return rows
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state between steps; every rank saves its own."""

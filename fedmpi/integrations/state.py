@@ -38,6 +38,8 @@ class Kept(Protocol):
     step: int
     skipped: int
 
+    def begin_span(self) -> None: ...
+
 
 _KEYS = ("ranks", "rank", "shard", "method", "settings", "step", "skipped", "measuring", "groups")
 _GROUP = ("names", "shapes", "state", "memory")
@@ -98,6 +100,7 @@ def load(reducer: Kept, state: object) -> None:
         group.rollback()
         group.believe()
     reducer.step, reducer.skipped = state["step"], state["skipped"]
+    reducer.begin_span()
 
 
 def chosen(comm: Gathers, state: object, among: Sequence[Options]) -> tuple[Options, bool]:

@@ -17,7 +17,7 @@ from fedmpi.comm.base import Comm, together
 from fedmpi.errors import ConfigError
 from fedmpi.integrations.ddp import Scaler
 from fedmpi.integrations.job import AnyMethod, Job
-from fedmpi.integrations.modules import device_of, shapes_of, trained, uncompiled
+from fedmpi.integrations.modules import device_of, shapes_of, still, trained, uncompiled
 from fedmpi.integrations.ranks import among, matching, same_ranks
 from fedmpi.integrations.shards import Shards, across, same_start
 
@@ -79,18 +79,32 @@ class Sync:
             shards = Shards(comm, groups, {name: tuple(p.shape) for name, p in self._parameters.items()})
         held = {name: p for name, p in inner.named_parameters() if name not in ignored}
         same_start(shards or comm, held, shards.place if shards else ())
+        self._module, self._ignored = inner, ignored
         self._job = Job(
             shapes_of(self._parameters), method, comm, settings, device_of(self._parameters), shards
         )
 
     def __call__(self) -> None:
         """Replace each parameter's gradient by the mean over all ranks. One that some ranks lack counts as zero there;
-        one that all lack stays missing, as under DDP."""
+        one that all lack stays missing, as under DDP.
+
+        Raises:
+          ConfigError: the model has other parameters than it had, by name, shape or type.
+        """
+        try:
+            self._parameters = still(self._module, self._parameters, self._ignored)
+        except ConfigError as error:
+            self._job.failed(error)
+            raise
         self._job.average(self._parameters, self._scaler)
 
     def stats(self) -> dict[str, Any]:
         """Steps, bytes and seconds so far on this rank."""
         return self._job.stats()
+
+    def table(self) -> str:
+        """A line a message: its tensors, method, bytes."""
+        return self._job.table()
 
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`fedmpi.integrations.ddp.State.state_dict`."""

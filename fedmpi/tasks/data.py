@@ -16,7 +16,7 @@ from fedmpi import own
 from fedmpi.errors import ConfigError, DataError
 from fedmpi.tasks import choose
 from fedmpi.tasks.dataset import Data, DataOptions, Places, Split, default_folder
-from fedmpi.tasks.readers import celeba, cifar, hub, idx, images, leaf, personachat, segmentation, text
+from fedmpi.tasks.readers import celeba, cifar, hub, idx, images, kjv, leaf, personachat, segmentation, text
 from fedmpi.validation import checked
 
 __all__ = ["DATA", "INSTALLED", "Data", "Split", "default_folder", "load"]
@@ -45,6 +45,7 @@ DATA: dict[str, Reader] = {
     "sst-2": Reader(text.TextOptions, text.sst2, "sentences of film reviews, good or bad"),
     "movie-reviews": Reader(text.ReviewOptions, text.movie_reviews, "10,605 rated sentences of film reviews"),
     "personachat": Reader(personachat.ChatOptions, personachat.personachat, "dialogues by personality"),
+    "kjv": Reader(kjv.KjvOptions, kjv.kjv, "the King James text, 4.0 million bytes in 1,189 chapters"),
     "image-folder": Reader(images.FolderOptions, images.image_folder, "your pictures, a folder a class"),
     "hub": Reader(hub.HubOptions, hub.hub, "a data set of the Hugging Face hub or a folder of tables"),
 }

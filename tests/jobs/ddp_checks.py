@@ -521,6 +521,31 @@ def an_error_on_one_rank_is_known_to_all() -> None:
 
 
 @check
+def replaced_parameters_are_averaged_or_named() -> None:
+    """load_state_dict(assign=True) makes other objects of a model's parameters."""
+    torch.manual_seed(5)
+    net = nn.Linear(40, 40).to(DEVICE)
+    loaded = {name: torch.zeros_like(t) for name, t in net.state_dict().items()}
+    module, _ = hooked("bf16", copy.deepcopy(net))
+    average = fedmpi.sync(net, "dense", comm=COMM)
+    net.load_state_dict(loaded, assign=True)
+    net(torch.full((1, 40), float(dist.get_rank()), device=DEVICE)).sum().backward()
+    average()
+    mean = (dist.get_world_size() - 1) / 2
+    assert torch.equal(net.weight.grad, torch.full_like(net.weight, mean)), net.weight.grad[0, :3]
+    net.weight = nn.Parameter(torch.zeros(40, 20))
+    refuses(ConfigError, "expected parameter weight to stay (40, 40) of torch.float32, got (40, 20)", average)
+    module.module.load_state_dict(loaded, assign=True)
+    with torch.no_grad():
+        module(torch.ones(1, 40, device=DEVICE))
+    refuses(
+        ConfigError,
+        "parameter weight is another object than when DistributedDataParallel, and fedmpi.ddp.attach, was called",
+        lambda: module(torch.ones(1, 40, device=DEVICE)),
+    )
+
+
+@check
 def attachments_leave_nothing() -> None:
     """Neither a group, nor threads, nor connections, once the modules are gone."""
     if COMM != "group":
