@@ -203,6 +203,11 @@ class Compressor(ABC):
         """The gradients ``(C, D)`` that decoded vectors stand for (identity where S = D)."""
         return v_CS[:, : self.size - self.presence]
 
+    def transpose(self, v_CS: Tensor, ctx: Context) -> Tensor:
+        """Of an additive method, which encodes linearly, the transpose of that ``(C, D)``: its lift, unless that is
+        something else than linear."""
+        return self.lift(v_CS, ctx)
+
     def count(self, message: Message) -> dict[str, int]:
         """For the metrics; keys are :attr:`counters`."""
         return {}
