@@ -204,8 +204,7 @@ class Compressor(ABC):
         return v_CS[:, : self.size - self.presence]
 
     def transpose(self, v_CS: Tensor, ctx: Context) -> Tensor:
-        """Of an additive method, which encodes linearly, the transpose of that ``(C, D)``: its lift, unless that is
-        something else than linear."""
+        """The transpose ``(C, D)`` of an additive method's encoding, which is linear: its lift, where that is."""
         return self.lift(v_CS, ctx)
 
     def count(self, message: Message) -> dict[str, int]:
