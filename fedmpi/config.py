@@ -137,7 +137,7 @@ class Config(_Section):
         le=_MOST,
         description="how many (data_parallel: the number of ranks, which is the default there)",
     )
-    partition: PartitionChoice = Choice(name="iid")
+    partition: PartitionChoice = Choice(name="iid", options={"seed": None})
     cohort: StrictInt | StrictFloat | None = Field(
         None, description="clients a round: a number, or a fraction as a float (default: all)"
     )
