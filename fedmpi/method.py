@@ -1,8 +1,7 @@
 """The protocol of a method: a compressor (client → server) and a server rule.
 
-Both are pure: state goes in and comes out, so that a step can be dropped, repeated or checkpointed
-without either noticing. The objects themselves hold only constants (the parameter layout, the
-options); nothing here or in ``methods/`` communicates.
+Both are pure: state goes in and comes out, so that a step can be dropped, repeated or checkpointed without either
+noticing. The objects hold only constants (the layout, the options); nothing here or in ``methods/`` communicates.
 
 A compressor turns gradients into messages, and messages into vectors of S numbers that *can be summed* over clients
 and ranks (S = D for sparse values or signs, d for subspace coordinates, R·C for a sketch). The engine sums them; the
@@ -112,9 +111,8 @@ class Merge(ABC):
         self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None
     ) -> Tensor:
         """What ``W`` senders' entries ``start`` … ``start + N`` come to ``(N,)``: what one sender would send for their
-        mean, as the server would have decided on it. Both are multiples of :attr:`align`.
-
-        ``optional_WB`` are the senders' :attr:`Compressor.optional` arrays, zeros for who has none; None: nobody has."""
+        mean, as the server would have decided on it. Both are multiples of :attr:`align`; ``optional_WB`` are the
+        senders' :attr:`Compressor.optional` arrays, zeros for who has none; None: nobody has."""
 
     def message(self, merged_1N: Tensor, optional_WB: Tensor | None = None) -> Message:
         """The message of all entries that calls made."""
@@ -204,8 +202,7 @@ class Compressor(ABC):
         return v_CS[:, : self.size - self.presence]
 
     def transpose(self, v_CS: Tensor, ctx: Context) -> Tensor:
-        """Of an additive method, which encodes linearly, the transpose of that ``(C, D)``: its lift, unless that is
-        something else than linear."""
+        """The transpose ``(C, D)`` of an additive method's encoding: another than its lift where that is not linear."""
         return self.lift(v_CS, ctx)
 
     def count(self, message: Message) -> dict[str, int]:
@@ -221,10 +218,8 @@ _RENAMED = {
 
 
 class Decoder(ABC):
-    """From means to directions, without parameters: all that a DDP hook needs of a method's far end.
-
-    ``memory`` below is what :meth:`memory` gave, or any state with the same entries (a server's, a view).
-    """
+    """From means to directions, without parameters: all that a DDP hook needs of a method's far end. ``memory`` below
+    is what :meth:`memory` gave, or any state with the same entries (a server's, a view)."""
 
     def memory(self) -> State:
         """What is kept between rounds, before the first; {} where nothing is."""

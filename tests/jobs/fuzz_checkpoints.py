@@ -34,7 +34,10 @@ METHODS: list[dict[str, Any]] = [
             {"match": "norm.bias", "travels": "exact"},
             {"match": "first.weight", "travels": {"name": "powersgd", "rank": 1, "feedback": True}},
             {"match": "first.bias", "travels": "signsgd"},
-            {"match": "middle.weight", "travels": {"name": "intrinsic", "dim": 8, "schedule": "time_varying"}},
+            {
+                "match": "middle.weight",
+                "travels": {"name": "intrinsic", "dim": 8, "schedule": "time_varying"},
+            },
             {"match": "last.bias", "travels": "local"},
             {"match": "norm.running_var", "travels": "local"},
         ],
@@ -77,13 +80,16 @@ FREE = (
     "accuracy",
     "test_loss",
     "simulated_seconds",
+    *("client_accuracy", "client_worst", "client_median", "client_spread"),
     "config",
 )
 
 
 def values(method: dict[str, Any]) -> dict[str, Any]:
     apart: dict[str, Any] = {}
-    if "parts" in method:  # and with it what clients keep for themselves: parameters, memories, control variates
+    if (
+        "parts" in method
+    ):  # and with it what clients keep for themselves: parameters, memories, control variates
         local = {"lr": 0.01, "batch": 20, "steps": 2, **method.get("local", {})}
         apart = {"model": "tests.nets:build", "client_test": 0.2, "local": local, "parts": method["parts"]}
         method = method["method"]
