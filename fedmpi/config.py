@@ -141,10 +141,11 @@ class Config(_Section):
     cohort: StrictInt | StrictFloat | None = Field(
         None, description="clients a round: a number, or a fraction as a float (default: all)"
     )
-    sampling: Literal["uniform", "weighted", "round_robin", "epoch_shuffle"] = Field(
+    sampling: Literal["uniform", "weighted", "poisson", "round_robin", "epoch_shuffle"] = Field(
         "uniform",
         description="uniform: a fresh draw a round; weighted: by number of samples (messages then count "
-        "alike); round_robin: in order; epoch_shuffle: each client exactly once an epoch",
+        "alike); poisson: each client for itself, with the chance cohort / clients, so that rounds differ in size; "
+        "round_robin: in order; epoch_shuffle: each client exactly once an epoch",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="chance that a called client's message is lost")
     time: TimeConfig | None = Field(
@@ -182,6 +183,12 @@ class Config(_Section):
         "auto",
         description="what connects the ranks: MPI, or torch.distributed's Gloo (CPU) or NCCL (GPU); auto: MPI "
         "under mpirun, mpiexec and srun with PMI, else NCCL if each rank has its own GPU, else Gloo",
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^[a-z]+(:\d+)?$",
+        description="where each rank computes. auto: its GPU where it sees one (ranks share where there are fewer), "
+        "else the CPU; cpu; cuda; cuda:N; other accelerators of torch have not been tried",
     )
     timeout: float = Field(
         300.0,
@@ -300,6 +307,11 @@ class Config(_Section):
         if isinstance(self.cohort, int):
             return self.cohort
         return max(1, round(self.cohort * self.clients))
+
+    @property
+    def largest_cohort(self) -> int:
+        """So many clients a round at the most."""
+        return self.clients if self.sampling == "poisson" else self.cohort_size
 
     @property
     def rounds_per_epoch(self) -> int:

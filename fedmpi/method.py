@@ -111,8 +111,9 @@ class Merge(ABC):
         self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None
     ) -> Tensor:
         """What ``W`` senders' entries ``start`` … ``start + N`` come to ``(N,)``: what one sender would send for their
-        mean, as the server would have decided on it. Both are multiples of :attr:`align`; ``optional_WB`` are the
-        senders' :attr:`Compressor.optional` arrays, zeros for who has none; None: nobody has."""
+        mean, as the server would have decided on it. Both are multiples of :attr:`align`.
+
+        ``optional_WB``: the senders' :attr:`Compressor.optional` arrays, zeros for who has none; None: nobody has."""
 
     def message(self, merged_1N: Tensor, optional_WB: Tensor | None = None) -> Message:
         """The message of all entries that calls made."""
@@ -202,7 +203,7 @@ class Compressor(ABC):
         return v_CS[:, : self.size - self.presence]
 
     def transpose(self, v_CS: Tensor, ctx: Context) -> Tensor:
-        """The transpose ``(C, D)`` of an additive method's encoding: another than its lift where that is not linear."""
+        """The transpose ``(C, D)`` of an additive method's encoding, which is linear: its lift, where that is."""
         return self.lift(v_CS, ctx)
 
     def count(self, message: Message) -> dict[str, int]:

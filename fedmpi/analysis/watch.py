@@ -29,7 +29,9 @@ def plain(config: Config) -> Simulation:
     Raises:
       ConfigError: training changes buffers, or parts of it travel by methods of their own.
     """
-    simulation = Simulation(config, solo())
+    simulation = Simulation(
+        config.model_copy(update={"device": "cpu"}), solo()
+    )  # what is sent is looked at there
     if more := [p.name for p in simulation.plan.parts[1:]]:
         raise ConfigError(
             f"analyze: expected a model all of which travels by one method, got parts of its own ({', '.join(more)}); "

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fedmpi import random
+from fedmpi.engine.device import Samples
 from fedmpi.local import Local
-from fedmpi.tasks.data import Split
 from fedmpi.tasks.dataset import IGNORE
 from fedmpi.tasks.partitions import Partition
 
@@ -41,12 +41,13 @@ class Step(NamedTuple):
         which = torch.arange(rows).clamp(max=len(self.count_C) - 1)
         return Step(self.index_CB[which], self.count_C[which])
 
-    def of(self, data: Split) -> tuple[Tensor, Tensor]:
+    def of(self, data: Samples) -> tuple[Tensor, Tensor]:
         """Inputs and targets, ``(C, B, …)``; targets that do not count are IGNORE."""
-        y_CB, width = data.y[self.index_CB], self.index_CB.shape[1]
+        width, (x_CB, y_CB) = self.index_CB.shape[1], data.take(self.index_CB)
         if int(self.count_C.min()) < width:
-            y_CB[torch.arange(width) >= self.count_C[:, None]] = IGNORE
-        return data.x[self.index_CB], y_CB
+            beyond_CB = (torch.arange(width) >= self.count_C[:, None]).to(y_CB.device)
+            y_CB.masked_fill_(beyond_CB.view(*beyond_CB.shape, *[1] * (y_CB.ndim - 2)), IGNORE)
+        return x_CB, y_CB
 
 
 class Batches:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedmpi.comm.base import Comm, together
 from fedmpi.engine.store import ClientStore
 from fedmpi.engine.trainer import Trainer
+from fedmpi.message import CPU
 from fedmpi.phases import phased
 from fedmpi.tasks.data import Split
 from fedmpi.tasks.metrics import Measures, Tally
@@ -40,19 +41,22 @@ def evaluate(
     """Metrics and mean loss of ``x_X`` on a test set, whose batches the ranks share out."""
     model = trainer.load(x_X).eval()
     batches = torch.arange(len(test.y)).split(batch)
-    tally = Tally(measured, len(batches), len(test.y))
+    tally, samples = Tally(measured, len(batches), len(test.y)), trainer.samples(test)
     with _agreed(measured, comm):
         for b in range(comm.rank, len(batches), comm.size):
-            tally.add(b, batches[b], model(test.x[batches[b]]), test.y[batches[b]])
+            x, y = samples.take(batches[b])
+            tally.add(b, batches[b], model(x), y)
     comm.sum(tally.tensors)
     return tally.values()
 
 
 @torch.no_grad()
 def state_dict(trainer: Trainer, x_X: Tensor) -> dict[str, Tensor]:
-    """The model's with ``x_X``, which it loads strictly; no two tensors share memory."""
+    """The model's with ``x_X``, which it loads strictly, on the CPU; no two tensors share memory."""
     tensors = trainer.load(x_X).state_dict()
-    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    return {
+        name: value.clone(memory_format=torch.contiguous_format).to(CPU) for name, value in tensors.items()
+    }
 
 
 @torch.no_grad()
@@ -74,7 +78,7 @@ def by_client(
       own: what clients keep for themselves; one that never came has what a new one starts with.
       home: the rank that keeps it, of each; None: they are shared out.
     """
-    personal = bool(trainer.plan.local.names)
+    personal, samples = bool(trainer.plan.local.names), trainer.samples(data)
     clients = (held.sizes > 0).nonzero()[:, 0]
     ranks = home(clients)
     ranks = clients % comm.size if ranks is None else ranks
@@ -89,7 +93,8 @@ def by_client(
                 kept = own.get(torch.tensor([client]))
                 model = trainer.load(x_X, {name: value[0] for name, value in kept.items()}).eval()
             index = held.of(client)
-            output, y = model(data.x[index]), data.y[index]
+            x, y = samples.take(index)
+            output = model(x)
             alone = Tally(first, 1, len(index))
             alone.add(0, slice(None), output, y)
             value = alone.values()[measured.first]

@@ -125,6 +125,7 @@ class Manifest(_Strict):
     format: Literal[1] = 1
     fedmpi: str
     torch: str
+    device: str = "cpu"  # the kind that rank 0 computed on
     round: int = Field(ge=1)  # rounds that are finished
     config: dict[str, Any]
     parameters: dict[str, list[int]]

@@ -16,6 +16,7 @@ from fedmpi.comm.placement import own_cpus
 from fedmpi.config import Config
 from fedmpi.engine import updates
 from fedmpi.engine.clients import cohort, place, survivors
+from fedmpi.engine.device import Place, explained, repeatable
 from fedmpi.engine.evaluate import by_client, evaluate, of_clients
 from fedmpi.engine.fingerprint import fingerprint
 from fedmpi.engine.goals import Goals
@@ -29,6 +30,7 @@ from fedmpi.engine.store import Kept, fits_here, make_store, nobody
 from fedmpi.engine.timing import Clock
 from fedmpi.engine.trainer import Trainer
 from fedmpi.errors import FedMPIError
+from fedmpi.message import CPU
 from fedmpi.method import Round
 from fedmpi.ops.sums import from_fixed
 from fedmpi.tasks.metrics import TEST_LOSS
@@ -47,13 +49,19 @@ class Simulation:
       chunk: so many clients' gradients are held at a time.
     """
 
-    def __init__(self, config: Config, comm: Comm) -> None:
+    def __init__(self, config: Config, comm: Comm, place: Place | None = None) -> None:
+        """Args:
+        place: where this rank computes; None: where the configuration says, alone there.
+        """
         self.config, self.comm = config, comm
+        self.place = place = place or Place.of(config.device, comm)
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext
         parts = load(config)
         self.data, self.measured, self.partition = parts.data, parts.measured, parts.partition
         self.plan, self.spec, self.method = parts.plan, parts.plan.spec, parts.plan.method
-        self.fingerprint = fingerprint(self.data, self.partition)
+        of_file = config.model.options.get("init") is not None
+        self.fingerprint = fingerprint(self.data, self.partition, parts.start_X if of_file else None)
+        place.check(self.spec.size)
         up, workers = self.method.up, config.mode == "data_parallel"
         self.trainer = Trainer(
             parts.model,
@@ -64,14 +72,20 @@ class Simulation:
             workers,
             parts.traits,
             config.rounds,
+            place,
         )
-        self.clients, peers = make_store(up.init, config), make_store(up.init_peer, config)
-        self.own = make_store(self.trainer.keeps, config)
+        crew = comm.size if config.topology == "allreduce" else max(1, comm.size - 1)
+        self.clients, peers = (
+            make_store(up.init, config, place, crew),
+            make_store(up.init_peer, config, place),
+        )
+        self.own = make_store(self.trainer.keeps, config, place, crew)
         self.stores = self.clients, self.own, peers
         self.memory = fits_here(config, comm, (self.clients, self.own), peers)
         self.rounds_per_epoch = self._passes_of_data() if workers else config.rounds_per_epoch
         kind: Kind = "data_parallel" if workers else config.topology
-        self.replica = Replica(comm, self.method, parts.start_X, sums_of(config, self.method), peers, kind)
+        start_X, sums = parts.start_X.to(place.device), sums_of(config, self.method, place.device)
+        self.replica = Replica(comm, self.method, start_X, sums, peers, kind)
         steps = config.rounds * int(self.trainer.steps(self.partition.sizes.max()))
         # Not where a client's row of a batched product may have other last bits, nor where tracing takes longer.
         self.trainer.together = not (config.reproducible or workers or steps < _MANY)
@@ -132,7 +146,7 @@ class Simulation:
         share of the cores where they make a step clearly faster (small models are faster on one)."""
         config, share = self.config, own_cpus(self.comm)
         wish = config.threads or (torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None)
-        if config.reproducible or wish or share < 2:
+        if config.reproducible or wish or share < 2 or self.place.device != CPU:
             torch.set_num_threads(1 if config.reproducible else wish or 1)
             return
         batch = config.local.batch or int(self.partition.sizes.double().mean())
@@ -155,7 +169,8 @@ class Simulation:
 
     def round(self, t: int) -> dict[str, Any]:
         """One round; returns its line of metrics."""
-        with self.around():
+        device, reproducible = self.place.device, self.config.reproducible
+        with self.around(), repeatable(device, reproducible), explained(device, f"doing round {t}"):
             return self._round(t)
 
     def _round(self, t: int) -> dict[str, Any]:

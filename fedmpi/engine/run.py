@@ -11,6 +11,7 @@ from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, LostError, together
 from fedmpi.config import Config
 from fedmpi.engine.checkpoint import Checkpoints, unless_stopped
+from fedmpi.engine.device import Place, explained
 from fedmpi.engine.evaluate import state_dict
 from fedmpi.engine.faults import Faults
 from fedmpi.engine.folder import Claim
@@ -99,10 +100,14 @@ def _prepare(
     unless_stopped(comm)
     with together(comm, "preparing the run"):
         config = config.for_ranks(comm.size)
-        simulation = Simulation(config, comm)
+        place = Place.of(config.device, comm)
+    place = place.counted(comm)
+    with together(comm, "preparing the run"), explained(place.device, "preparing the run"):
+        simulation = Simulation(config, comm, place)
     handshake(comm, config, simulation.spec, simulation.fingerprint)
     unless_stopped(comm)  # it may have taken minutes to load
-    display.say(simulation.memory)
+    for line in (*simulation.data.notes, simulation.memory):
+        display.say(line)
     folder = comm.broadcast(str(out or "").encode()).decode()
     checkpoints, start, lines = None, 0, None
     if folder:

@@ -46,7 +46,7 @@ def check_manifest(folder: Path, described: Manifest, simulation: Simulation) ->
                 f"{path}: totals.bytes.{way}_values: expected at most {totals.bytes[way]}, the bytes in all, got "
                 f"{totals.bytes[f'{way}_values']}"
             )
-    trained, most = sum(rank.trained for rank in described.ranks), described.round * config.cohort_size
+    trained, most = sum(rank.trained for rank in described.ranks), described.round * config.largest_cohort
     for name, value, limit in (
         ("totals.called", totals.called, most),
         ("totals.participations", totals.participations, totals.called),

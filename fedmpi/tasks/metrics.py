@@ -76,13 +76,13 @@ def _right(task: Task, output: Tensor, y: Tensor) -> Tensor:
         right = (output > 0) == (like(y, output) > 0.5)
         return torch.tensor([int(right.sum()), right.numel()])
     scores, y_M = _flat(task, output, y)
-    return torch.stack([(scores.argmax(-1) == y_M).sum(), torch.tensor(len(y_M))])
+    return torch.tensor([int((scores.argmax(-1) == y_M).sum()), len(y_M)])
 
 
 def _right_of_5(task: Task, output: Tensor, y: Tensor) -> Tensor:
     scores, y_M = _flat(task, output, y)
     found = scores.topk(min(5, scores.shape[-1]), -1).indices
-    return torch.stack([(found == y_M[:, None]).sum(), torch.tensor(len(y_M))])
+    return torch.tensor([int((found == y_M[:, None]).sum()), len(y_M)])
 
 
 def _near(task: Task, output: Tensor, y: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def _scores(task: Task, output: Tensor, y: Tensor) -> Tensor:
     if task.kind == "labels":
         return torch.cat([t.reshape(len(y), -1).double().T for t in (output, like(y, output) > 0.5)])
     scores_KB = output.double().softmax(-1)[:, : task.classes].T
-    true_KB = torch.arange(task.classes)[:, None] == y
+    true_KB = torch.arange(task.classes, device=y.device)[:, None] == y
     return torch.cat([scores_KB, true_KB.double()]).where(y != IGNORE, math.nan)
 
 
@@ -154,14 +154,13 @@ def _auc(rows_SM: Tensor) -> float:
 
 def _tokens(task: Task, output: Tensor, y: Tensor) -> Tensor:
     scores, y_M = _flat(task, output, y)
-    return torch.stack(
-        [F.cross_entropy(scores, y_M, reduction="sum").double(), torch.tensor(len(y_M)).double()]
-    )
+    total = F.cross_entropy(scores, y_M, reduction="sum")
+    return torch.tensor([float(total), len(y_M)], dtype=torch.float64)
 
 
 def _errors(power: int, task: Task, output: Tensor, y: Tensor) -> Tensor:
     error = (output.double() - like(y, output)).abs() ** power
-    return torch.stack([error.sum(), torch.tensor(error.numel()).double()])
+    return torch.tensor([float(error.sum()), error.numel()], dtype=torch.float64)
 
 
 def _variances(task: Task, output: Tensor, y: Tensor) -> Tensor:
@@ -169,7 +168,7 @@ def _variances(task: Task, output: Tensor, y: Tensor) -> Tensor:
     found_BP, y_BP = (t.reshape(len(y), -1).double() for t in (output, like(y, output)))
     mean_P = y_BP.mean(0)
     spread_P, error_P = ((y_BP - of).square().sum(0) for of in (mean_P, found_BP))
-    return torch.cat([torch.tensor([float(len(y))]).double(), mean_P, spread_P, error_P])
+    return torch.cat([y_BP.new_tensor([len(y)]), mean_P, spread_P, error_P])
 
 
 def _r2(sums_SM: Tensor) -> float:
@@ -333,7 +332,8 @@ class Tally:
             self._loss[0, batch] = self._of.objective.loss(output, y).double() * count
             self._loss[1, batch] = count
         for name, metric in self._of.metrics.items():
-            taken, sums = metric.of(self._of.task, output, y), self._sums[name]
+            sums = self._sums[name]
+            taken = metric.of(self._of.task, output, y).to(sums.device)
             if metric.each:
                 sums[:, rows] = taken
             elif metric.dtype == torch.int64:
