@@ -1,8 +1,7 @@
 """The protocol of a method: a compressor (client → server) and a server rule.
 
-Both are pure: state goes in and comes out, so that a step can be dropped, repeated or checkpointed
-without either noticing. The objects themselves hold only constants (the parameter layout, the
-options); nothing here or in ``methods/`` communicates.
+Both are pure: state goes in and comes out, so that a step can be dropped, repeated or checkpointed without either
+noticing. The objects hold only constants (the layout, the options); nothing here or in ``methods/`` communicates.
 
 A compressor turns gradients into messages, and messages into vectors of S numbers that *can be summed* over clients
 and ranks (S = D for sparse values or signs, d for subspace coordinates, R·C for a sketch). The engine sums them; the
@@ -220,10 +219,8 @@ _RENAMED = {
 
 
 class Decoder(ABC):
-    """From means to directions, without parameters: all that a DDP hook needs of a method's far end.
-
-    ``memory`` below is what :meth:`memory` gave, or any state with the same entries (a server's, a view).
-    """
+    """From means to directions, without parameters: all that a DDP hook needs of a method's far end. ``memory`` below
+    is what :meth:`memory` gave, or any state with the same entries (a server's, a view)."""
 
     def memory(self) -> State:
         """What is kept between rounds, before the first; {} where nothing is."""

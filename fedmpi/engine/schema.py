@@ -226,12 +226,13 @@ def check_state(
             raise CheckpointError(
                 f"{path}: ledger.{way}: expected {total} bytes in all, by the manifest, got {counted}"
             )
-    came = {c for file in described.files.values() if file.store == "clients" for c in file.clients}
     sent = set(ledger["upload"].nonzero()[:, 0].tolist())
-    if not simulation.clients.empty and not described.lost_ranks and sent - came:
-        raise CheckpointError(
-            f"{path}: expected the state of client {min(sent - came)}, which sent messages, got none"
-        )
+    for name in (name for name, kept in simulation.kept().items() if not kept.store.empty):
+        came = {c for file in described.files.values() if file.store == name for c in file.clients}
+        if sent - came and not described.lost_ranks:
+            raise CheckpointError(
+                f"{path}: expected the state of client {min(sent - came)}, which sent messages, got none ({name})"
+            )
     _check_history(path, rule, server, theta_D, ledger["seen"].unique().tolist())
 
 

@@ -280,7 +280,11 @@ class JointServer(Server):
         """Each part's version, when the whole's was ``seen``."""
         first_E = state["behind"][:, 0].contiguous()
         row = int(torch.searchsorted(first_E, seen, right=True)) - 1
-        return [seen - int(n) for n in state["behind"][row, 1:]]
+        own = [seen - int(n) for n in state["behind"][max(row, 0), 1:]]
+        now = [int(state["version"]) - int(state[f"{p.name}.version"]) for p in self.parts]
+        if row < 0 or min(own) < 0 or now != state["behind"][-1, 1:].tolist():
+            raise MessageError(f"behind: expected a row for version {seen}, and at its end {now}, got others")
+        return own
 
     def download(self, state: State, seen: int) -> Message:
         arrays: dict[str, Tensor] = {}

@@ -80,6 +80,7 @@ FREE = (
     "accuracy",
     "test_loss",
     "simulated_seconds",
+    *("client_accuracy", "client_worst", "client_median", "client_spread"),
     "config",
 )
 
