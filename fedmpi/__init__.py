@@ -1,8 +1,8 @@
 """fedmpi: communication-compressed federated and data-parallel training over MPI.
 
 The drop-ins are loaded when they are first used: ``fedmpi.ddp`` (a hook for DistributedDataParallel), ``fedmpi.sync``,
-``fedmpi.local_sgd``, ``fedmpi.horovod``, ``fedmpi.transformers``, ``fedmpi.lightning`` and ``fedmpi.accelerate``. The
-rest is the command line's: ``fedmpi --help``.
+``fedmpi.local_sgd``, ``fedmpi.optim``, ``fedmpi.horovod``, ``fedmpi.transformers``, ``fedmpi.lightning`` and
+``fedmpi.accelerate``. The rest is the command line's: ``fedmpi --help``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_ON_DEMAND = ("accelerate", "ddp", "horovod", "lightning", "transformers")
+_ON_DEMAND = ("accelerate", "ddp", "horovod", "lightning", "optim", "transformers")
 
 
 def __getattr__(name: str) -> Any:

@@ -137,14 +137,15 @@ class Config(_Section):
         le=_MOST,
         description="how many (data_parallel: the number of ranks, which is the default there)",
     )
-    partition: PartitionChoice = Choice(name="iid")
+    partition: PartitionChoice = Choice(name="iid", options={"seed": None})
     cohort: StrictInt | StrictFloat | None = Field(
         None, description="clients a round: a number, or a fraction as a float (default: all)"
     )
-    sampling: Literal["uniform", "weighted", "round_robin", "epoch_shuffle"] = Field(
+    sampling: Literal["uniform", "weighted", "poisson", "round_robin", "epoch_shuffle"] = Field(
         "uniform",
         description="uniform: a fresh draw a round; weighted: by number of samples (messages then count "
-        "alike); round_robin: in order; epoch_shuffle: each client exactly once an epoch",
+        "alike); poisson: each client for itself, with the chance cohort / clients, so that rounds differ in size; "
+        "round_robin: in order; epoch_shuffle: each client exactly once an epoch",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="chance that a called client's message is lost")
     time: TimeConfig | None = Field(
@@ -306,6 +307,11 @@ class Config(_Section):
         if isinstance(self.cohort, int):
             return self.cohort
         return max(1, round(self.cohort * self.clients))
+
+    @property
+    def largest_cohort(self) -> int:
+        """So many clients a round at the most."""
+        return self.clients if self.sampling == "poisson" else self.cohort_size
 
     @property
     def rounds_per_epoch(self) -> int:

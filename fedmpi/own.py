@@ -46,6 +46,19 @@ def call(argument: str, path: str, *positional: Any, options: Mapping[str, Any],
         raise ConfigError(f"{argument}: {path} failed: {said(error)}") from error
 
 
+def takes(argument: str, path: str, option: str, usage: str) -> bool:
+    """Whether the function of ``path`` has a parameter of this name.
+
+    Raises:
+      ConfigError: there is no such function.
+    """
+    function = find(argument, path, f"to a function {usage}")
+    try:
+        return option in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # no function, or one that does not show its signature
+        return False
+
+
 def bound(argument: str, path: str, options: Mapping[str, Any], usage: str) -> Callable[[Any, Any], Any]:
     """The function of ``path`` with the keywords ``options``, to be called with two positional arguments.
 

@@ -175,6 +175,9 @@ def _advise_arguments(commands: _Commands) -> None:
     advise.add_argument(
         "--step-ms", type=float, default=0.0, metavar="MS", help="computing of one step of the job (0)"
     )
+    advise.add_argument(
+        "--every", type=positive, default=100, metavar="H", help="steps between local updates' rounds (100)"
+    )
     advise.set_defaults(run=_advise)
 
 
@@ -211,7 +214,7 @@ def _advise(arguments: argparse.Namespace) -> int:
         if comm.rank == 0:
             print(line, file=sys.stderr, flush=True)
 
-    text = advise.advise(comm, shapes, candidates, say, arguments.step_ms / 1e3)
+    text = advise.advise(comm, shapes, candidates, say, arguments.step_ms / 1e3, arguments.every)
     if comm.rank == 0:
         print(text)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from fedmpi import random
+from fedmpi.comm import run_ranks
 from fedmpi.errors import ConfigError
 from fedmpi.tasks.dataset import IGNORE, PAD
 from fedmpi.tasks.metrics import METRICS, Task
@@ -315,3 +317,20 @@ def test_an_objective_that_does_not_fit_the_targets_is_named() -> None:
         check("cross_entropy", torch.zeros(3, 2))
     with pytest.raises(ConfigError, match="fitting: pixels"):
         check("next_token", torch.zeros(3, 4, 4, dtype=torch.int64))
+
+
+def test_threads_build_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of transformers: who builds first imports the model's module, and others would find half of it."""
+    inside: list[int] = []
+    most: list[int] = []
+
+    def slow(shape: Any, classes: int, options: Any) -> nn.Module:
+        inside.append(1)
+        time.sleep(0.01)
+        most.append(len(inside))
+        inside.pop()
+        return nn.Linear(1, 1)
+
+    monkeypatch.setitem(MODELS, "decoder", MODELS["decoder"]._replace(build=slow))
+    run_ranks(4, lambda comm: build("decoder", (4,), 8, KEY))
+    assert most == [1] * 8, "twice each: for its size, and for good"

@@ -296,9 +296,9 @@ def load(folder, kind):
         return torch.utils.data.TensorDataset(x, y)
     if kind == "fails":
         return Data("mine", Split(x, y), Split(x, y), len(nothing))
-    part = {"numpy": (x.numpy(), y), "double": (x.double(), y), "half": (x, y.int()), "one": (x, torch.tensor(1)),
+    part = {"pixels": (x.byte(), y), "one": (x, torch.tensor(1)), "names": (x, x.numpy().astype(str)),
         "nan": (x / 0, y), "groups": (x, y, x)}.get(kind, (x, y))
-    part = part if kind == "pair" else Split(*part)
+    part = Split(*part)
     return Data("mine", part, part, "two" if kind == "classes" else 2)
 
 def build(shape, classes):
@@ -318,19 +318,17 @@ def test_own_data_that_does_not_fit_are_named(mine: str) -> None:
     from fedmpi.tasks.data import load
 
     for kind, error, message in (
-        ("dataset", ConfigError, r"returned a TensorDataset, expected load\(.*; stack its samples"),
-        ("fails", ConfigError, rf"data\.name: .*NameError: name 'nothing' is not defined \({mine}\.py:11\)$"),
-        ("numpy", DataError, r"train\.x: expected a tensor, .* got a ndarray; torch\.from_numpy makes one"),
         (
-            "double",
-            DataError,
-            r"train\.x: expected torch\.float32 or .*, got torch\.float64; .* \.float\(\)$",
+            "dataset",
+            ConfigError,
+            r"returned a TensorDataset, expected load\(.*; return the pair \(training set",
         ),
-        ("half", DataError, r"train\.y: expected .*, got torch\.int32; convert it with \.long\(\)"),
+        ("fails", ConfigError, rf"data\.name: .*NameError: name 'nothing' is not defined \({mine}\.py:11\)$"),
+        ("names", DataError, r"train\.y: expected a tensor or an array of numbers, .* got a ndarray of <U"),
+        ("pixels", DataError, r"train\.x: expected .*, got torch\.uint8; .* \.float\(\) / 255 \(pixels\)"),
         ("one", DataError, r"train\.y: expected a tensor, a row a sample .* got a single number"),
         ("nan", DataError, r"train\.x: expected finite numbers"),
         ("groups", DataError, r"train\.groups: expected torch\.int64, got torch\.float32"),
-        ("pair", DataError, r"train: expected a Split\(x, y\), got a tuple"),
         ("classes", DataError, r"classes: expected an integer of at least 1, got 'two'"),
     ):
         with pytest.raises(error, match=message):

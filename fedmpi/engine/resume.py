@@ -194,19 +194,22 @@ def _check_run(folder: Path, described: Manifest, simulation: Simulation) -> Non
     for name, of in simulation.fingerprint.items():
         if described.fingerprint and described.fingerprint.get(name) != of:
             raise ConfigError(
-                f"--resume: {name} is not what {folder} was written with; go on with the same data (data.folder says "
-                "where they lie), or begin a new run with another --out"
+                f"--resume: {name} is not what {folder} was written with; go on with the same "
+                f"{'file' if name == 'model.init' else 'data (data.folder says where they lie)'}, or begin a new run "
+                "with another --out"
             )
     if described.round > config.rounds:
         raise ConfigError(
             f"--resume: expected rounds of at least {described.round}, which {folder} has behind it, "
             f"got {config.rounds}"
         )
-    if any(before.server_lr(t) != config.server_lr(t) for t in range(described.round)):
-        raise ConfigError(
-            f"--resume: rounds is {config.rounds}, but {folder} was written with {before.rounds}, on which "
-            f"server.schedule: {config.server.schedule.name} depends"
-        )
+    for section in ("server", "local"):
+        factor = (schedule := getattr(config, section).schedule).factor
+        if any(factor(t, before.rounds) != factor(t, config.rounds) for t in range(described.round)):
+            raise ConfigError(
+                f"--resume: rounds is {config.rounds}, but {folder} was written with {before.rounds}, on which "
+                f"{section}.schedule: {schedule.name} depends"
+            )
 
 
 def _same_config(folder: Path, saved: dict[str, Any], config: Config) -> Config:
@@ -226,7 +229,7 @@ def _same_config(folder: Path, saved: dict[str, Any], config: Config) -> Config:
             )
         raise ConfigError(_differs(folder, path, old, new))
     own = {key: value for key, value in saved.items() if not _free(key)} | {"data": plain["data"]}
-    own |= {"rounds": saved.get("rounds")}  # on which server.schedule depends
+    own |= {"rounds": saved.get("rounds")}  # on which schedules depend
     try:  # a key that the checkpoint's version did not have stands at its default
         before = configuration.parse(own)
     except ConfigError as error:

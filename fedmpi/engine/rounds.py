@@ -59,7 +59,8 @@ class Simulation:
         parts = load(config)
         self.data, self.measured, self.partition = parts.data, parts.measured, parts.partition
         self.plan, self.spec, self.method = parts.plan, parts.plan.spec, parts.plan.method
-        self.fingerprint = fingerprint(self.data, self.partition)
+        of_file = config.model.options.get("init") is not None
+        self.fingerprint = fingerprint(self.data, self.partition, parts.start_X if of_file else None)
         place.check(self.spec.size)
         up, workers = self.method.up, config.mode == "data_parallel"
         self.trainer = Trainer(

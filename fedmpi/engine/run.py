@@ -106,7 +106,8 @@ def _prepare(
         simulation = Simulation(config, comm, place)
     handshake(comm, config, simulation.spec, simulation.fingerprint)
     unless_stopped(comm)  # it may have taken minutes to load
-    display.say(simulation.memory)
+    for line in (*simulation.data.notes, simulation.memory):
+        display.say(line)
     folder = comm.broadcast(str(out or "").encode()).decode()
     checkpoints, start, lines = None, 0, None
     if folder:

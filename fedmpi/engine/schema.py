@@ -46,7 +46,7 @@ def check_manifest(folder: Path, described: Manifest, simulation: Simulation) ->
                 f"{path}: totals.bytes.{way}_values: expected at most {totals.bytes[way]}, the bytes in all, got "
                 f"{totals.bytes[f'{way}_values']}"
             )
-    trained, most = sum(rank.trained for rank in described.ranks), described.round * config.cohort_size
+    trained, most = sum(rank.trained for rank in described.ranks), described.round * config.largest_cohort
     for name, value, limit in (
         ("totals.called", totals.called, most),
         ("totals.participations", totals.participations, totals.called),
@@ -226,12 +226,13 @@ def check_state(
             raise CheckpointError(
                 f"{path}: ledger.{way}: expected {total} bytes in all, by the manifest, got {counted}"
             )
-    came = {c for file in described.files.values() if file.store == "clients" for c in file.clients}
     sent = set(ledger["upload"].nonzero()[:, 0].tolist())
-    if not simulation.clients.empty and not described.lost_ranks and sent - came:
-        raise CheckpointError(
-            f"{path}: expected the state of client {min(sent - came)}, which sent messages, got none"
-        )
+    for name in (name for name, kept in simulation.kept().items() if not kept.store.empty):
+        came = {c for file in described.files.values() if file.store == name for c in file.clients}
+        if sent - came and not described.lost_ranks:
+            raise CheckpointError(
+                f"{path}: expected the state of client {min(sent - came)}, which sent messages, got none ({name})"
+            )
     _check_history(path, rule, server, theta_D, ledger["seen"].unique().tolist())
 
 

@@ -291,7 +291,7 @@ def make_store(
 
 def _come(config: Config) -> int:
     """How many clients may come."""
-    return min(config.clients, config.rounds * config.cohort_size)
+    return min(config.clients, config.rounds * config.largest_cohort)
 
 
 def fits_here(config: Config, comm: Comm, stores: Sequence[ClientStore], peers: ClientStore) -> str:

@@ -2,12 +2,14 @@
 
 Everything is measured here and now, unless a link is imagined, whose times are computed
 (:class:`~fedmpi.comm.imagined.ImaginedComm`): the link by all-reduces of two sizes, each method by steps of the very
-:class:`~fedmpi.integrations.reducer.Reducer` that the drop-ins use, on random gradients. What it cannot know is how
-much of the exchange a job hides behind its backward pass, and what a method costs in accuracy.
+:class:`~fedmpi.integrations.reducer.Reducer` that the drop-ins use, on random gradients. What it cannot know is what a
+method costs in accuracy, and how much of the exchange a job hides behind its backward pass: a quarter of its computing
+is taken for it (:data:`HIDES`).
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -16,28 +18,40 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedmpi import random
+from fedmpi import methods
 from fedmpi.comm.base import Comm
 from fedmpi.comm.imagined import ImaginedComm
 from fedmpi.errors import ConfigError
+from fedmpi.integrations.fragments import Fragment
 from fedmpi.integrations.reducer import Reducer
+from fedmpi.integrations.say import bandwidth
 from fedmpi.integrations.settings import Shapes
+from fedmpi.methods import METHODS
+from fedmpi.optimizers import Optimizer
 
-CANDIDATES: tuple[dict[str, Any] | str, ...] = (
-    "dense",
-    "bf16",
-    {"name": "qsgd", "bits": 4},
-    {"name": "signsgd", "feedback": True},
-    {"name": "topk", "ratio": 0.01, "feedback": True},
-    {"name": "randomk", "ratio": 0.01, "feedback": True},
-    {"name": "powersgd", "rank": 4, "feedback": True},
-    {"name": "intrinsic", "dim": 0.01, "matrix": "hashed"},
+CANDIDATES: tuple[dict[str, Any] | str, ...] = tuple(
+    candidate
+    for candidate in (
+        "dense",
+        "bf16",
+        {"name": "qsgd", "bits": 4},
+        {"name": "signsgd", "feedback": True},
+        {"name": "topk", "ratio": 0.01, "feedback": True},
+        {"name": "randomk", "ratio": 0.01, "feedback": True},
+        {"name": "powersgd", "rank": 4, "feedback": True},
+        {"name": "intrinsic", "dim": 0.01, "matrix": "hashed"},
+    )
+    if (candidate if isinstance(candidate, str) else candidate["name"]) in METHODS
 )
 """What is compared unless methods are named; a ``dim`` below 1 is a share of the parameters."""
 
 _SMALL, _LARGE = 1 << 8, 1 << 22  # float32 numbers of the link's two all-reduces
+HIDES = 0.25
+"""Of a step's computing, the part that hides the wire: with it steps over slower links follow from those over a fast
+one, for the two jobs that ``configs/studies/link.py`` measures (``configs/results/link.json``, ``link-mlp.json``)."""
+
 _BUDGET = 2.5  # seconds that a method's steps may take
-_SHORT = 0.2  # over a link that is imagined
+_SHORT, _LONG = 0.3, 0.8  # over a link that is imagined; a first step that takes so long is the only one
 _NEAR = 1.05  # within so much of the fastest, the simpler method is the advice
 
 
@@ -49,21 +63,37 @@ class Link(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One method, on the slowest rank; seconds of one step, bytes that a rank sends in it."""
+    """One method, on the slowest rank; seconds of one step, bytes that a rank sends in it.
+
+    Attributes:
+      low, high: the least and the most that encoding and decoding took in a step; equal where there was one.
+      steps: that were measured.
+      every: H, of local updates: all of this is a round's share of a step.
+    """
 
     label: str
     encode: float
     wire: float
     decode: float
     sent: float
-
-    @property
-    def total(self) -> float:
-        return self.encode + self.wire + self.decode
+    low: float = math.nan
+    high: float = math.nan
+    steps: int = 1
+    every: int = 1
 
     @property
     def codec(self) -> float:
         return self.encode + self.decode
+
+    def step(self, computing: float = 0.0) -> float:
+        """Seconds of a step of the job: its computing, coding, and what of the wire that does not hide."""
+        hidden = HIDES * computing if self.every == 1 else 0.0
+        return computing + self.codec + max(0.0, self.wire - hidden)
+
+    def like(self, other: Row) -> bool:
+        """Their steps differ by no more than those of each do among themselves."""
+        spreads = (row.high - row.low for row in (self, other) if row.steps > 1)
+        return abs(self.step() - other.step()) <= sum(spreads) / 2
 
 
 def shapes_of(params: int) -> dict[str, tuple[int, ...]]:
@@ -111,36 +141,56 @@ def measure(comm: Comm, shapes: Shapes, method: dict[str, Any] | str) -> Row:
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
     options, label = _resolved(method, total)
     reducer = Reducer(shapes, options, comm)
+    reducer.warmup = 0
     noise = _noise(comm.rank, total).split([group.spec.size for group in reducer.groups])
     names = ("encode", "wire", "decode", "sent")
     imagined = comm if isinstance(comm, ImaginedComm) else None
     budget = _BUDGET if imagined is None else _SHORT
-    spent, steps, total_of = 0.0, 0, dict.fromkeys(names, 0.0)
+    spent, each = 0.0, list[list[float]]()
     # One step to warm up, then as many as the budget allows: the same number on every rank.
-    while steps < 2 or (spent < budget and steps < 8):
-        before, started, waited = (
-            reducer.seconds | {"sent": comm.sent},
-            perf_counter(),
-            imagined.waited if imagined else 0.0,
-        )
+    while len(each) < 2 or (spent < budget and len(each) < 8):
+        before, waited = reducer.seconds | {"sent": comm.sent}, imagined.waited if imagined else 0.0
         for i, group in enumerate(reducer.groups):
             group.flat_D.copy_(noise[i])
             reducer.reduce(i)
-        seconds, after = perf_counter() - started, reducer.seconds | {"sent": comm.sent}
+        after = reducer.seconds | {"sent": comm.sent}
         if imagined is not None:  # instead of what standing for the others took
             after["wire"] = before["wire"] + imagined.waited - waited
-        spent += _slowest(comm, [seconds])[0]
-        steps += 1
-        if steps > 1:
-            total_of = {n: total_of[n] + after[n] - before[n] for n in names}
-    encode, wire, decode, sent = _slowest(comm, [total_of[n] / (steps - 1) for n in names])
-    return Row(label, encode, wire, decode, sent)
+        each.append(_slowest(comm, [after[name] - before[name] for name in names]))
+        spent += each[-1][0] + each[-1][2] + (0.0 if imagined else each[-1][1])
+        if imagined is not None and spent > _LONG:
+            break
+    counted = each[1:] or each
+    encode, wire, decode, sent = (statistics.mean(column) for column in zip(*counted, strict=True))
+    codec = [row[0] + row[2] for row in counted]
+    return Row(label, encode, wire, decode, sent, min(codec), max(codec), len(counted))
+
+
+def measure_local(comm: Comm, shapes: Shapes, every: int) -> Row:
+    """A round of :func:`fedmpi.local_sgd` without compression, shared out over its steps. Called by all ranks."""
+    parameters = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    fragment = Fragment(parameters, "dense", comm, Optimizer("nesterov"), 0.7, {})
+    fragment.reducer.warmup = 0
+    imagined = comm if isinstance(comm, ImaginedComm) else None
+    each = []
+    for step in range(1, 4):
+        started, sent, waited = perf_counter(), comm.sent, imagined.waited if imagined else 0.0
+        before = fragment.reducer.seconds["wire"]
+        fragment.take(step)
+        fragment.merge(fragment.exchange())
+        seconds, wire = perf_counter() - started, fragment.reducer.seconds["wire"] - before
+        link_took = imagined.waited - waited if imagined else wire
+        each.append([x / every for x in _slowest(comm, [seconds - wire, link_took, comm.sent - sent])])
+    codecs, wires, sents = zip(*each[1:], strict=True)
+    codec, wire, nbytes = statistics.mean(codecs), statistics.mean(wires), statistics.mean(sents)
+    label = f"local_sgd (every: {every})"
+    return Row(label, codec, wire, 0.0, nbytes, min(codecs), max(codecs), len(codecs), every)
 
 
 @lru_cache(1)
 def _noise(rank: int, size: int) -> torch.Tensor:
     """Gradients of all parameters, drawn once for all methods."""
-    return random.normal(random.key(0, client=rank, stream="advise"), size)
+    return torch.randn(size, generator=torch.Generator().manual_seed(rank))
 
 
 def _resolved(method: dict[str, Any] | str, total: int) -> tuple[dict[str, Any], str]:
@@ -151,12 +201,15 @@ def _resolved(method: dict[str, Any] | str, total: int) -> tuple[dict[str, Any],
     return options, f"{options['name']} ({rest})" if rest else options["name"]
 
 
-def break_even(row: Row, bf16: Row) -> float | None:
+def break_even(row: Row, bf16: Row, computing: float = 0.0) -> float | None:
     """The bandwidth in bytes a second below which ``row`` is faster than bf16; infinite if always, None if never."""
-    saved, dearer = bf16.sent - row.sent, row.codec - bf16.codec
+    saved, dearer, hidden = bf16.sent - row.sent, row.codec - bf16.codec, HIDES * computing
     if saved <= 0:
         return None
-    return float("inf") if dearer <= 0 else saved / dearer
+    if dearer <= 0:
+        return math.inf
+    point = bf16.sent / (dearer + hidden)  # where all of the row's wire is hidden
+    return point if row.every > 1 or row.sent / point <= hidden else saved / dearer
 
 
 def advise(
@@ -165,10 +218,13 @@ def advise(
     candidates: Sequence[dict[str, Any] | str] = CANDIDATES,
     say: Callable[[str], None] = lambda line: None,
     computing: float = 0.0,
+    every: int = 100,
 ) -> str:
     """The table and the verdict, the same on every rank.
 
-    Args: computing: seconds of a step of the job without any exchange.
+    Args:
+      computing: seconds of a step of the job without any exchange.
+      every: H, of local updates.
 
     Raises:
       ConfigError: a method that was asked for cannot be a drop-in.
@@ -179,42 +235,58 @@ def advise(
     for method in candidates if "bf16" in candidates else ("bf16", *candidates):
         say(f"measuring {_resolved(method, total)[1]} …")
         rows.append(measure(comm, shapes, method))
+    notes = {_resolved(m, total)[1]: methods.parse(_resolved(m, total)[0]).rate_note for m in candidates}
     bf16 = next(row for row in rows if row.label == "bf16")
+    local = [measure_local(comm, shapes, every)]
     ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''} over {comm.name}"
-    speed = f"latency {1e6 * here.latency:.0f} µs, {_bandwidth(here.bandwidth)} a rank"
+    speed = f"latency {1e6 * here.latency:.0f} µs, {bandwidth(here.bandwidth)} a rank"
     lines = [
         f"{total:,} parameters, {ranks}: {speed}",
         "",
-        f"{'method':<42}{'encode':>10}{'wire':>10}{'decode':>10}{'step':>10}{'sent':>10}   pays below",
+        f"{'method':<42}{'encode':>10}{'wire':>10}{'decode':>10}{'step':>10}{'±':>8}{'sent':>11}   pays below",
     ]
-    for row in rows:
-        step = computing + row.total
-        times = "".join(f"{1e3 * x:>7.1f} ms" for x in (row.encode, row.wire, row.decode, step))
-        point = break_even(row, bf16)
-        pays = (
-            ""
-            if row is bf16
-            else "never"
-            if point is None
-            else "any"
-            if point == float("inf")
-            else _bandwidth(point)
-        )
-        lines.append(f"{row.label:<42}{times}{row.sent / 1e6:>7.2f} MB   {pays}")
+    for row in [*rows, *local]:
+        seconds = (row.encode, row.wire, row.decode, row.step(computing))
+        times = "".join(f"{1e3 * x:>7.1f} ms" for x in seconds)
+        spread = f"{1e3 * (row.high - row.low) / 2:>5.1f} ms" if row.steps > 1 else f"{'once':>8}"
+        sent = f"{row.sent / 1e6:>8.2f} MB"
+        lines.append(f"{row.label:<42}{times}{spread}{sent}   {_pays(row, bf16, computing)}".rstrip())
     if computing:
-        what = f"a step is {1e3 * computing:.1f} ms of computing and all of the exchange"
-        lines += ["", f"{what}, as if none of it went on during the backward pass"]
-    return "\n".join([*lines, "", verdict(rows, bf16, comm.size, computing)])
+        what = f"A step is {1e3 * computing:.1f} ms of computing, a quarter of which hides the wire,"
+        lines += ["", f"{what} coding, and the rest of the wire."]
+    lines += ["", verdict(rows, bf16, comm.size, computing)]
+    if comm.size > 1:
+        best = min(rows, key=lambda row: row.step(computing))
+        chosen = best.label if lines[-1].startswith("Use ") else "bf16"
+        if note := notes.get(chosen):
+            lines.append(f"Its learning rate: {note}.")
+        for row in local:
+            lines.append(
+                f"Averaging the parameters once in {row.every} steps (fedmpi.local_sgd) would take "
+                f"{1e3 * row.step(computing):.1f} ms a step, where the training bears it."
+            )
+    return "\n".join(lines)
+
+
+def _pays(row: Row, bf16: Row, computing: float) -> str:
+    """Below which bandwidth; and whether it can be told here."""
+    if row is bf16:
+        return ""
+    point = break_even(row, bf16, computing)
+    text = "never" if point is None else "any" if point == math.inf else bandwidth(point)
+    return f"{text} (here: within noise)" if row.like(bf16) else text
 
 
 def verdict(rows: Sequence[Row], bf16: Row, ranks: int, computing: float = 0.0) -> str:
     """One plain sentence."""
     if ranks == 1:
         return "One rank exchanges nothing: start this under mpirun, srun or torchrun to measure a link."
-    best = min(rows, key=lambda row: row.total)
-    least, half = computing + best.total, computing + bf16.total
+    best = min(rows, key=lambda row: row.step(computing))
+    least, half = best.step(computing), bf16.step(computing)
     if half <= _NEAR * least:
         return f"Stay with bf16: {1e3 * half:.1f} ms a step; nothing here saves more than 5 % of it."
+    if best.like(bf16):
+        return f"Stay with bf16: {1e3 * half:.1f} ms a step; {best.label} is ahead within noise only."
     if best.label == "dense":
         return f"Do not compress: {1e3 * least:.1f} ms a step against {1e3 * half:.1f} ms with bf16."
     return (
@@ -223,22 +295,15 @@ def verdict(rows: Sequence[Row], bf16: Row, ranks: int, computing: float = 0.0) 
     )
 
 
-def _bandwidth(x: float) -> str:
-    """Bytes a second as bits a second."""
-    if x == float("inf"):
-        return "no link"
-    return f"{8 * x / 1e9:.2f} Gb/s" if 8 * x >= 1e9 else f"{8 * x / 1e6:.1f} Mb/s"
-
-
-def check(methods: Sequence[Any]) -> Sequence[dict[str, Any] | str]:
+def check(given: Sequence[Any]) -> Sequence[dict[str, Any] | str]:
     """Methods as the command line gives them.
 
     Raises:
       ConfigError: something else than a name or a mapping with one.
     """
-    for method in methods:
+    for method in given:
         if not isinstance(method, str) and not (
             isinstance(method, dict) and isinstance(method.get("name"), str)
         ):
             raise ConfigError(f"--method: expected a name or {{name: …}}, got {method!r}")
-    return methods
+    return given

@@ -38,6 +38,7 @@ class Reducer:
       groups: in the order in which a backward pass is expected to fill them.
       step: steps that counted.
       skipped: steps that did not, for a gradient that was not finite.
+      warmup: steps to come whose seconds are told apart.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Reducer:
         self.size = sum(group.spec.size for group in self.groups)
         self.step = self.skipped = 0
         self._results: dict[int, bool] = {}
-        self._warm = 0  # steps of this reducer's, up to _WARM
+        self.warmup = _WARM
         self.begin_span()
 
     def _by_method(self, shapes: Shapes, compressed: Shapes) -> list[tuple[Options, Shapes]]:
@@ -168,10 +169,10 @@ class Reducer:
     def _count(self) -> None:
         """A step was averaged. In the first ones kernels are loaded or compiled, and memory is touched."""
         self._reduced += 1
-        if self._warm == _WARM:
+        if not self.warmup:
             self._timed += 1
             return
-        self._warm += 1
+        self.warmup -= 1
         for group in self.groups:
             self._warmup += sum(group.seconds.values())
             group.seconds = dict.fromkeys(_PHASES, 0.0)

@@ -31,6 +31,12 @@ class Options(Strict):
         """It means the same applied to groups of tensors one by one: no number counts over the whole model."""
         return False
 
+    @property
+    def rate_note(self) -> str:
+        """Which learning rate it needs, against uncompressed training; "" where it needs no other one. Figures are
+        those of ``configs/results/link.json`` and ``link-mlp.json`` (SGD with momentum, two models)."""
+        return ""
+
 
 class FeedbackOptions(Options):
     """Options of a method that error feedback can wrap."""

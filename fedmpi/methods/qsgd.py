@@ -47,6 +47,10 @@ class QsgdOptions(Options):
     )
 
     @property
+    def rate_note(self) -> str:
+        return "about half of the usual one: rounding adds variance, the more the fewer the bits"
+
+    @property
     def separable(self) -> bool:
         return self.bucket is not None
 

@@ -41,6 +41,11 @@ class SparseOptions(FeedbackOptions):
     )
 
     @property
+    def rate_note(self) -> str:
+        late = "the usual one; what is sent comes late and at once, so that it has to be warmed up over 1/ratio steps"
+        return late if self.feedback else "the usual one, for the few coordinates that are sent"
+
+    @property
     def separable(self) -> bool:
         return self.k is None
 
