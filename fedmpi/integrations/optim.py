@@ -22,8 +22,9 @@ from torch import Tensor
 from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, LostError, RankError, together
 from fedmpi.errors import ConfigError
-from fedmpi.integrations.local_options import connected, scaled
+from fedmpi.integrations.local_options import connected
 from fedmpi.integrations.modules import DTYPES
+from fedmpi.integrations.scaling import scaler_behind
 from fedmpi.integrations.shards import is_sharded, same_start
 from fedmpi.ops import bits
 from fedmpi.ops.sums import finite
@@ -161,7 +162,7 @@ class OneBitAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
-            if scaled():
+            if scaler_behind() is not None:
                 raise ConfigError(
                     "optimizer: expected step() to be called by the job, got a GradScaler's call, which leaves out "
                     "steps on one rank and not on another; train in bfloat16 or float32, without a scaler"
