@@ -176,6 +176,7 @@ def _train_rank(arguments: argparse.Namespace, config: Config | FedMPIError, com
     from fedmpi.comm import together
     from fedmpi.comm.base import LostError
     from fedmpi.engine.folder import drop_empty
+    from fedmpi.engine.progress import reached
     from fedmpi.engine.run import run
     from fedmpi.errors import Stopped, Unstarted
 
@@ -214,7 +215,7 @@ def _train_rank(arguments: argparse.Namespace, config: Config | FedMPIError, com
     if comm.rank == 0 and not arguments.quiet:
         ratio = summary["upload_ratio"]
         print(
-            f"{summary['method']}: accuracy {100 * summary['accuracy']:.2f} %, upload "
+            f"{summary['method']}: {reached(summary)}, upload "
             f"{'nothing' if ratio is None else f'{ratio:.1f}x smaller'}, {summary['seconds']:.1f} s; see {out}"
         )
     return 0

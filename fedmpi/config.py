@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     SerializeAsAny,
     StrictFloat,
     StrictInt,
     model_validator,
 )
 
-from fedmpi import methods, own
+from fedmpi import methods
+from fedmpi.choice import Choice, DataChoice, LossChoice, MetricChoice, ModelChoice, PartitionChoice
 from fedmpi.errors import ConfigError
 from fedmpi.local import MOST as _MOST
 from fedmpi.local import Local, Schedule
@@ -26,41 +25,8 @@ from fedmpi.methods.base import Options
 from fedmpi.optimizers import Name, Optimizer
 from fedmpi.overrides import override, read
 from fedmpi.plan import Rule
-from fedmpi.tasks.data import DATA
-from fedmpi.tasks.models import MODELS
-from fedmpi.tasks.objectives import OBJECTIVES
-from fedmpi.tasks.partitions import PARTITIONS
-from fedmpi.validation import Strict, checked, choose, mapping, no_words
+from fedmpi.validation import Strict, checked, mapping
 
-
-class Choice(BaseModel):
-    """One row of a table with that row's options: ``{name: dirichlet, alpha: 0.5}`` or a bare name."""
-
-    model_config = ConfigDict(frozen=True)
-    name: str
-    options: dict[str, Any] = {}
-
-
-def _chooser(where: str, table: Any, imports: bool = False) -> BeforeValidator:
-    """A row of ``table``, or with ``imports`` also an import path, whose options its own function checks."""
-
-    def parse(value: Any) -> Choice:
-        value = {"name": value} if isinstance(value, str) else value
-        if imports and isinstance(value, dict) and own.is_path(str(value.get("name"))):
-            options = {k: v for k, v in value.items() if k != "name"}
-            no_words(options, where)
-            return Choice(name=value["name"], options=options)
-        name = choose(where, value, table)
-        options = checked(table[name].options, {k: v for k, v in value.items() if k != "name"}, where)
-        return Choice(name=name, options=options.model_dump())
-
-    return BeforeValidator(parse)
-
-
-_flat = PlainSerializer(lambda choice: {"name": choice.name, **choice.options})
-_Data = Annotated[Choice, _chooser("data", DATA, imports=True), _flat]
-_Model = Annotated[Choice, _chooser("model", MODELS, imports=True), _flat]
-_Partition = Annotated[Choice, _chooser("partition", PARTITIONS), _flat]
 # pydantic before 2.8 would give a second argument something of its own.
 _Method = Annotated[SerializeAsAny[Options], BeforeValidator(lambda value: methods.parse(value))]
 
@@ -77,7 +43,7 @@ class ServerConfig(_Section):
         "sgd",
         description="the rule on what the method sums. sgd, momentum, nesterov: on the accumulated "
         "gradients' mean, Δ / local.lr; adam, yogi: on the model difference Δ with η and τ as in Reddi et al. (in a "
-        "subspace on AᵀΔ); with mode: data_parallel all on the mean gradient",
+        "subspace on AᵀΔ); with mode: data_parallel all on the mean gradient, but with local.steps from 2 as here",
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="β₁ of all but sgd")
     beta2: float = Field(0.99, ge=0, lt=1, description="adam's and yogi's β₂")
@@ -126,6 +92,22 @@ class ClipConfig(_Section):
     norm: float = Field(gt=0, description="a longer accumulated gradient is shortened to this L2 norm")
 
 
+class StopConfig(_Section):
+    """When a run is over before its last round."""
+
+    metric: str = Field(description="what is measured: a metric, test_loss, client_worst, …")
+    target: float | None = Field(None, description="the value that is enough")
+    patience: int | None = Field(None, ge=1, le=_MOST, description="rounds without a better value")
+
+    @model_validator(mode="after")
+    def _one(self) -> StopConfig:
+        if self.target is None and self.patience is None:
+            raise ValueError(
+                "stop: expected a target (the value that is enough) or patience (rounds without a better one)"
+            )
+        return self
+
+
 class CheckpointConfig(_Section):
     """When a run saves all that it needs to continue (and always when a signal ends it)."""
 
@@ -142,11 +124,12 @@ class CheckpointConfig(_Section):
 class Config(_Section):
     """A run. The command line's ``key.path=value`` overrides any of these."""
 
-    data: _Data
-    model: _Model
+    data: DataChoice
+    model: ModelChoice
     mode: Literal["federated", "data_parallel"] = Field(
         "federated",
-        description="data_parallel: every rank trains one client with its share of the data, one step a round",
+        description="data_parallel: every rank trains one client with its share of the data, one step a round, or "
+        "local.steps of its own",
     )
     clients: int = Field(
         0,
@@ -154,14 +137,15 @@ class Config(_Section):
         le=_MOST,
         description="how many (data_parallel: the number of ranks, which is the default there)",
     )
-    partition: _Partition = Choice(name="iid")
+    partition: PartitionChoice = Choice(name="iid", options={"seed": None})
     cohort: StrictInt | StrictFloat | None = Field(
         None, description="clients a round: a number, or a fraction as a float (default: all)"
     )
-    sampling: Literal["uniform", "weighted", "round_robin", "epoch_shuffle"] = Field(
+    sampling: Literal["uniform", "weighted", "poisson", "round_robin", "epoch_shuffle"] = Field(
         "uniform",
         description="uniform: a fresh draw a round; weighted: by number of samples (messages then count "
-        "alike); round_robin: in order; epoch_shuffle: each client exactly once an epoch",
+        "alike); poisson: each client for itself, with the chance cohort / clients, so that rounds differ in size; "
+        "round_robin: in order; epoch_shuffle: each client exactly once an epoch",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="chance that a called client's message is lost")
     time: TimeConfig | None = Field(
@@ -176,7 +160,16 @@ class Config(_Section):
     )
     clip: ClipConfig | None = None
     server: ServerConfig = ServerConfig.model_validate({})
-    loss: Literal[tuple(OBJECTIVES)] = "cross_entropy"  # type: ignore[valid-type]
+    loss: LossChoice = Choice(name="cross_entropy")
+    metrics: tuple[MetricChoice, ...] = Field(
+        (),
+        description="what is measured on the test set beside the loss's own metric, which comes first (with an own "
+        "loss, in its place)",
+    )
+    best: str | None = Field(
+        None, description="keep the model with the best value of this metric, too (model-best.safetensors)"
+    )
+    stop: StopConfig | None = Field(None, description="end the run before its last round")
     method: _Method
     parts: tuple[Rule, ...] = Field(
         (),
@@ -190,6 +183,12 @@ class Config(_Section):
         "auto",
         description="what connects the ranks: MPI, or torch.distributed's Gloo (CPU) or NCCL (GPU); auto: MPI "
         "under mpirun, mpiexec and srun with PMI, else NCCL if each rank has its own GPU, else Gloo",
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^[a-z]+(:\d+)?$",
+        description="where each rank computes. auto: its GPU where it sees one (ranks share where there are fewer), "
+        "else the CPU; cpu; cuda; cuda:N; other accelerators of torch have not been tried",
     )
     timeout: float = Field(
         300.0,
@@ -238,9 +237,7 @@ class Config(_Section):
             "cohort": (self.cohort, None, " (every rank trains in every round)"),
             "dropout": (self.dropout, 0, ""),
             "topology": (self.topology, "allreduce", ""),
-            "local.steps": (local.steps or 1, 1, ""),
-            "local.epochs": (local.epochs, None, " (a round is one step)"),
-            "local.momentum": (local.momentum, 0, " (use server.optimizer: momentum)"),
+            "local.epochs": (local.epochs, None, " (use local.steps: H for local updates)"),
             "time": (time, None, ""),
             "on_bad_update": (self.on_bad_update, "stop", " (every rank's message is needed)"),
         }
@@ -258,18 +255,26 @@ class Config(_Section):
                 "local.fednova: expected on_bad_update: stop, got reject: what steps weigh is known before who is "
                 "rejected"
             )
-        if self.mode == "data_parallel":
-            for key, value, only in (
+        if self.mode != "data_parallel":
+            return self
+        alone: list[tuple[str, Any, Any]] = [
+            ("scaffold", local.scaffold, None),
+            ("fednova", local.fednova, False),
+        ]
+        why = "whose ranks make equally many steps on shares of the same data"
+        if not self.local_updates:
+            alone += [
                 ("optimizer", local.optimizer, "sgd"),
-                ("mu", local.mu, 0.0),
-                ("scaffold", local.scaffold, None),
-                ("fednova", local.fednova, False),
-            ):
-                if value != only:
-                    raise ValueError(
-                        f"local.{key}: expected {'none' if only is None else only} with mode: data_parallel, where the step is the server's (use "
-                        f"server.optimizer), got {value}"
-                    )
+                ("momentum", local.momentum, 0),
+                ("mu", local.mu, 0),
+            ]
+            why = "where the step is the server's (use server.optimizer, or local.steps from 2)"
+        for key, value, only in alone:
+            if value != only:
+                expected = "none" if only in (None, 0) else only
+                raise ValueError(
+                    f"local.{key}: expected {expected} with mode: data_parallel, {why}, got {value}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -304,13 +309,24 @@ class Config(_Section):
         return max(1, round(self.cohort * self.clients))
 
     @property
+    def largest_cohort(self) -> int:
+        """So many clients a round at the most."""
+        return self.clients if self.sampling == "poisson" else self.cohort_size
+
+    @property
     def rounds_per_epoch(self) -> int:
         return -(-self.clients // self.cohort_size)
 
     @property
+    def local_updates(self) -> bool:
+        """Ranks in data-parallel mode step by themselves, and average how far they came once a round."""
+        return self.mode == "data_parallel" and (self.local.steps or 1) > 1
+
+    @property
     def rule(self) -> Optimizer:
         """The server's, of what clients accumulate."""
-        server, step = self.server, 1.0 if self.mode == "data_parallel" else self.local.lr
+        gradients = self.mode == "data_parallel" and not self.local_updates
+        server, step = self.server, 1.0 if gradients else self.local.lr
         return Optimizer(server.optimizer, server.beta1, server.beta2, server.epsilon, step)
 
     @property

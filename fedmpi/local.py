@@ -32,13 +32,14 @@ class Schedule(_Section):
     milestones: tuple[int, ...] = Field((), description="step's rounds")
     gamma: float = Field(0.1, gt=0, le=1, description="what step multiplies it by at each of them")
 
-    def factor(self, t: int, rounds: int) -> float:
-        """What the learning rate is multiplied by in round ``t`` of ``rounds``."""
+    def factor(self, t: int, rounds: int, step: int = 0, steps: int = 1) -> float:
+        """What the learning rate is multiplied by in round ``t`` of ``rounds``, or, where it changes within rounds, in
+        one of a round's ``steps``."""
         if t < self.warmup:
-            return (t + 1) / self.warmup
+            return (t * steps + step + 1) / (self.warmup * steps)
         if self.name == "step":
             return self.gamma ** sum(t >= m for m in self.milestones)
-        done = (t - self.warmup) / max(1, rounds - self.warmup)
+        done = (t + step / steps - self.warmup) / max(1, rounds - self.warmup)
         left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.name]
         return self.final + (1 - self.final) * left
 
@@ -48,7 +49,11 @@ class Local(_Section):
 
     lr: float = Field(gt=0, description="η, the clients' learning rate")
     steps: int | None = Field(
-        None, ge=1, le=MOST, description="τ local steps; this or epochs (default: 1 step)"
+        None,
+        ge=1,
+        le=MOST,
+        description="τ local steps; this or epochs (default: 1 step; with mode: data_parallel "
+        "from 2 on local updates, of which it is the H)",
     )
     epochs: int | None = Field(None, ge=1, le=MOST, description="passes over the client's own data")
     batch: int | None = Field(
@@ -62,7 +67,11 @@ class Local(_Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="adam's and adamw's β₁")
     beta2: float = Field(0.999, ge=0, lt=1, description="adam's and adamw's β₂")
     epsilon: float = Field(1e-8, gt=0, description="adam's and adamw's ε")
-    keep: bool = Field(False, description="each client keeps its optimizer's memory from round to round")
+    keep: bool | None = Field(
+        None,
+        description="each client keeps its optimizer's memory from round to round (default: with mode: data_parallel, "
+        "where it is a rank's optimizer)",
+    )
     mu: float = Field(
         0.0, ge=0, description="FedProx's μ: clients stay near the model that they started from"
     )

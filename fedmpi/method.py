@@ -1,8 +1,7 @@
 """The protocol of a method: a compressor (client → server) and a server rule.
 
-Both are pure: state goes in and comes out, so that a step can be dropped, repeated or checkpointed
-without either noticing. The objects themselves hold only constants (the parameter layout, the
-options); nothing here or in ``methods/`` communicates.
+Both are pure: state goes in and comes out, so that a step can be dropped, repeated or checkpointed without either
+noticing. The objects hold only constants (the layout, the options); nothing here or in ``methods/`` communicates.
 
 A compressor turns gradients into messages, and messages into vectors of S numbers that *can be summed* over clients
 and ranks (S = D for sparse values or signs, d for subspace coordinates, R·C for a sketch). The engine sums them; the
@@ -96,8 +95,8 @@ class Context:
 
 
 class Merge(ABC):
-    """How parts of an array of messages, their only one but for an optional one, become what stands in the mean's
-    message: ranks then average a part each, and nobody receives everybody's message.
+    """How parts of messages' only array (but for an optional one) become what stands in the mean's message: ranks then
+    average a part each, and nobody receives everybody's.
 
     Attributes:
       array: its name.
@@ -114,9 +113,7 @@ class Merge(ABC):
         """What ``W`` senders' entries ``start`` … ``start + N`` come to ``(N,)``: what one sender would send for their
         mean, as the server would have decided on it. Both are multiples of :attr:`align`.
 
-        Args:
-          optional_WB: the senders' :attr:`Compressor.optional` arrays, zeros for who has none; None: nobody has.
-        """
+        ``optional_WB``: the senders' :attr:`Compressor.optional` arrays, zeros for who has none; None: nobody has."""
 
     def message(self, merged_1N: Tensor, optional_WB: Tensor | None = None) -> Message:
         """The message of all entries that calls made."""
@@ -129,13 +126,13 @@ class Compressor(ABC):
     Attributes:
       spec: the parameters' layout.
       size: S, how many numbers of a client are summed.
-      additive: the decoded vectors fulfil v(a) + v(b) = v(a + b) whoever sends a, b and a + b (in the same
-        round, with the same shared state): gradients of several clients may be summed before they are encoded.
+      additive: decoded vectors fulfil v(a) + v(b) = v(a + b) whoever sends a, b and a + b (in a round, with the same
+        shared state): gradients of several clients may be summed before they are encoded.
       replayable: a message decodes to the same vector whenever it is decoded, without any state.
       integer: decoded values are small integers, summed as integers, one vote a client.
       presence: the last of the S numbers, one a row (:attr:`~fedmpi.spec.Spec.rows`), that count who had a gradient
         there instead of saying what it was.
-      optional: the ragged array, of at most one row a client, that most messages go without.
+      optional: the ragged array, at most one row a client, that most messages lack.
       merge: None, or how ranks can share out the averaging.
       tells: messages say whether gradients were finite (:attr:`~fedmpi.message.Message.finite`): nobody else need look.
       counters: names of what :meth:`count` counts, shown in every round's metrics.
@@ -205,6 +202,10 @@ class Compressor(ABC):
         """The gradients ``(C, D)`` that decoded vectors stand for (identity where S = D)."""
         return v_CS[:, : self.size - self.presence]
 
+    def transpose(self, v_CS: Tensor, ctx: Context) -> Tensor:
+        """The transpose ``(C, D)`` of an additive method's encoding, which is linear: its lift, where that is."""
+        return self.lift(v_CS, ctx)
+
     def count(self, message: Message) -> dict[str, int]:
         """For the metrics; keys are :attr:`counters`."""
         return {}
@@ -218,10 +219,8 @@ _RENAMED = {
 
 
 class Decoder(ABC):
-    """From means to directions, without parameters: all that a DDP hook needs of a method's far end.
-
-    ``memory`` below is what :meth:`memory` gave, or any state with the same entries (a server's, a view).
-    """
+    """From means to directions, without parameters: all that a DDP hook needs of a method's far end. ``memory`` below
+    is what :meth:`memory` gave, or any state with the same entries (a server's, a view)."""
 
     def memory(self) -> State:
         """What is kept between rounds, before the first; {} where nothing is."""

@@ -7,7 +7,8 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,41 @@ def call(argument: str, path: str, *positional: Any, options: Mapping[str, Any],
       ConfigError: there is no such module or function (see :func:`find`), it does not take these options (names
         ``argument`` and shows ``usage``), or it raised (says what and where).
     """
+    function = _function(argument, path, positional, options, usage)
+    try:
+        return function(*positional, **options)
+    except FedMPIError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{argument}: {path} failed: {said(error)}") from error
+
+
+def takes(argument: str, path: str, option: str, usage: str) -> bool:
+    """Whether the function of ``path`` has a parameter of this name.
+
+    Raises:
+      ConfigError: there is no such function.
+    """
     function = find(argument, path, f"to a function {usage}")
+    try:
+        return option in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # no function, or one that does not show its signature
+        return False
+
+
+def bound(argument: str, path: str, options: Mapping[str, Any], usage: str) -> Callable[[Any, Any], Any]:
+    """The function of ``path`` with the keywords ``options``, to be called with two positional arguments.
+
+    Raises:
+      ConfigError: there is no such function, or it does not take these options (as :func:`call`).
+    """
+    return partial(_function(argument, path, (None, None), options, usage), **options)
+
+
+def _function(
+    argument: str, path: str, positional: Sequence[Any], options: Mapping[str, Any], usage: str
+) -> Callable[..., Any]:
+    function: Any = find(argument, path, f"to a function {usage}")
     if not callable(function):
         raise ConfigError(f"{argument}: {path} is a {type(function).__name__}, expected a function {usage}")
     try:
@@ -47,12 +82,7 @@ def call(argument: str, path: str, *positional: Any, options: Mapping[str, Any],
         ) from error
     except ValueError:
         pass  # a builtin that does not show its signature
-    try:
-        return function(*positional, **options)
-    except FedMPIError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{argument}: {path} failed: {said(error)}") from error
+    return function  # type: ignore[no-any-return]
 
 
 def said(error: Exception) -> str:

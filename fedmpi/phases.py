@@ -40,8 +40,11 @@ class Clock:
       span: what a phase is inside of, too, by its name: for a trace.
     """
 
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: dict[str, float], settle: Callable[[], None] = lambda: None) -> None:
+        """Args:
+        settle: waits for what was launched on a device, so that it counts to the phase that launched it.
+        """
+        self.seconds, self._settle = seconds, settle
         self.span: Callable[[str], AbstractContextManager[None]] = lambda name: _OFF
         self.running = False
         self._stack: list[str] = []
@@ -70,6 +73,7 @@ class Clock:
             self.running = bool(self._stack)
 
     def _lap(self) -> None:
+        self._settle()
         now = perf_counter()
         if self._stack:
             self.seconds[self._stack[-1]] += now - self._since

@@ -17,6 +17,7 @@ FILES = {
     "configs/methods/*.yaml": "the same run with each method, a file each",
     "configs/own.yaml": "the same with a data set, a model and a method of your own",
     "configs/own.py": "which are in this file: change it",
+    "configs/kjv/*.yaml": "a language model byte by byte: across slow links (DiLoCo) in three sizes, and 1,189 clients",
     "launch/mpirun.sh": "mpirun for one machine: more ranks than cores, root, threads",
     "launch/mpi.sh": "what it is made of",
     "slurm/*.sbatch": "Slurm jobs: one node, many, GPUs, MPICH, sweeps, requeueing",

@@ -110,7 +110,9 @@ def _data_arguments(commands: _Commands) -> None:
         help="download a data set and verify it",
         description="Download a data set, or a pretrained model, and verify its checksums.",
     )
-    fetch.add_argument("name", metavar="NAME", help="fashion-mnist, movie-reviews or minilm (a text encoder)")
+    fetch.add_argument(
+        "name", metavar="NAME", help="fashion-mnist, movie-reviews, kjv or minilm (a text encoder)"
+    )
     fetch.add_argument("--to", type=Path, metavar="DIR", help="($FEDMPI_DATA, else ~/.cache/fedmpi)")
     fetch.set_defaults(run=_fetch)
     show = actions.add_parser(

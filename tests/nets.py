@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,3 +31,58 @@ class Net(nn.Module):
 
 def build(shape: tuple[int, ...], classes: int, hidden: int = 12, p: float = 0.2) -> nn.Module:
     return Net(torch.Size(shape).numel(), classes, hidden, p)
+
+
+class Recurrent(nn.Module):
+    """Rows of a picture one after the other, with dropout between the layers."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(width, 8, num_layers=2, dropout=0.5, batch_first=True)
+        self.last = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.last(self.lstm(x.flatten(1, 2))[0][:, -1])
+        return output
+
+
+class Attention(nn.Module):
+    """The same by a transformer's layer, dropout within attention included."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(width, 2, dim_feedforward=16, dropout=0.1, batch_first=True)
+        self.last = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.last(self.layer(x.flatten(1, 2)).mean(1))
+        return output
+
+
+def recurrent(shape: tuple[int, ...], classes: int) -> nn.Module:
+    return Recurrent(shape[-1], classes)
+
+
+def attention(shape: tuple[int, ...], classes: int) -> nn.Module:
+    return Attention(shape[-1], classes)
+
+
+class Colours(nn.Module):
+    """A network of transformers' for pictures of three colours, fed with grey ones."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.inner(x.expand(-1, 3, -1, -1)).logits
+        return output
+
+
+def resnet18(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """ResNet-18 with batch norm, 11 million parameters, as transformers has it."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    sizes = {"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}
+    config = ResNetConfig(**sizes, layer_type="basic", num_labels=classes)
+    return Colours(ResNetForImageClassification(config))

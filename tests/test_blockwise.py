@@ -17,7 +17,7 @@ from fedmpi.meet import ways
 from fedmpi.meet.base import Roster
 from fedmpi.method import Compressor, Round
 from fedmpi.methods.base import Setup
-from fedmpi.methods.blocks import _NORMAL
+from fedmpi.methods.blocks import _NORMAL, Blocks
 from fedmpi.spec import Spec
 
 from .codecs import codec, context
@@ -181,3 +181,10 @@ def test_bytes_of_a_large_model() -> None:
     size = 100_003
     message, _ = codec("blockwise", size, bits=4, block=64).compress(torch.ones(1, size), {}, context(1))
     assert message.nbytes().tolist() == [math.ceil(size / 64) * (4 + 32)]
+
+
+def test_a_single_block_of_a_single_client() -> None:
+    """Whose scale is a contiguous slice of bytes that cannot be looked at as a float32."""
+    x_11n = torch.linspace(-1, 1, 38)[None, None]
+    blocks = Blocks(4, 38, normal=False)
+    assert float((blocks.decode(blocks.encode(x_11n, None)) - x_11n).abs().max()) <= 1 / 14

@@ -1,28 +1,39 @@
-"""What must hold of every row of METHODS, alone and under each wrapper. A new row needs no edit here, and a method
-that is no row is named by FEDMPI_METHOD=package.module:ENTRY (else the example in configs/own.py is taken).
+"""What must hold of every row of METHODS, alone, under each wrapper, and as one part beside an exact one and averaged
+buffers. A new row needs no edit here, and a method that is no row is named by FEDMPI_METHOD=package.module:ENTRY (else
+the example in configs/own.py is taken).
 
-The properties are those of the protocol (fedmpi/method.py). Gradients are correlated from round to round
-(random ones hide what look-back does), clients have different keys.
+The properties are those of the protocol (fedmpi/method.py), by number: 1 bytes are measured, and frames that are
+not whole are refused; 2 ``additive`` is true; 3 any number of ranks and both topologies are the same run; 4 protocol
+bytes do not depend on the ranks; 5 the sender believes what the receiver holds; 6 who missed rounds rebuilds the
+parameters; 7 nothing is random but by key (tests/test_random.py has golden vectors); 8 states survive a checkpoint
+(tests/test_resume.py: and re-shard); 9 nothing mixes devices (tests/test_device.py); 10 a part beside others gives what
+it gives alone. Gradients are correlated from round to round (random ones hide what look-back does), clients have
+different keys.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
+import struct
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedmpi import methods
+from fedmpi import methods, plan
 from fedmpi.comm import run_ranks, solo
+from fedmpi.engine.downloads import receive
 from fedmpi.engine.store import ClientStore
 from fedmpi.errors import MessageError
-from fedmpi.message import CPU, concat, equal, from_bytes, to_bytes
-from fedmpi.method import Context, Method, Round, State, believed, placed
+from fedmpi.meet.sums import Sums
+from fedmpi.message import CPU, Message, concat, equal, from_bytes, to_bytes
+from fedmpi.method import Compressor, Context, Method, Round, State, believed, placed, unnest
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import FeedbackOptions, Setup
+from fedmpi.methods.joint import JointServer
 from fedmpi.methods.play import play
 from fedmpi.spec import Spec
 
@@ -55,16 +66,34 @@ def cases() -> dict[str, dict[str, Any]]:
 
 
 CASES = cases()
+BESIDE = {f"{name} beside others": CASES[name] for name in ROWS}
 
 
-@pytest.fixture(params=CASES, ids=CASES)
-def options(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return CASES[request.param]
+def planned(options: dict[str, Any], spec: Spec = SPEC) -> plan.Plan:
+    """One vector's tensors: the last of one dimension is averaged exactly, the first is a buffer, the others travel by
+    the method."""
+    buffer, *_, exact = [name for name, shape in zip(spec.names, spec.shapes, strict=True) if len(shape) < 2]
+    shapes = dict(zip(spec.names, spec.shapes, strict=True))
+    tensors = plan.Tensors(shapes, {buffer: shapes.pop(buffer)}, frozenset(), frozenset())
+    rules = [plan.Rule.model_validate({"match": exact, "travels": "exact"})]
+    return plan.make(tensors, methods.parse(options), rules, Setup(seed=1))
+
+
+def made(case: str, spec: Spec = SPEC) -> Method:
+    """The method of a case; of one beside others, that of all parts."""
+    if case in BESIDE:
+        return planned(BESIDE[case], spec).method
+    return methods.build(CASES[case], spec, Setup(seed=1))
+
+
+@pytest.fixture(params=[*CASES, *BESIDE])
+def case(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-def method(options: dict[str, Any]) -> Method:
-    return methods.build(options, SPEC, Setup(seed=1))
+def method(case: str) -> Method:
+    return made(case)
 
 
 def gradients(round: int, seed: int = 0) -> Tensor:
@@ -99,7 +128,7 @@ def start(method: Method) -> tuple[Store, Store]:
     return Store(method.up.init), Store(method.up.init_peer)
 
 
-def test_bytes_are_measured_and_frames_round_trip(method: Method) -> None:
+def test_property_1_bytes_are_measured_and_frames_round_trip(method: Method) -> None:
     senders, _ = start(method)
     ids = torch.arange(CLIENTS)
     for t in range(ROUNDS):
@@ -118,10 +147,55 @@ def test_bytes_are_measured_and_frames_round_trip(method: Method) -> None:
                     from_bytes(frame[:cut], up.layout(), CLIENTS)
             with pytest.raises(MessageError, match="oversized"):
                 from_bytes(frame + b"\0", up.layout(), CLIENTS)
+            for foreign in (b"not one of ours", *(bloated(frame) if t in (0, ROUNDS - 1) else ())):
+                with pytest.raises(MessageError):
+                    from_bytes(foreign, up.layout(), CLIENTS)
         senders.put(ids, state)
 
 
-def test_additive_is_true_of_what_is_sent(method: Method) -> None:
+def bloated(frame: bytes) -> Iterator[bytes]:
+    """The frame with each dimension of its arrays, and each ragged array's rows, as large as they can be said to be."""
+    for at, width in dimensions(frame):
+        yield frame[:at] + (2 ** (8 * width - 1) - 1).to_bytes(width, "little") + frame[at + width :]
+
+
+def dimensions(frame: bytes) -> Iterator[tuple[int, int]]:
+    """Where these numbers lie, and of how many bytes they are: a second reading of the format."""
+    (clients,), at = struct.unpack_from("<I", frame, 4), 10
+    while at < len(frame):
+        at += 1 + frame[at]
+        code, ragged, ndim = frame[at : at + 3]
+        shape = struct.unpack_from(f"<{ndim}Q", frame, at + 3)
+        yield from ((at + 3 + 8 * i, 8) for i in range(ndim))
+        at += 3 + 8 * ndim
+        rows = clients
+        if ragged:
+            yield at, 4
+            rows = sum(struct.unpack_from(f"<{clients}i", frame, at))
+            at += 4 * clients
+        at += torch.Size(shape).numel() * rows * (1, 1, 2, 4, 8, 2, 2, 4, 8)[code]
+
+
+def test_property_1_downloads_that_are_not_whole_are_refused(method: Method) -> None:
+    server = method.server
+    *_, state = rounds_of(method, 4)
+    view, frame = (
+        server.view(torch.linspace(-1, 1, SPEC.size, device=PLACE)),
+        to_bytes(server.download(state, 0)),
+    )
+    if PLACE == CPU:  # as rank 0 sends it
+        got = receive(server, view, frame, 4)
+        assert torch.equal(server.parameters(got), server.parameters(state))
+    assert equal(from_bytes(frame, clients=1), server.download(state, 0))
+    for cut in (*range(0, len(frame), 97), len(frame) - 1):
+        with pytest.raises(MessageError):
+            receive(server, view, frame[:cut], 4)
+    for foreign in (b"not one of ours", frame + b"\0", *bloated(frame)):
+        with pytest.raises(MessageError):
+            receive(server, view, foreign, 4)
+
+
+def test_property_2_additive_is_true_of_what_is_sent(method: Method) -> None:
     """Over rounds, and with other clients sending a, b and a + b: v(a) + v(b) = v(a + b) exactly when ``additive``."""
     senders, receivers = zip(*(start(method) for _ in range(3)), strict=True)
     holds = dict.fromkeys(method.passes, True)
@@ -143,10 +217,10 @@ def test_additive_is_true_of_what_is_sent(method: Method) -> None:
     assert all(holds[up] == up.additive for up in holds)
 
 
-def test_tensors_without_dimensions_or_numbers(options: dict[str, Any]) -> None:
+def test_tensors_without_dimensions_or_numbers(case: str) -> None:
     """A learned temperature, one number, none: three rounds, whose mean has each tensor's own shape."""
     spec = Spec(("scale", "none", "one", "flat", "weight"), ((), (0,), (1,), (3, 0, 2), (30, 20)))
-    method = methods.build(options, spec, Setup(seed=1))
+    method = made(case, spec)
     ids = torch.arange(CLIENTS)
     senders, receivers = start(method)
     memory = method.server.init(torch.zeros(spec.size, device=PLACE))
@@ -183,12 +257,22 @@ def test_adding_is_decoding_and_adding(method: Method) -> None:
             v, expected = up.decompress(message, peer, at(method, t))
             total = torch.ones(1, up.size, device=PLACE)
             new = up.add(total.expand(CLIENTS, -1), message, peer, at(method, t), weights)
-            torch.testing.assert_close(
-                total[0], 1 + torch.tensor(weights, device=PLACE) @ v.float(), rtol=1e-4, atol=1e-4
-            )
+            sums = 1 + (counts(up, weights) * v.float()).sum(0)
+            torch.testing.assert_close(total[0], sums, rtol=1e-4, atol=1e-4)
             assert all(torch.equal(a, b) for a, b in _pairs(new, expected))
         senders.put(ids, state)
         receivers.put(ids, new)
+
+
+def counts(up: Compressor, weights: list[float]) -> Tensor:
+    """What each client's numbers count in a sum ``(CLIENTS, S)``: a vote beside other kinds counts one."""
+    several = len(up.segments) > 1
+    rows = [
+        torch.ones(CLIENTS) if several and kind == "votes" else torch.tensor(weights)
+        for size, kind in up.segments
+        for _ in range(size)
+    ]
+    return torch.stack(rows, 1).to(PLACE)
 
 
 def test_decoded_size_is_what_sums(method: Method) -> None:
@@ -200,7 +284,7 @@ def test_decoded_size_is_what_sums(method: Method) -> None:
     assert method.up.lift(v, at(method, 0)).shape == (CLIENTS, SPEC.size)
 
 
-def test_sender_believes_what_the_receiver_holds(method: Method) -> None:
+def test_property_5_the_sender_believes_what_the_receiver_holds(method: Method) -> None:
     """Also under sampling: in each round only some clients take part."""
     up, (senders, receivers) = method.up, start(method)
     for t in range(ROUNDS):
@@ -236,7 +320,7 @@ def test_one_call_for_all_equals_a_call_each(method: Method) -> None:
         together.put(ids, state)
 
 
-def test_pure_and_random_only_by_key(method: Method) -> None:
+def test_property_7_pure_and_random_only_by_key(method: Method) -> None:
     """Inputs stay as they were, a call can be repeated, torch's own generator is neither read nor moved."""
     ids = torch.arange(CLIENTS)
     state = start(method)[0].get(ids)
@@ -272,7 +356,7 @@ def rounds_of(method: Method, rounds: int) -> Any:
         yield state
 
 
-def test_a_client_that_missed_any_rounds_rebuilds_the_parameters(method: Method) -> None:
+def test_property_6_a_client_that_missed_any_rounds_rebuilds_the_parameters(method: Method) -> None:
     """From θ₀, the seed and its downloads alone, to the bit; each client misses other rounds."""
     server = method.server
     views = {c: server.view(torch.linspace(-1, 1, SPEC.size, device=PLACE)) for c in range(4)}
@@ -282,7 +366,7 @@ def test_a_client_that_missed_any_rounds_rebuilds_the_parameters(method: Method)
             if comes[client](version):
                 download = server.download(state, int(view["version"]))
                 published = sum(value.nbytes for value in server.shared(state).values())
-                assert int(download.nbytes()[0]) <= 4 * SPEC.size + published + 8 * 40
+                assert download.total_nbytes() <= 4 * SPEC.size + published + 8 * 40
                 received = from_bytes(to_bytes(download), device=PLACE)
                 views[client] = view = server.reconcile(view, received, version)
                 assert torch.equal(server.parameters(view), server.parameters(state)), (client, version)
@@ -295,7 +379,7 @@ def _pairs(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[tuple[Tensor, Ten
     return [(a[name], b[name]) for name in a]
 
 
-def test_states_survive_a_file_exactly(method: Method) -> None:
+def test_property_8_states_survive_a_file_exactly(method: Method) -> None:
     """Sender and server states are plain tensors; saved and loaded they continue to the same bits."""
     up, ids = method.up, torch.arange(CLIENTS)
 
@@ -316,32 +400,136 @@ def test_states_survive_a_file_exactly(method: Method) -> None:
     assert all(torch.equal(a, b) for a, b in _pairs(resumed, direct))
 
 
+def met(
+    method: Method, g_CD: Tensor, senders: State, state: State, round: Round
+) -> tuple[list[Message], State, State]:
+    """A round whose messages meet as in a run: each pass's message, the clients' state and the server's."""
+    weights_C, sent = torch.full((CLIENTS,), 1 / CLIENTS, dtype=torch.float64), []
+    for index, up in enumerate(method.passes):
+        ctx = at(method, round.t, state=state)
+        message, after = up.compress(g_CD, senders, ctx)
+        v_CS, _ = up.decompress(message, believed(up, senders) if up is method.up else {}, ctx)
+        total = Sums(device=PLACE)(up, CLIENTS)
+        total.add(v_CS, weights_C)
+        sent.append(message)
+        if up is not method.up:
+            state = method.server.between(state, index, total.value(), round)
+    return sent, after, method.server.finish(state, total.value(), round)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_property_10_a_part_beside_others_gives_what_it_gives_alone(name: str) -> None:
+    """The same messages, states, downloads and parameters to the bit, as a method of its own for its tensors alone."""
+    beside = planned(CASES[name])
+    part = next(p for p in beside.parts if p.seed == 1)
+    alone = methods.build(CASES[name], part.spec, Setup(seed=1))
+    theta_D = torch.linspace(-1, 1, SPEC.size, device=PLACE)
+    rule, own = beside.method.server, alone.server
+    assert isinstance(rule, JointServer)
+    state, view = rule.init(theta_D), rule.view(theta_D)
+    state_alone, view_alone = own.init(theta_D[part.at].clone()), own.view(theta_D[part.at].clone())
+    senders, senders_alone = (start(m)[0].get(torch.arange(CLIENTS)) for m in (beside.method, alone))
+    prefix = f"{part.name}."
+    for t in range(5):
+        g_CD, round = gradients(t), at(alone, t).round
+        wide, senders, state = met(beside.method, g_CD, senders, state, round)
+        narrow = g_CD[:, part.at].contiguous()
+        single, senders_alone, state_alone = met(alone, narrow, senders_alone, state_alone, round)
+        for whole, message in zip(wide, single, strict=True):
+            assert equal(Message(unnest(whole.arrays, prefix), unnest(whole.lengths, prefix)), message)
+        assert all(torch.equal(a, b) for a, b in _pairs(unnest(senders, prefix), senders_alone))
+        assert all(torch.equal(a, b) for a, b in _pairs(rule.part(state, part), state_alone))
+        if t % 3 == 1:
+            seen = int(view["version"])
+            download, single_download = rule.download(state, seen), own.download(state_alone, seen)
+            assert equal(Message(unnest(download.arrays, prefix)), single_download)
+            view = rule.reconcile(view, download, t + 1)
+            view_alone = own.reconcile(view_alone, single_download, t + 1)
+            assert all(torch.equal(a, b) for a, b in _pairs(rule.part(view, part), view_alone))
+    buffer = beside.parts[-1].at  # x before - x after
+    changes = sum((gradients(t)[:, buffer].mean(0) for t in range(5)), theta_D.new_zeros(4))
+    torch.testing.assert_close(state["theta"][buffer], theta_D[buffer] - changes)
+
+
+# Clients differ in their samples, by a partition that costs little.
+_COMMON = SMALL | {"partition": {"name": "power"}}
 RUNS = {
-    f"{name} {variant}".strip(): {**SMALL, "method": {"name": name, **entry.example, **options}}
+    f"{name} {variant}".strip(): {**_COMMON, "method": {"name": name, **entry.example, **options}}
     for name, entry in METHODS.items()
     for variant, options in {"": {}, **entry.variants}.items()
 }
+RUNS_BESIDE = {
+    f"{name} beside others": {
+        **_COMMON,
+        "model": {"name": "tests.nets:build"},
+        "parts": [{"match": "norm.*", "travels": "exact"}],
+        "method": {"name": name, **entry.example},
+        "rounds": 3,
+    }
+    for name, entry in METHODS.items()
+}
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_any_number_of_ranks_and_both_topologies_are_the_same_run(name: str) -> None:
-    """Threads as ranks; tests/test_ranks.py does the same with real MPI processes. The fast suite leaves out what adds
-    least: one rank, four, two with an aggregator, and sums of floats (which differ from exact ones where ranks meet
-    only) at another number than three."""
-    full = "FEDMPI_FULL" in os.environ
-    for exact in (True, False):
-        reference = outcome({**RUNS[name], "reproducible": exact}, solo())
-        for topology in ("allreduce", "aggregator"):
-            few = (2, 3) if exact and topology == "allreduce" else (3,)
-            for ranks in (1, 2, 3, 4) if full else few:
-                values = {**RUNS[name], "reproducible": exact, "topology": topology}
-                results = run_ranks(ranks, lambda comm, values=values: outcome(values, comm), timeout=60)
-                for result in results:
-                    assert_same_run(result, reference, exact)
+def meetings(name: str, exact: bool) -> Iterator[tuple[str, int]]:
+    """The topologies and numbers of ranks at which a run is tried. The fast suite leaves out what adds least: one rank,
+    four, two with an aggregator, and sums of floats (which differ from exact ones where ranks meet only) at another
+    number than three; and of parts, which add up as their methods do, what a second number or topology adds."""
+    full, parts = "FEDMPI_FULL" in os.environ, name in RUNS_BESIDE
+    for topology in ("allreduce", "aggregator"):
+        if full:
+            numbers: tuple[int, ...] = (1, 2, 3, 4)
+        elif parts:
+            numbers = (2,) if exact and topology == "allreduce" else (3,) if topology == "aggregator" else ()
+        else:
+            numbers = (2, 3) if exact and topology == "allreduce" else (3,)
+        yield from ((topology, ranks) for ranks in numbers)
+
+
+class Runs(NamedTuple):
+    """One configuration, in one process and over ranks.
+
+    Attributes:
+      exact: equal bits are promised.
+      alone: what came of it in one process.
+      ranks: the same, of each rank of each of :func:`meetings`.
+    """
+
+    exact: bool
+    alone: dict[str, Any]
+    ranks: list[dict[str, Any]]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(name, exact) for name in RUNS | RUNS_BESIDE for exact in (True, False)],
+    ids=lambda param: param[0] if param[1] else f"{param[0]}, floats",
+)
+def runs(request: pytest.FixtureRequest) -> Runs:
+    """Threads as ranks; tests/test_ranks.py does the same with real MPI processes."""
+    name, exact = request.param
+    values = {**(RUNS | RUNS_BESIDE)[name], "reproducible": exact}
+    ranks = []
+    for topology, n in meetings(name, exact):
+        there = {**values, "topology": topology}
+        ranks += run_ranks(n, lambda comm, there=there: outcome(there, comm), timeout=60)
+    return Runs(exact, outcome(values, solo()), ranks)
+
+
+def test_property_3_any_number_of_ranks_and_both_topologies_are_the_same_run(runs: Runs) -> None:
+    for result in runs.ranks:
+        assert_same_run(result, runs.alone, runs.exact)
+
+
+def test_property_4_protocol_bytes_do_not_depend_on_the_number_of_ranks(runs: Runs) -> None:
+    for result in runs.ranks:
+        assert {n: result[n] for n in PROTOCOL} == {n: runs.alone[n] for n in PROTOCOL}
+
+
+PROTOCOL = ("upload_bytes", "download_bytes", "messages")
 
 
 def assert_same_run(result: dict[str, Any], reference: dict[str, Any], exact: bool) -> None:
-    for field in ("upload_bytes", "download_bytes", "messages"):
+    for field in PROTOCOL:
         assert result[field] == reference[field], field
     if exact:
         assert result["sha256"] == reference["sha256"]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from fedmpi.errors import ConfigError, DataError
 from fedmpi.tasks import data as data_module
-from fedmpi.tasks import fetch as fetch_module
+from fedmpi.tasks import debian
 from fedmpi.tasks.data import INSTALLED, default_folder, load
 from fedmpi.tasks.fetch import PUBLISHED, Published, Unpacked, fetch
 from fedmpi.tasks.readers.idx import STEMS, find_idx, read_idx
@@ -252,7 +252,7 @@ def origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             files={stem: Unpacked(len(raw), hashlib.sha256(raw).hexdigest()) for stem, raw in files.items()},
         )
         monkeypatch.setitem(PUBLISHED, "fashion-mnist", published)
-        monkeypatch.setattr(fetch_module.shutil, "which", lambda name: None)  # no apt-get
+        monkeypatch.setattr(debian.shutil, "which", lambda name: None)  # no apt-get
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         yield served
         server.shutdown()

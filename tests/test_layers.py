@@ -1,4 +1,7 @@
-"""Dependencies point one way: a part imports only from the parts listed for it (and from itself)."""
+"""Dependencies point one way: a part imports only from the parts listed for it (and from itself).
+
+``python -m tests.test_layers`` draws that into CONTRIBUTING.md.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fedmpi"
+CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
+_MARK = "<!-- drawn by python -m tests.test_layers -->"
 BASE = {"errors", "random"}
 LAYERS = {
     "errors": set(),
@@ -35,7 +40,8 @@ LAYERS = {
     "meet": {"comm", "errors", "message", "method", "methods", "ops", "phases"},
     "local": {"methods", "validation"},
     "plan": BASE | {"method", "methods", "spec", "validation"},
-    "config": {"errors", "local", "methods", "own", "tasks", "optimizers", "overrides", "plan", "validation"},
+    "choice": {"own", "tasks", "validation"},
+    "config": {"choice", "errors", "local", "methods", "optimizers", "overrides", "plan", "validation"},
     "engine": BASE
     | {
         "comm",
@@ -126,6 +132,27 @@ def modules() -> dict[str, Path]:
     }
 
 
+def drawing() -> str:
+    """The parts in rows: each imports from rows below its own only, and from the one below it at least."""
+    row_of: dict[str, int] = {}
+    for name in graphlib.TopologicalSorter(LAYERS).static_order():  # CycleError names the circle
+        row_of[name] = max((row_of[needed] + 1 for needed in LAYERS[name]), default=0)
+    rows = [sorted(name for name, row in row_of.items() if row == i) for i in range(max(row_of.values()) + 1)]
+    return "\n".join("   ".join(names) for names in reversed(rows))
+
+
+def drawn(text: str) -> str:
+    """CONTRIBUTING.md with the drawing of today's table."""
+    before, _, rest = text.partition(f"{_MARK}\n```\n")
+    return f"{before}{_MARK}\n```\n{drawing()}\n```{rest.partition('```')[2]}"
+
+
+def test_the_drawing_is_the_tables() -> None:
+    text = CONTRIBUTING.read_text()
+    assert _MARK in text
+    assert drawn(text) == text, "python -m tests.test_layers draws it anew"
+
+
 def test_no_module_needs_itself() -> None:
     """Imports in functions and those for types only count too."""
     paths, needs = modules(), {}
@@ -139,3 +166,7 @@ def test_no_module_needs_itself() -> None:
                 found |= {name if name in paths else node.module for name in names}
         needs[module] = found & paths.keys() - {module}
     graphlib.TopologicalSorter(needs).prepare()  # CycleError names the circle
+
+
+if __name__ == "__main__":
+    CONTRIBUTING.write_text(drawn(CONTRIBUTING.read_text()))

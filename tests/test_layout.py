@@ -17,7 +17,8 @@ from fedmpi.engine.trainer import Trainer
 from fedmpi.local import Local
 from fedmpi.spec import Spec
 from fedmpi.tasks import models
-from fedmpi.tasks.data import Split
+from fedmpi.tasks.data import Data, Split
+from fedmpi.tasks.metrics import measures
 from fedmpi.tasks.objectives import OBJECTIVES
 from fedmpi.tasks.partitions import Partition
 
@@ -112,6 +113,8 @@ def test_training_is_that_of_a_plain_loop(options: dict[str, Any], masked: bool)
         for n, value in spec.views(theta_D).items():
             parameters[n].data = value
         expected = float((plain(x).argmax(1) == y).float().mean())
-    assert evaluate(trainer, OBJECTIVES["cross_entropy"], theta_D, Split(x, y), 4, solo())[
-        0
-    ] == pytest.approx(expected)
+    split = Split(x, y)
+    found = evaluate(
+        trainer, measures(OBJECTIVES["cross_entropy"], Data("", split, split, 10)), theta_D, split, 4, solo()
+    )
+    assert found["accuracy"] == pytest.approx(expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from torch import nn
 
 from fedmpi import random
+from fedmpi.comm import run_ranks
 from fedmpi.errors import ConfigError
 from fedmpi.tasks.dataset import IGNORE, PAD
+from fedmpi.tasks.metrics import METRICS, Task
 from fedmpi.tasks.models import MODELS, build, check_supported, initialize
 from fedmpi.tasks.objectives import OBJECTIVES, check, squared_hinge
 
@@ -255,7 +258,7 @@ def test_unet_and_resnet_shapes() -> None:
 def test_objective() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.0], [1.0, 1.0, 0.0]])
     y = torch.tensor([0, 2, 0])
-    loss, correct, *_ = OBJECTIVES["cross_entropy"]
+    loss = OBJECTIVES["cross_entropy"].loss
     want = (
         -sum(
             math.log(math.exp(row[i]) / sum(map(math.exp, row)))
@@ -264,8 +267,7 @@ def test_objective() -> None:
         / 3
     )
     assert loss(logits, y).item() == pytest.approx(want)
-    assert correct(logits, y).item() == 2
-    assert correct(logits, y).dtype == torch.int64
+    assert METRICS["accuracy"].of(Task("classes", 3), logits, y).tolist() == [2, 3]
 
 
 def test_squared_hinge() -> None:
@@ -285,7 +287,7 @@ def test_pixels_and_tokens_leave_out_what_does_not_count() -> None:
     logits[:, :, 0, 0] = torch.tensor([0.0, 9.0, 0.0])
     y[:, 0, 0] = torch.tensor([1, 2])
     one = logits[:, :, :1, :1], y[:, :1, :1]
-    assert OBJECTIVES["pixels"].correct(*one).item() == 1
+    assert METRICS["accuracy"].of(Task("pixels", 3), *one).tolist() == [1, 2]
 
     words, x = torch.randn(2, 4, 7), torch.tensor([[1, 2, 3, 4, 6], [IGNORE, 5, IGNORE, 6, IGNORE]])
     x[0, 4] = IGNORE  # the logits end a token sooner: nothing counts there
@@ -296,21 +298,39 @@ def test_pixels_and_tokens_leave_out_what_does_not_count() -> None:
     assert token.count(x) == 5
     words[0, 1, 3] = 99
     words[1, 0, 4] = 99
-    assert token.correct(words, x).item() == 1 + sum(
-        int(words[b, t].argmax() == k) for b, t, k in rows[:1] + rows[2:3] + rows[4:]
-    )
+    right = 1 + sum(int(words[b, t].argmax() == k) for b, t, k in rows[:1] + rows[2:3] + rows[4:])
+    assert METRICS["accuracy"].of(Task("tokens", 7), words, x).tolist() == [right, 5]
 
 
 def test_values_count_as_right_when_near() -> None:
     row = OBJECTIVES["squared_error"]
     out, y = torch.tensor([[0.5, 0.5], [0.1, 0.9]]), torch.tensor([[0.51, 0.6], [0.1, 0.9]])
     assert row.loss(out, y).item() == pytest.approx((0.01**2 + 0.1**2) / 4)
-    assert (row.correct(out, y).item(), row.count(y)) == (3, 4)
+    assert METRICS["near"].of(Task("values", 2), out, y).tolist() == [3, row.count(y)] == [3, 4]
 
 
 def test_an_objective_that_does_not_fit_the_targets_is_named() -> None:
     check("cross_entropy", torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ConfigError, match=r"loss: cross_entropy expects .* fitting: squared_error"):
+    with pytest.raises(
+        ConfigError, match=r"loss: cross_entropy expects .* fitting: binary_cross_entropy, squared_error"
+    ):
         check("cross_entropy", torch.zeros(3, 2))
     with pytest.raises(ConfigError, match="fitting: pixels"):
         check("next_token", torch.zeros(3, 4, 4, dtype=torch.int64))
+
+
+def test_threads_build_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of transformers: who builds first imports the model's module, and others would find half of it."""
+    inside: list[int] = []
+    most: list[int] = []
+
+    def slow(shape: Any, classes: int, options: Any) -> nn.Module:
+        inside.append(1)
+        time.sleep(0.01)
+        most.append(len(inside))
+        inside.pop()
+        return nn.Linear(1, 1)
+
+    monkeypatch.setitem(MODELS, "decoder", MODELS["decoder"]._replace(build=slow))
+    run_ranks(4, lambda comm: build("decoder", (4,), 8, KEY))
+    assert most == [1] * 8, "twice each: for its size, and for good"

@@ -74,7 +74,7 @@ def test_a_few_wrong_clients_hardly_matter(method: Any, rule: str) -> None:
         simulation.trainer.train = attack  # type: ignore[method-assign]
         for t in range(8):
             simulation.round(t)
-        return simulation.accuracy, simulation.replica.parameters()
+        return simulation.measures["accuracy"], simulation.replica.parameters()
 
     attacked, theta = accuracy({**values, "server": server}, solo())
     assert attacked > 0.8 > 0.5 > accuracy(values, solo())[0]

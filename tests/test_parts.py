@@ -16,7 +16,9 @@ from fedmpi.comm import solo
 from fedmpi.engine.apart import Apart
 from fedmpi.engine.rounds import Simulation
 from fedmpi.errors import ConfigError
+from fedmpi.method import Round
 from fedmpi.methods import parse
+from fedmpi.methods.play import play
 
 from . import nets
 from .conftest import SMALL, model_hash
@@ -96,6 +98,17 @@ def test_a_part_gives_what_it_gives_alone(method: Any, exact: bool) -> None:
     alone, beside = (of.spec.views(of.replica.parameters()) for of in made)
     assert set(alone) == {"hidden.weight", "hidden.bias"}
     assert all(torch.equal(value, beside[name]) for name, value in alone.items())
+
+
+def test_a_round_in_one_process_counts_votes_beside_numbers() -> None:
+    """play(): the sum of votes, the mean of numbers, the least change of a counter."""
+    tensors = plan.Tensors({"a": (2, 3), "b": (2,)}, {"n": ()}, frozenset({"n"}), frozenset())
+    method = plan.make(tensors, parse("signsgd"), [plan.Rule(match="b", travels="exact")]).method
+    g_CX = torch.tensor([[1.0, 3, *[5.0] * 6, -1], [2.0, 4, *[5.0] * 6, -2], [6.0, 5, *[-5.0] * 6, 0]])
+    done = play(method, g_CX, {}, method.server.init(torch.zeros(9)), Round(0, 0, 1.0))[-1]
+    assert done.mean_S.tolist() == [3, 4, *[1] * 6, *done.v_CS[:, 8:-1].sum(0).tolist(), -2]
+    state = method.server.finish(done.state, done.mean_S, done.ctx.round)
+    assert state["theta"].tolist() == [-3, -4, *[-1] * 6, 2]
 
 
 def _given(of: Simulation, g_CD: Tensor) -> Any:

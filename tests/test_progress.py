@@ -13,6 +13,7 @@ import pytest
 
 from fedmpi.engine import progress
 from fedmpi.engine.progress import Display, human
+from fedmpi.tasks.metrics import METRICS
 
 
 class Terminal:
@@ -61,7 +62,7 @@ def show(rounds: int, start: int = 0, **options: Any) -> None:
     display = Display("topk", rounds, **options)
     display.say("a sentence above [it]")
     display.say("")
-    display.start(start, {"upload": 3_000, "download": 0})
+    display.start(start, {"upload": 3_000, "download": 0}, {"accuracy": METRICS["accuracy"]})
     for t in range(start, rounds):
         display.round(line(t, accuracy=0.5 if t else None, loss=None if t == start else 0.25))
     display.close()
@@ -75,7 +76,7 @@ def test_a_terminal_has_a_bar_with_a_sentence_above(
     shown = terminal.shown()
     assert "a sentence above [it]\r\n" in shown
     assert shown.index("a sentence") < shown.rindex("3/3")
-    assert "loss 0.2500 acc 50.0% up 7.5 kB down 60 B" in shown
+    assert "loss 0.2500 accuracy 50.0% up 7.5 kB down 60 B" in shown
     assert "round 3/3" not in shown, "no lines of a log beside the bar"
     assert capsys.readouterr().out == ""
 

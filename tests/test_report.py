@@ -206,7 +206,7 @@ def test_folders_that_are_no_finished_run(tmp_path: Path) -> None:
     assert f"{metrics}, line 3: not JSON, cut off or damaged (EOF" in damaged(metrics, cut)
     assert f"{metrics}, line 2: not JSON" in damaged(metrics, lines[0] + "\n" + "".join(lines[1:]))
     assert f"{metrics}, line 1: accuracy: Field required" in damaged(
-        metrics, '{"round": 0, "upload_bytes": 3}\n'
+        metrics, '{"round": 0, "upload_bytes": 3, "download_bytes": 3}\n'
     )
     assert f"{metrics}: expected 6 lines, a line a round, got 5" in damaged(metrics, "".join(lines[:5]))
     assert f"{summary}: not JSON" in damaged(summary, good[summary][:-1])

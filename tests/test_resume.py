@@ -20,14 +20,14 @@ from fedmpi.errors import ConfigError
 from fedmpi.methods import METHODS
 
 from .interrupted import LOOKBACK, SAVED, TOPK, lines, only, outcome, rounds_saved, train
-from .test_conformance import RUNS
+from .test_conformance import RUNS, RUNS_BESIDE
 
 EXAMPLES = [name for name in RUNS if name in METHODS]
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_every_method_resumes_exactly_at_half_the_ranks(name: str, tmp_path: Path) -> None:
-    values = {**SAVED, "method": RUNS[name]["method"], "topology": "aggregator"}
+@pytest.mark.parametrize("name", [*EXAMPLES, *RUNS_BESIDE])
+def test_property_8_every_method_resumes_exactly_at_half_the_ranks(name: str, tmp_path: Path) -> None:
+    values = {**SAVED, **(RUNS | RUNS_BESIDE)[name], "rounds": 5, "topology": "aggregator"}
     train(values, tmp_path, ranks=4)
     expected = outcome(tmp_path)
     train(values, tmp_path, ranks=2, resume=True)
@@ -110,6 +110,26 @@ def test_data_parallel_training_resumes_exactly(name: str, exact: bool, tmp_path
             ConfigError, match=r"rounds is 6, but .* with 5, on which server.schedule: cosine depends"
         ):
             train({**values, "rounds": 6}, tmp_path, ranks=3, resume=True)
+
+
+def test_local_updates_resume_exactly(tmp_path: Path) -> None:
+    """The optimizers' memories, the place in the data, and rates that change from step to step and depend on rounds."""
+    local = {"lr": 0.01, "optimizer": "adamw", "steps": 3, "batch": 100, "schedule": {"name": "linear"}}
+    values = {
+        **{key: SAVED[key] for key in ("data", "model", "rounds", "seed", "checkpoint")},
+        "mode": "data_parallel",
+        "local": local,
+        "server": {"optimizer": "nesterov", "lr": 0.007},
+        "method": {"name": "topk", "ratio": 0.1, "feedback": True},
+    }
+    train(values, tmp_path, ranks=3)
+    expected = outcome(tmp_path)
+    train(values, tmp_path, ranks=3, resume=True)
+    assert outcome(tmp_path) == expected
+    with pytest.raises(
+        ConfigError, match=r"rounds is 6, but .* with 5, on which local.schedule: linear depends"
+    ):
+        train({**values, "rounds": 6}, tmp_path, ranks=3, resume=True)
 
 
 def test_floats_resume_to_the_same_bits_at_the_same_number_of_ranks(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ REFUSED = {
     "a: !!python/object/apply:os.system [ls]": "line 1: could not determine a constructor",
     "a: &x [*x]": "the alias *x stands inside its own anchor",
     "a: *x": "line 1: not YAML: found undefined alias 'x'",
-    "a: 1\n\tb: 2": "line 2: not YAML: found character a tab (indent with spaces)",
+    "a: 1\n\tb: 2": "line 2: not YAML: found a tab where an indent or a value begins; expected spaces",
     "a: {b: 1": "not YAML: ",
     "a: 1\n---\nb: 2": "not YAML: ",
     "a: \x00": "not YAML: ",

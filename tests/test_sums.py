@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fedmpi import random
 from fedmpi.comm import run_ranks
 from fedmpi.errors import NumericalError
-from fedmpi.meet.sums import Sum
+from fedmpi.meet.sums import Mixed, Sum
+from fedmpi.method import Segment
 
 values32 = st.floats(-1000, 1000, width=32)
 
@@ -57,6 +58,72 @@ def test_exact_sum_has_the_same_bits_in_any_order(case):
         true = math.fsum(row[column] * weight for row, weight in zip(rows, weights, strict=True))
         bound = len(rows) * 2.0**-41 + abs(true) * 2.0**-23
         assert abs(float(whole.value()[column]) - true) <= bound
+
+
+KINDS = (Segment(3, "mean"), Segment(2, "votes"), Segment(3, "total"), Segment(2, "least"))
+
+
+@given(splits(), st.permutations(KINDS), st.integers(0, 2**32))
+@settings(deadline=None, max_examples=100)
+def test_property_3_stretches_of_all_kinds_have_the_same_bits_in_any_split(case, kinds, key):
+    """Beside each other, in any order: means and totals as exact sums of their own, votes counted, the least or 0."""
+    rows, weights, ranks = case
+    count = len(rows)
+    of = {
+        "mean": torch.tensor(rows, dtype=torch.float32),
+        "votes": random.uniform(random.key(key), 2 * count).view(count, 2).sub(0.5).sign(),
+        "total": torch.tensor(rows, dtype=torch.float32).flip(0) / 8,
+        "least": random.uniform(random.key(key, stream="least"), 2 * count)
+        .view(count, 2)
+        .mul(99)
+        .sub(60)
+        .round(),
+    }
+    v_CS, w_C = torch.cat([of[kind] for _, kind in kinds], 1), torch.tensor(weights, dtype=torch.float64)
+
+    def total(chunks):
+        mixed = Mixed(kinds, exact=True, terms=count)
+        for chunk in chunks:
+            mixed.add(v_CS[chunk], w_C[chunk])
+        return mixed
+
+    whole = total([list(range(count))])
+
+    def main(comm):
+        share = total(ranks[comm.rank])
+        share.over(comm)
+        return share.value()
+
+    assert all(torch.equal(value, whole.value()) for value in run_ranks(len(ranks), main))
+    for (_, kind), value in zip(kinds, whole.value().split([size for size, _ in kinds]), strict=True):
+        if kind == "votes":
+            assert value.tolist() == of[kind].sum(0).tolist()
+        elif kind == "least":
+            assert value.tolist() == of[kind].amin(0).clamp(max=0).tolist()
+        else:
+            alone = exact(count)
+            alone.add(of[kind], w_C if kind == "mean" else torch.ones_like(w_C))
+            assert torch.equal(value, alone.value())
+
+
+@given(splits())
+@settings(deadline=None, max_examples=40)
+def test_property_2_stretches_are_additive(case):
+    """The exact sums of two shares are the sum of both: votes and totals count one each, whoever sends them."""
+    rows, weights, _ = case
+    v_CS, w_C = torch.tensor(rows, dtype=torch.float32), torch.tensor(weights, dtype=torch.float64)
+    kinds = (Segment(1, "mean"), Segment(1, "votes"), Segment(1, "total"))
+    v_CS[:, 1] = v_CS[:, 1].sign()
+    half = len(rows) // 2
+    parts = []
+    for chunk in (slice(half), slice(half, None), slice(None)):
+        mixed = Mixed(kinds, exact=True, terms=len(rows))
+        mixed.add(v_CS[chunk], w_C[chunk])
+        parts.append(mixed.total_S)
+    assert torch.equal(parts[0] + parts[1], parts[2])
+    lighter = Mixed(kinds, exact=True, terms=len(rows))
+    lighter.add(v_CS, w_C / 2)
+    assert torch.equal(lighter.total_S[1:], parts[2][1:])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

@@ -21,8 +21,9 @@ from fedmpi.errors import FedMPIError, NumericalError
 from fedmpi.local import Local
 from fedmpi.methods import METHODS
 from fedmpi.tasks import models
-from fedmpi.tasks.data import Split
+from fedmpi.tasks.data import Data, Split
 from fedmpi.tasks.dataset import IGNORE
+from fedmpi.tasks.metrics import measures
 from fedmpi.tasks.objectives import OBJECTIVES
 from fedmpi.tasks.partitions import Partition
 
@@ -321,8 +322,9 @@ def test_test_loss_of_a_diverged_model():
     test = simulation.data.test
     logits = test.x.flatten(1).double() @ W.T + b
     expected = float(torch.nn.functional.cross_entropy(logits, test.y))
-    accuracy, loss = evaluate(simulation.trainer, simulation.objective, theta, test, 1000, solo())
-    assert accuracy == pytest.approx(float((logits.argmax(1) == test.y).double().mean()), abs=0.01)
+    found = evaluate(simulation.trainer, simulation.measured, theta, test, 1000, solo())
+    loss = found["test_loss"]
+    assert found["accuracy"] == pytest.approx(float((logits.argmax(1) == test.y).double().mean()), abs=0.01)
     assert expected * len(test.y) > 2**23, "not beyond the fixed point: a test of nothing"
     assert loss == pytest.approx(expected, rel=1e-4)
 
@@ -353,7 +355,10 @@ def test_targets_that_are_ignored_count_nowhere(loss: str, together: bool) -> No
     index = torch.arange(24)
     left = Partition(index, torch.tensor([0, 12, 24]))
     kept = Partition(index[counts], torch.tensor([0, 9, 19]))
-    whole, objective = trainer(loss=loss, together=together), OBJECTIVES[loss]
+    whole, measured = (
+        trainer(loss=loss, together=together),
+        measures(OBJECTIVES[loss], Data("", data, data, 10)),
+    )
     start = theta(whole)
     got, expected = whole.train(start, data, left, ids, 0), whole.train(start, data, kept, ids, 0)
     torch.testing.assert_close(got.g_CD, expected.g_CD)
@@ -362,8 +367,8 @@ def test_targets_that_are_ignored_count_nowhere(loss: str, together: bool) -> No
     torch.testing.assert_close(parts.g_CD, expected.g_CD)
     torch.testing.assert_close(parts.loss_C, expected.loss_C)
     test = Split(data.x[counts], data.y[counts])
-    assert evaluate(whole, objective, start, data, 5, solo()) == pytest.approx(
-        evaluate(whole, objective, start, test, 5, solo()), rel=1e-6
+    assert evaluate(whole, measured, start, data, 5, solo()) == pytest.approx(
+        evaluate(whole, measured, start, test, 5, solo()), rel=1e-6
     )
     # Steps of several samples weigh in a client's loss by what counts in them; one may have nothing.
     steps = trainer(loss=loss, together=together, batch=3, epochs=1, lr=1e-9)

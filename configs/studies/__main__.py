@@ -1,6 +1,7 @@
 """The studies behind this repository's documents, from its top folder:
 
 python -m configs.studies link      data-parallel training across slow links
+python -m configs.studies local     local updates: loss and bytes against data-parallel steps
 python -m configs.studies scale     what grows with ranks, clients, cohort, D and d
 python -m configs.studies claims    the papers' claims beside our figures
 """
@@ -8,6 +9,7 @@ python -m configs.studies claims    the papers' claims beside our figures
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m configs.studies", description="The studies behind this repository's documents."
     )
+    parser.set_defaults(check=False)
     commands = parser.add_subparsers(required=True, metavar="STUDY")
     add_benches(commands, STUDIES)
     _claims_arguments(commands)
@@ -109,6 +112,64 @@ def _link(arguments: argparse.Namespace) -> Outcome:
     )
 
 
+def _local_arguments(parser: argparse.ArgumentParser) -> None:
+    from configs.studies.local import CASES
+
+    parser.add_argument(
+        "--config", default="configs/kjv/gpt-100k.yaml", help="data, model, batch (%(default)s)"
+    )
+    parser.add_argument("--ranks", type=positive, default=4, metavar="W", help="threads of this process (4)")
+    parser.add_argument("--steps", type=positive, default=300, metavar="N", help="of every rank (300)")
+    parser.add_argument(
+        "--every", type=positive, default=20, metavar="H", help="steps a synchronisation (20)"
+    )
+    parser.add_argument(
+        "--seed", type=_seed, action="append", metavar="S", help="compare on these (1, 2, 3; rates: on 0)"
+    )
+    parser.add_argument(
+        "--rate",
+        type=_rate,
+        action="append",
+        metavar="R",
+        help="AdamW's, tried on seed 0 (0.0015 to 0.012); one: taken",
+    )
+    parser.add_argument("--case", action="append", choices=list(CASES), help="only this")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write local.json there after every run, and go on from it"
+    )
+
+
+def _seed(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a rate above 0, got {text!r}")
+    return rate
+
+
+def _local(arguments: argparse.Namespace) -> Outcome:
+    from configs.studies.local import CASES, RATES, TUNED, Study, Task
+
+    def say(line: str) -> None:
+        print(f"fedmpi: {line}", file=sys.stderr, flush=True)
+
+    task = Task.of(arguments.config, arguments.ranks, arguments.steps, arguments.every)
+    path = None if arguments.out is None else arguments.out / "local.json"
+    study = Study(task, arguments.seed or (1, 2, 3), arguments.rate or RATES, path)
+    if len(study.rates) > 1 and TUNED in study.seeds:
+        raise ConfigError(f"--seed: expected others than {TUNED}, on which rates are chosen, got {TUNED}")
+    study.run(say, arguments.case or list(CASES))
+    return study
+
+
 def _claims_arguments(commands: Any) -> None:
     claims = commands.add_parser(
         "claims",
@@ -147,6 +208,11 @@ def _claims(arguments: argparse.Namespace) -> int:
 STUDIES: dict[str, Bench] = {
     "scale": Bench(
         "what grows with ranks, clients, cohort, D and d; a page of arithmetic", _scale_arguments, _scale
+    ),
+    "local": Bench(
+        "local updates: loss and bytes against data-parallel steps, on a byte-level GPT",
+        _local_arguments,
+        _local,
     ),
     "link": Bench(
         "data-parallel steps and trainings across slow links, against DDP's bf16 hook (Linux, root)",

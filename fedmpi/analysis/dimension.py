@@ -120,9 +120,15 @@ def _method(config: Config, schedule: str | None) -> dict[str, Any]:
 def _check(jobs: Sequence[Job]) -> None:
     for name, error in sweep.failures(jobs).items():
         raise DataError(f"dimension: {name} failed, so nothing can be compared with it: {error}")
-    for job, accuracy in zip(jobs, sweep.points(jobs)[0]["accuracy"], strict=True):
+    for job, accuracy in zip(jobs, _accuracies(jobs), strict=True):
         if accuracy is None or not math.isfinite(accuracy):
             raise DataError(f"dimension: {job.name}: expected an accuracy, got {accuracy}")
+
+
+def _accuracies(jobs: Sequence[Job]) -> list[float | None]:
+    """None of a run that measures something else."""
+    found: list[float | None] = sweep.points(jobs)[0].get("accuracy", [None] * len(jobs))
+    return found
 
 
 def analyze(

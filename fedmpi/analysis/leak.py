@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from fedmpi import random
 from fedmpi.engine.rounds import Simulation
 from fedmpi.method import Compressor, Context, Method, Round, State
-from fedmpi.methods import fetchsgd
 from fedmpi.methods.play import play
 from fedmpi.spec import Spec
 
@@ -109,13 +108,6 @@ def _encoder(up: Compressor, state: State, ctx: Context) -> Callable[[Tensor], T
     return encode
 
 
-def adjoint(up: Compressor, ctx: Context) -> Callable[[Tensor], Tensor]:
-    """The transpose of a linear codec: its lift, but for a sketch, whose lift is a median."""
-    if isinstance(up, fetchsgd.Sketch):
-        return up.sketch.transpose
-    return lambda v_1S: up.lift(v_1S, ctx)
-
-
 def is_linear(up: Compressor, state: State, ctx: Context) -> bool:
     """Whether encoding F is linear with the known transpose: ⟨F a, v⟩ = ⟨a, Fᵀ v⟩ for a random a and v."""
     if not up.additive:
@@ -123,7 +115,7 @@ def is_linear(up: Compressor, state: State, ctx: Context) -> bool:
     a_1D = random.normal(random.key(0, stream="adjoint a"), up.spec.size)[None]
     v_1S = random.normal(random.key(0, stream="adjoint v"), up.size)[None]
     left = (_encoder(up, state, ctx)(a_1D) * v_1S).double()
-    right = (a_1D * adjoint(up, ctx)(v_1S)).double()
+    right = (a_1D * up.transpose(v_1S, ctx)).double()
     scale = max(float(left.norm()), float(right.norm()), 1e-30)
     return abs(float(left.sum() - right.sum())) <= _ADJOINT * scale
 
@@ -131,8 +123,11 @@ def is_linear(up: Compressor, state: State, ctx: Context) -> bool:
 def _payload_mismatch(up: Compressor, state: State, ctx: Context, v_1S: Tensor) -> Callable[[Tensor], Tensor]:
     encode, size = _encoder(up, state, ctx), v_1S.square().sum().clamp(min=1e-30)
 
+    def adjoint(v_1S: Tensor) -> Tensor:
+        return up.transpose(v_1S, ctx)
+
     def mismatch(g_D: Tensor) -> Tensor:
-        guess_1S: Tensor = _Linear.apply(g_D[None], encode, adjoint(up, ctx))  # type: ignore[no-untyped-call]
+        guess_1S: Tensor = _Linear.apply(g_D[None], encode, adjoint)  # type: ignore[no-untyped-call]
         return (guess_1S - v_1S).square().sum() / size
 
     return mismatch
@@ -157,7 +152,7 @@ class Victim:
     """A run's model and the gradient of its loss on one image, in float64: mismatches become tiny in the end."""
 
     def __init__(self, simulation: Simulation) -> None:
-        self.data, self.spec, self.loss = simulation.data, simulation.spec, simulation.objective.loss
+        self.data, self.spec, self.loss = simulation.data, simulation.spec, simulation.measured.objective.loss
         self.theta_D = simulation.replica.parameters()
         self.model = smooth(copy.deepcopy(simulation.trainer.model)).double()
         self.parameters = [dict(self.model.named_parameters())[name] for name in self.spec.names]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from fedmpi.analysis.page import png
 from fedmpi.analysis.runs import Point, Run
+from fedmpi.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ _PANEL = 2.4  # inches of one map of a grid
 
 
 class Against(NamedTuple):
-    """What accuracy is drawn against."""
+    """What the metric is drawn against."""
 
     x: Callable[[Point], float]
     title: str
@@ -35,14 +36,12 @@ class Against(NamedTuple):
     nbytes: bool = True
 
 
-ROUNDS = Against(lambda p: p.rounds, "Accuracy by round", "round", nbytes=False)
-UPLOADED = Against(
-    lambda p: p.uploaded, "Accuracy by uploaded bytes", "uploaded by all clients (bytes, logarithmic)"
-)
+ROUNDS = Against(lambda p: p.rounds, "by round", "round", nbytes=False)
+UPLOADED = Against(lambda p: p.uploaded, "by uploaded bytes", "uploaded by all clients (bytes, logarithmic)")
 DOWNLOADED = Against(
-    lambda p: p.downloaded, "Accuracy by downloaded bytes", "downloaded by all clients (bytes, logarithmic)"
+    lambda p: p.downloaded, "by downloaded bytes", "downloaded by all clients (bytes, logarithmic)"
 )
-TOTAL = Against(lambda p: p.total, "Accuracy by total bytes", "sent both ways (bytes, logarithmic)")
+TOTAL = Against(lambda p: p.total, "by total bytes", "sent both ways (bytes, logarithmic)")
 
 
 def panels_for(runs: Sequence[Run]) -> Sequence[Against]:
@@ -51,8 +50,26 @@ def panels_for(runs: Sequence[Run]) -> Sequence[Against]:
     if not links:
         return (ROUNDS, UPLOADED)
     label = f"simulated seconds ({'; '.join(links)})"
-    timed = Against(lambda p: p.seconds, "Accuracy by simulated time", label, nbytes=False)
+    timed = Against(lambda p: p.seconds, "by simulated time", label, nbytes=False)
     return (ROUNDS, UPLOADED, TOTAL, timed)
+
+
+class Measured(NamedTuple):
+    """What runs report first: accuracy, for classes."""
+
+    title: str
+    share: bool  # all of it is shown in percent
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Measured:
+        names = sorted(set(names)) or ["accuracy"]
+        return cls(
+            ", ".join(names).capitalize(), all(name in METRICS and METRICS[name].share for name in names)
+        )
+
+    @property
+    def label(self) -> str:
+        return f"{self.title.lower()} on the test set{' (%)' if self.share else ''}"
 
 
 def figure(width: float, height: float) -> Figure:
@@ -72,22 +89,23 @@ def tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def accuracy_picture(
+def score_picture(
     groups: Mapping[str, Sequence[Run]],
     panels: Sequence[Against] = (ROUNDS, UPLOADED),
     band: bool = False,
 ) -> bytes:
-    """A PNG of accuracy, a panel for each of ``panels``.
+    """A PNG of what runs report first (accuracy, for classes), a panel for each of ``panels``.
 
     Args:
       groups: runs that look the same (they differ in the seed only), by label.
-      panels: what accuracy is drawn against.
+      panels: what it is drawn against.
       band: a group's mean and its standard error as a band, in place of a line for each of its runs.
     """
     from matplotlib.lines import Line2D
 
     labels = [name if any(r.points for r in g) else f"{name} (never evaluated)" for name, g in groups.items()]
     across = max(1, min(len(labels), 120 // (max(map(len, labels)) + 6)))
+    measured = Measured.of(run.summary.metric for group in groups.values() for run in group)
     rows = -(-len(panels) // 2)
     picture = figure(12, 5 * rows + 0.25 * -(-len(labels) // across))
     grid: Any = picture.subplots(rows, 2, sharey=True, squeeze=False)
@@ -95,9 +113,9 @@ def accuracy_picture(
         for i, group in enumerate(groups.values()):
             style = {**look(i), "linewidth": 1.8 if len(group) == 1 else 1.2}
             (_draw_mean if band and _aligned(group) else _draw_each)(axes, group, against, style)
-        _dress(axes, against)
+        _dress(axes, against, measured)
     for axes in grid[:, 0]:
-        axes.set_ylabel("accuracy on the test set (%)")
+        axes.set_ylabel(measured.label)
     handles = [Line2D([], [], **look(i)) for i in range(len(labels))]
     legend = picture.legend(handles, labels, loc="outside lower center", ncols=across, frameon=False)
     for text in legend.get_texts():
@@ -114,7 +132,7 @@ def _draw_each(axes: Axes, group: Sequence[Run], against: Against, style: dict[s
     for run in group:
         points = [p for p in run.points if against.x(p) or not against.nbytes]  # a logarithm has no zero
         marker = "o" if len(run.points) < _MARKED else None
-        x, y = [against.x(p) for p in points], [p.accuracy for p in points]
+        x, y = [against.x(p) for p in points], [p.score for p in points]
         axes.plot(x, y, marker=marker, markersize=3.5, **style)
 
 
@@ -123,7 +141,7 @@ def _draw_mean(axes: Axes, group: Sequence[Run], against: Against, style: dict[s
     x = [statistics.fmean(against.x(p) for p in step) for step in steps]
     y, error = [], []
     for step in steps:
-        mean, spread = mean_error([p.accuracy for p in step])
+        mean, spread = mean_error([p.score for p in step])
         y.append(mean)
         error.append(spread)
     start = next((i for i, value in enumerate(x) if value), len(x)) if against.nbytes else 0
@@ -139,11 +157,12 @@ def mean_error(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), error
 
 
-def _dress(axes: Axes, against: Against) -> None:
+def _dress(axes: Axes, against: Against, measured: Measured) -> None:
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-    axes.set(xlabel=against.label, title=against.title)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    axes.set(xlabel=against.label, title=f"{measured.title} {against.title}")
+    if measured.share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     if against.nbytes:
         axes.set_xscale("log")
         low, high = axes.get_xlim()

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from fedmpi.analysis import plots
 from fedmpi.analysis.page import Table, markdown_table, text_table, write
-from fedmpi.analysis.plots import accuracy_picture, panels_for
+from fedmpi.analysis.plots import panels_for, score_picture
 from fedmpi.analysis.runs import Run, load, words
 from fedmpi.engine.progress import human
 from fedmpi.errors import ConfigError, DataError
+from fedmpi.tasks.metrics import METRICS
 
 _NOTHING = "-"  # where a run has no such number: never evaluated, or nothing was sent
 
@@ -57,7 +59,7 @@ def report(runs: Sequence[Path], out: Path | None = None) -> str:
 
     out = _beside(list(folders)) if out is None else out
     document = _document(tables, loaded, f"fedmpi report {words(folders.values())} --out {words([out])}")
-    picture = accuracy_picture({label(group): group for group in groups.values()}, panels_for(loaded))
+    picture = score_picture({label(group): group for group in groups.values()}, panels_for(loaded))
     write(out / "report.png", picture, "--out")
     write(out / "report.md", document.encode(), "--out")
     parts = [(f"{title}:\n\n" if title else "") + text_table(rows, LEFT) for title, rows in tables.items()]
@@ -102,6 +104,10 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
 def _scalars(run: Run) -> float | None:
     s = run.summary
     return None if s.scalars is None or not s.messages else s.scalars / s.messages
@@ -119,9 +125,6 @@ class Column(NamedTuple):
 
 
 _COLUMNS = (
-    Column("accuracy", lambda run: run.summary.accuracy, _percent),
-    Column("clients' mean", lambda run: run.summary.client_accuracy, _percent, always=False),
-    Column("worst tenth", lambda run: run.summary.client_worst, _percent, always=False),
     Column("upload", lambda run: run.summary.upload_bytes, human),
     Column("upload ratio", lambda run: run.summary.upload_ratio, ratio),
     Column("download", lambda run: run.summary.download_bytes, human),
@@ -145,7 +148,24 @@ LEFT = 2  # so many columns of words come first
 def columns_for(runs: Iterable[Run]) -> list[Column]:
     """The columns of a table of ``runs``: those that every run has, and those that one of them has."""
     runs = list(runs)
-    return [c for c in _COLUMNS if c.always or any(c.value(run) is not None for run in runs)]
+    names = dict.fromkeys(name for run in runs for name in run.summary.metrics)
+    show = _percent if all(_is_share(run.summary.metric) for run in runs) else _number
+    clients = (
+        Column("clients' mean", lambda run: run.summary.client_score, show, always=False),
+        Column("worst tenth", lambda run: run.summary.client_worst, show, always=False),
+    )
+    every = (*map(_measured, names), *clients, *_COLUMNS)
+    return [c for c in every if c.always or any(c.value(run) is not None for run in runs)]
+
+
+def _measured(metric: str) -> Column:
+    return Column(
+        metric, lambda run: run.summary.metrics.get(metric), _percent if _is_share(metric) else _number
+    )
+
+
+def _is_share(metric: str) -> bool:
+    return metric in METRICS and METRICS[metric].share
 
 
 def table(columns: list[Column], groups: list[list[Run]]) -> Table:
@@ -180,12 +200,13 @@ def _cell(column: Column, group: list[Run]) -> str:
 
 def _document(tables: dict[str, Table], runs: list[Run], command: str) -> str:
     """report.md."""
+    title = plots.Measured.of(run.summary.metric for run in runs).title
     return "\n\n".join(
         [
             "# Comparison of runs",
             *((f"## {title}\n\n" if title else "") + markdown_table(t, LEFT) for title, t in tables.items()),
             RATIOS,
-            "![Accuracy by round and by uploaded bytes](report.png)",
+            f"![{title} by round and by uploaded bytes](report.png)",
             f"## How to get this again\n\nFrom the folder `{Path.cwd()}`:",
             "```sh\n" + "\n".join([*map(_command, runs), command]) + "\n```\n",
         ]

@@ -9,13 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fedmpi import strict_yaml
 from fedmpi.engine import manifest
 from fedmpi.errors import CheckpointError, DataError
+from fedmpi.tasks.metrics import METRICS
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -23,8 +24,11 @@ Model = TypeVar("Model", bound=BaseModel)
 class Summary(BaseModel):
     """What of summary.json is shown."""
 
+    model_config = ConfigDict(extra="allow")  # metrics by their names, and what is not shown
+
     method: str
-    accuracy: float | None
+    metric: str = "accuracy"
+    score: float | None  # of this metric
     rounds: int
     messages: int
     scalars: int | None = None
@@ -36,31 +40,48 @@ class Summary(BaseModel):
     values_only: dict[str, float | None] = {}
     seconds: float
     simulated_seconds: float | None = None
-    client_accuracy: float | None = None
+    client_score: float | None = None
     client_worst: float | None = None
     seed: int
     ranks: int = 1
     comm: str = ""
 
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """All of them, the first one first."""
+        extra = self.model_extra or {}
+        names = [self.metric, *(n for n in extra if n in METRICS or ":" in n)]
+        return {n: extra[n] for n in names if isinstance(extra.get(n), float | int | None)}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(name := values.get("metric", "accuracy"), str):
+            for key, of in (("score", name), ("client_score", f"client_{name}")):
+                if of in values:
+                    values = {**values, key: values[of]}
+        return values
+
 
 class _Round(BaseModel):
     """What of a line of metrics.jsonl is drawn."""
 
+    model_config = ConfigDict(extra="allow")  # metrics, by their names
+
     round: int
-    accuracy: float | None
     upload_bytes: int
     download_bytes: int
     simulated_seconds: float = math.nan
 
 
 class Point(NamedTuple):
-    """An evaluated round: rounds, bytes of all clients and simulated seconds (or NaN) so far, and the accuracy then."""
+    """An evaluated round: rounds, bytes of all clients and simulated seconds (or NaN) so far, and the metric then."""
 
     rounds: int
     uploaded: int
     downloaded: int
     seconds: float
-    accuracy: float
+    score: float
 
     @property
     def total(self) -> int:
@@ -116,20 +137,32 @@ def load(folder: Path, name: str) -> Run:
     summary = parse(Summary, read(folder / "summary.json"), str(folder / "summary.json"))
     lines = read(metrics).splitlines()
     rounds = [parse(_Round, line, f"{metrics}, line {i}") for i, line in enumerate(lines, 1)]
+    scores = [_score(line, summary.metric, f"{metrics}, line {i}") for i, line in enumerate(rounds, 1)]
     if len(rounds) != summary.rounds:
         raise DataError(f"{metrics}: expected {summary.rounds} lines, a line a round, got {len(rounds)}")
     uploaded = accumulate(line.upload_bytes for line in rounds)
     downloaded = accumulate(line.download_bytes for line in rounds)
     seconds = accumulate(line.simulated_seconds for line in rounds)
     points = [
-        Point(line.round + 1, up, down, clock, line.accuracy)
-        for line, up, down, clock in zip(rounds, uploaded, downloaded, seconds, strict=True)
-        if line.accuracy is not None
+        Point(line.round + 1, up, down, clock, score)
+        for line, up, down, clock, score in zip(rounds, uploaded, downloaded, seconds, scores, strict=True)
+        if score is not None
     ]
     time = config.get("time")
     link = f"{time.get('upload')} Mb/s up, {time.get('download')} Mb/s down" if isinstance(time, dict) else ""
     config.pop("seed", None)
     return Run(folder, name, json.dumps(config, sort_keys=True, default=str), summary, points, link)
+
+
+def _score(line: _Round, metric: str, where: str) -> float | None:
+    """The value of ``metric``; None where the round was not evaluated."""
+    extra = line.model_extra or {}
+    if metric not in extra:
+        raise DataError(f"{where}: {metric}: Field required")
+    value = extra[metric]
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    raise DataError(f"{where}: {metric}: expected a number, got {value!r:.40}")
 
 
 def read(path: Path) -> str:

@@ -28,6 +28,7 @@ from fedmpi.comm.groups import split
 from fedmpi.engine.record import write_aside, writing
 from fedmpi.engine.run import run
 from fedmpi.errors import ConfigError, DataError, FedMPIError, Stopped
+from fedmpi.tasks.metrics import METRICS
 
 _ERROR = "error.txt"
 _KEPT = (  # of a run's summary, in the results
@@ -236,7 +237,7 @@ def points(done: Sequence[Job]) -> list[dict[str, Any]]:
             },
         )
         point["seeds"].append(job.seed)
-        for name in _KEPT:
+        for name in (*_KEPT, *(n for n in summary if (n in METRICS or ":" in n) and n not in _KEPT)):
             if name in summary:
                 point.setdefault(name, []).append(summary[name])
     return list(found.values())
@@ -252,14 +253,15 @@ def _page(
     page = Page("Sweep")
     page.text("Mean ± standard error over seeds. " + RATIOS)
     page.table(rows, LEFT)
+    title = plots.Measured.of(run.summary.metric for group in groups.values() for run in group).title
     panels = (plots.ROUNDS, plots.UPLOADED, plots.DOWNLOADED, plots.TOTAL)
     page.picture(
         "accuracy",
-        plots.accuracy_picture(groups, panels, band=True),
-        "Accuracy by round and by uploaded, downloaded and total bytes; bands are a standard error",
+        plots.score_picture(groups, panels, band=True),
+        f"{title} by round and by uploaded, downloaded and total bytes; bands are a standard error",
     )
     for name, picture in curves.items():
-        page.picture(f"accuracy-by-{name.rpartition('.')[2]}", picture, f"Accuracy by `{name}`")
+        page.picture(f"accuracy-by-{name.rpartition('.')[2]}", picture, f"{title} by `{name}`")
     if failed:
         page.heading("Failed runs")
         page.table([["run", "error"], *([name, error] for name, error in failed.items())], left=2)
@@ -269,19 +271,19 @@ def _page(
 
 
 def _curves(done: list[Job]) -> dict[str, bytes]:
-    """Accuracy against each key of ``over`` with three or more numbers as values, by key."""
+    """What runs report first against each key of ``over`` with three or more numbers as values, by key."""
     keys = {key for job in done for key, value in job.values.items() if _number(value)}
-    pictures = {}
+    pictures, metrics = {}, [_summary(job).get("metric", "accuracy") for job in done]
     for key in sorted(keys):
         lines: dict[str, dict[float, list[float]]] = {}
-        for job in done:
-            accuracy = _summary(job)["accuracy"]
+        for job, metric in zip(done, metrics, strict=True):
+            score = _summary(job)[metric]
             others = {k: v for k, v in job.values.items() if k != key}
             name = ", ".join([job.case, *(f"{k.rpartition('.')[2]}={v}" for k, v in others.items())])
-            if _number(job.values.get(key)) and accuracy == accuracy:
-                lines.setdefault(name.strip(", "), {}).setdefault(job.values[key], []).append(accuracy)
+            if _number(job.values.get(key)) and score is not None and score == score:
+                lines.setdefault(name.strip(", "), {}).setdefault(job.values[key], []).append(score)
         if max((len(line) for line in lines.values()), default=0) > 2:
-            pictures[key] = _curve(key, lines)
+            pictures[key] = _curve(key, lines, plots.Measured.of(metrics))
     return pictures
 
 
@@ -289,18 +291,18 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _curve(key: str, lines: dict[str, dict[float, list[float]]]) -> bytes:
+def _curve(key: str, lines: dict[str, dict[float, list[float]]], measured: plots.Measured) -> bytes:
     picture = plots.figure(7, 5)
     axes = picture.subplots()
     for i, (name, by_value) in enumerate(lines.items()):
         x = sorted(by_value)
         mean, error = zip(*(plots.mean_error(by_value[value]) for value in x), strict=True)
-        percent = [[100 * v for v in values] for values in (mean, error)]
-        axes.errorbar(x, percent[0], percent[1], marker="o", capsize=3, label=name or None, **plots.look(i))
+        shown = [[(100 if measured.share else 1) * v for v in values] for values in (mean, error)]
+        axes.errorbar(x, shown[0], shown[1], marker="o", capsize=3, label=name or None, **plots.look(i))
     every = {value for line in lines.values() for value in line}
     if min(every) > 0 and max(every) / min(every) > 20:
         axes.set_xscale("log")
-    axes.set(xlabel=key, ylabel="accuracy on the test set (%)", title=f"Accuracy by {key.rpartition('.')[2]}")
+    axes.set(xlabel=key, ylabel=measured.label, title=f"{measured.title} by {key.rpartition('.')[2]}")
     if any(lines):
         axes.legend(frameon=False)
     plots.tidy(axes)

@@ -29,7 +29,9 @@ def plain(config: Config) -> Simulation:
     Raises:
       ConfigError: training changes buffers, or parts of it travel by methods of their own.
     """
-    simulation = Simulation(config, solo())
+    simulation = Simulation(
+        config.model_copy(update={"device": "cpu"}), solo()
+    )  # what is sent is looked at there
     if more := [p.name for p in simulation.plan.parts[1:]]:
         raise ConfigError(
             f"analyze: expected a model all of which travels by one method, got parts of its own ({', '.join(more)}); "
@@ -48,6 +50,11 @@ class Watched:
     def __init__(self, config: Config, see: Callable[[Sent], None], schedule: str = "constant") -> None:
         self.config, self._schedule = config, Schedule.model_validate({"name": schedule})
         self.simulation = plain(config)
+        if "accuracy" not in self.simulation.measured.metrics:
+            raise ConfigError(
+                f"analyze: expected a run that measures accuracy, which is drawn beside the rest, got "
+                f"{', '.join(self.simulation.measured.metrics)}; take a loss of classes"
+            )
         self.simulation.passes.observe = see
         self.simulation.set_threads()
 

@@ -78,7 +78,8 @@ def simulation(clients: int, samples: int, cohort: int, local: dict[str, Any], *
     """The engine, with ``clients`` of so many random images each."""
     data = {"name": synthetic.PATH, "samples": clients * samples, "shape": [1, 28, 28]}
     base = {"data": data, "clients": clients, "cohort": cohort, "rounds": 1 << 20, "evaluate_every": 1 << 20}
-    return Simulation(config.parse({**base, "threads": 1, "local": {"lr": _LR, **local}, **values}), solo())
+    base |= {"device": "cpu", "threads": 1}
+    return Simulation(config.parse({**base, "local": {"lr": _LR, **local}, **values}), solo())
 
 
 def _epochs(model: str, target: float, rounds: int, repeats: int) -> Row:
@@ -98,7 +99,7 @@ def _one_step(model: str, method: dict[str, Any], target: float | None, repeats:
         simulation(10 * clients, samples, clients, {"steps": 1}, model=model, method=method) for _ in range(2)
     )
     single.trainer = Trainer(
-        single.trainer.model, single.plan, single.objective, single.config.local, single.config.seed
+        single.trainer.model, single.plan, single.measured.objective, single.config.local, single.config.seed
     )
     single.passes.trainer = single.trainer
     single.passes.observe = lambda sent: None  # which asks for single clients

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedmpi.comm.base import Comm
+from fedmpi.errors import ConfigError
 
 
 class Seat(NamedTuple):
@@ -102,3 +103,67 @@ def _visible() -> list[str]:
         found = torch.cuda.get_device_properties(i)
         gpus.append(f"{found.name} {str(found.uuid)[:8]}")
     return gpus
+
+
+def compute_device(wish: str, comm: Comm) -> torch.device:
+    """Where this rank computes: :func:`own_device`, which becomes the current one of its kind.
+
+    Raises:
+      ConfigError: there is none such, or it cannot be used.
+    """
+    device = own_device(wish, comm)
+    if device.type == "cpu":
+        return device
+    getattr(torch, device.type).set_device(device)
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)  # fixed-point sums need it
+    except (RuntimeError, TypeError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"device: {wish} cannot be used ({said:.200}); expected one with float64: take device: cpu"
+        ) from None
+    return device
+
+
+def own_device(wish: str, comm: Comm) -> torch.device:
+    """Which device a rank's is.
+
+    Args:
+      wish: auto (its own GPU where it sees one, else the CPU), cpu, cuda (its own GPU), cuda:N, or another accelerator
+        that torch knows.
+
+    Raises:
+      ConfigError: there is none such.
+    """
+    kind, _, number = wish.partition(":")
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.device_count() else "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = _count(kind)
+    if not count or int(number or 0) >= count:
+        there = f"{count} of that kind" if count else "none"
+        raise ConfigError(
+            f"device: expected auto, cpu, cuda or cuda:N, and an accelerator that this process sees, got {wish}; torch "
+            f"{torch.__version__} finds {there} here: device: auto takes what there is"
+        )
+    if not number and comm.device.type == kind:  # NCCL's
+        return comm.device
+    return torch.device(kind, int(number) if number else gpu_index(comm.local_rank, count))
+
+
+def _count(kind: str) -> int:
+    """How many accelerators of a kind this process sees."""
+    try:
+        module = getattr(torch, torch.device(kind).type, None)
+    except RuntimeError:
+        return 0  # no kind that torch knows
+    if module is None or not hasattr(module, "set_device") or not module.is_available():
+        return 0
+    return int(module.device_count())
+
+
+def identity(device: torch.device) -> str:
+    """The same text for two ranks that compute on the same one."""
+    unique = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    return f"{socket.gethostname()} {device} {unique}"

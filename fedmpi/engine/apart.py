@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedmpi import own
 from fedmpi.errors import ConfigError, FedMPIError
+from fedmpi.message import CPU
 from fedmpi.plan import Plan
 from fedmpi.spec import Spec
 
@@ -27,7 +28,7 @@ def forward(model: nn.Module, x: Tensor) -> Tensor:
     """
     try:
         output: Tensor = model(x)
-    except FedMPIError:
+    except (FedMPIError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
         way_out = (
@@ -51,7 +52,8 @@ class Apart:
     """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self.plan, self.kept_L = plan, plan.kept(model)
+        self.plan = plan
+        self.kept_L = plan.kept(model).to(next((p.device for p in model.parameters()), CPU))
         parameters = dict(model.named_parameters())
         own = [(n, s) for n, s in zip(plan.local.names, plan.local.shapes, strict=True) if n in parameters]
         local = [
@@ -104,7 +106,7 @@ class Buffers:
     """
 
     def __init__(self, model: nn.Module, spec: Spec, frozen: Iterable[str] = ()) -> None:
-        self.spec = spec
+        self.spec, self._device = spec, next((p.device for p in model.parameters()), CPU)
         places = {
             f"{prefix}.{name}".lstrip("."): (module, name)
             for prefix, module in model.named_modules()
@@ -141,7 +143,7 @@ class Buffers:
                     f"it: parts: [{{match: {name}, travels: exact}}] averages it, local keeps each client's own"
                 )
         flat = [_at(self._places[name]).detach().reshape(-1).float() for name in self.spec.names]
-        return torch.cat(flat) if flat else torch.zeros(0)
+        return torch.cat(flat) if flat else torch.zeros(0, device=self._device)
 
 
 def _at(place: tuple[nn.Module, str]) -> Tensor:

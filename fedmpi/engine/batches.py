@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fedmpi import random
+from fedmpi.engine.device import Samples
 from fedmpi.local import Local
-from fedmpi.tasks.data import Split
 from fedmpi.tasks.dataset import IGNORE
 from fedmpi.tasks.partitions import Partition
 
@@ -41,12 +41,13 @@ class Step(NamedTuple):
         which = torch.arange(rows).clamp(max=len(self.count_C) - 1)
         return Step(self.index_CB[which], self.count_C[which])
 
-    def of(self, data: Split) -> tuple[Tensor, Tensor]:
+    def of(self, data: Samples) -> tuple[Tensor, Tensor]:
         """Inputs and targets, ``(C, B, …)``; targets that do not count are IGNORE."""
-        y_CB, width = data.y[self.index_CB], self.index_CB.shape[1]
+        width, (x_CB, y_CB) = self.index_CB.shape[1], data.take(self.index_CB)
         if int(self.count_C.min()) < width:
-            y_CB[torch.arange(width) >= self.count_C[:, None]] = IGNORE
-        return data.x[self.index_CB], y_CB
+            beyond_CB = (torch.arange(width) >= self.count_C[:, None]).to(y_CB.device)
+            y_CB.masked_fill_(beyond_CB.view(*beyond_CB.shape, *[1] * (y_CB.ndim - 2)), IGNORE)
+        return x_CB, y_CB
 
 
 class Batches:
@@ -98,7 +99,7 @@ class Orders:
     """Which samples one client sees in a step: shuffled afresh for every pass over its own.
 
     Args:
-      continuing: passes go on from round to round, one step a round.
+      continuing: passes go on from round to round, with equally many steps in each.
     """
 
     def __init__(self, seed: int, local: Local, continuing: bool) -> None:
@@ -110,8 +111,8 @@ class Orders:
         if batch == len(index):
             return index
         turns = -(-len(index) // batch)
-        if self._continuing:  # one step a round
-            round, turn = divmod(round, turns)
+        if self._continuing:
+            round, turn = divmod(round * (self._local.steps or 1) + step, turns)
             shuffle = 0
         else:
             shuffle, turn = divmod(step, turns)

@@ -31,7 +31,8 @@ from fedmpi.engine.manifest import File, Manifest, Rank, Totals
 from fedmpi.engine.resume import restore
 from fedmpi.engine.store import Kept
 from fedmpi.errors import CheckpointError, ConfigError, FedMPIError, Stopped, Unstarted
-from fedmpi.method import State, nest
+from fedmpi.message import CPU
+from fedmpi.method import State, nest, placed
 
 if TYPE_CHECKING:
     from fedmpi.engine.rounds import Simulation
@@ -92,7 +93,7 @@ class Checkpoints:
           Stopped: a signal asked for it, and a checkpoint is written.
         """
         stop, due = simulation.asked
-        unfinished = done < simulation.config.rounds
+        unfinished = done < simulation.config.rounds and not simulation.ended
         if (self.plan.rounds and done % self.plan.rounds == 0) or (unfinished and (stop or due)):
             self.save(simulation, done)
         if unfinished and stop:
@@ -160,7 +161,7 @@ class Checkpoints:
                     "folder (--out) that all machines share"
                 )
             path = aside / f"{name}-{self.comm.rank:05}-{i:05}.safetensors"
-            file = files.write_tensors(path, store.get(clients_C))
+            file = files.write_tensors(path, placed(store.get(clients_C), CPU))
             written[path.name] = file.model_copy(update={"store": name, "clients": clients_C.tolist()})
         return written
 
@@ -176,21 +177,25 @@ class Checkpoints:
         """Rank 0's part, then the rename that makes it a checkpoint."""
         ledger = ledger | {"seen": simulation.ledger.seen}
         states = nest(simulation.replica.state, "server.") | nest(ledger, "ledger.")
-        states = {name: value.clone().contiguous() for name, value in states.items()}  # some share memory
+        states = {
+            name: value.to(CPU, copy=True).contiguous() for name, value in states.items()
+        }  # some share memory
         written["state.safetensors"] = files.write_tensors(aside / "state.safetensors", states)
+        if simulation.best_X is not None:
+            written[files.BEST] = files.write_tensors(aside / files.BEST, {"x": simulation.best_X.to(CPU)})
         written["metrics.jsonl"] = files.write(
             aside / "metrics.jsonl", files.read(self.run / "metrics.jsonl")
         )
         totals = {name: getattr(simulation, name) for name in Totals.model_fields}
-        numbers = {name: None if value != value else value for name, value in totals.items()}
         described = Manifest(
             fedmpi=fedmpi.__version__,
             torch=torch.__version__,
+            device=simulation.place.kind,
             round=done,
             config=simulation.config.plain(),
             parameters=simulation.spec.plain(),
             fingerprint=simulation.fingerprint,
-            totals=Totals.model_validate(numbers),
+            totals=Totals.model_validate(totals),
             seconds=time.monotonic() - simulation.started,
             ranks=ranks,
             lost_ranks=simulation.lost,
@@ -299,6 +304,11 @@ class Checkpoints:
             if described.torch != torch.__version__:
                 say(
                     f"written with torch {described.torch}, this is {torch.__version__}: the last bits may differ"
+                )
+            if described.device != simulation.place.kind:
+                say(
+                    f"written on {described.device}, this is {simulation.place.kind}: products of matrices have "
+                    "other last bits there, and a model that draws random numbers (dropout) draws others"
                 )
             if not described.fingerprint:
                 say(

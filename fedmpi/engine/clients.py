@@ -15,13 +15,16 @@ from fedmpi.tasks.partitions import Partition
 def cohort(config: Config, partition: Partition, t: int) -> Tensor:
     """The clients of round t, int64, increasing: a function of the seed and the round alone."""
     size, clients = config.cohort_size, config.clients
-    if size == clients:
+    if size == clients and not (config.sampling == "poisson" and config.cohort not in (None, 1.0, clients)):
         return torch.arange(clients)
     key = random.key(config.seed, t, -1, "cohort")
     if config.sampling == "uniform":
         chosen = random.sample(key, clients, size)
     elif config.sampling == "weighted":
         chosen = _by_samples(key, partition, size)
+    elif config.sampling == "poisson":
+        share = config.cohort if isinstance(config.cohort, float) else size / clients
+        chosen = (random.uniform(key, clients) < share).nonzero()[:, 0]
     elif config.sampling == "round_robin":
         chosen = (torch.arange(size) + t * size) % clients
     else:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fedmpi.errors import MessageError
 from fedmpi.message import Message, from_bytes
 from fedmpi.method import Server, State
+from fedmpi.ops.sums import finite
 
 
 def receive(server: Server, view: State, frame: bytes, version: int) -> State:
@@ -22,7 +23,7 @@ def receive(server: Server, view: State, frame: bytes, version: int) -> State:
     _check_layout(server, message, len(frame))
     _check_finite(message.arrays, "array ")
     try:
-        new = server.reconcile(view, message, version)
+        new = server.reconcile(view, message.to(server.parameters(view).device), version)
     except (LookupError, RuntimeError, TypeError, ValueError, OverflowError) as error:
         said = (str(error).splitlines() or [""])[0]
         raise MessageError(
@@ -41,6 +42,8 @@ def receive(server: Server, view: State, frame: bytes, version: int) -> State:
 
 
 def _check_finite(values: Mapping[str, Tensor], what: str) -> None:
+    if finite(*values.values()):  # a device is asked once
+        return
     for name, value in values.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise MessageError(

@@ -5,91 +5,109 @@ Shape suffixes: X numbers that all share, K clients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from fedmpi.comm.base import Comm
+from fedmpi.comm.base import Comm, together
 from fedmpi.engine.store import ClientStore
 from fedmpi.engine.trainer import Trainer
+from fedmpi.message import CPU
 from fedmpi.phases import phased
 from fedmpi.tasks.data import Split
-from fedmpi.tasks.objectives import Objective
+from fedmpi.tasks.metrics import Measures, Tally
 from fedmpi.tasks.partitions import Partition
 
-MEASURES = ("client_accuracy", "client_median", "client_worst", "client_spread")
-"""Of clients' accuracies on what they held out: the mean, the median, the mean of the worst tenth, the standard
-deviation. Each client counts once."""
+
+def of_clients(measured: Measures) -> tuple[str, ...]:
+    """Of the first metric of clients on what they held out: the mean, the median, the mean of the worst tenth, the
+    standard deviation. Each client counts once; one where it is not defined does not."""
+    return f"client_{measured.first}", "client_median", "client_worst", "client_spread"
+
+
+def _agreed(measured: Measures, comm: Comm) -> AbstractContextManager[None]:
+    """An error of the user's code on one rank ends all."""
+    return together(comm, "evaluating") if measured.own else nullcontext()
 
 
 @torch.no_grad()
 @phased("evaluate")
 def evaluate(
-    trainer: Trainer, objective: Objective, x_X: Tensor, test: Split, batch: int, comm: Comm
-) -> tuple[float, float]:
-    """Accuracy and mean loss of ``x_X`` on a test set, whose batches the ranks share out."""
+    trainer: Trainer, measured: Measures, x_X: Tensor, test: Split, batch: int, comm: Comm
+) -> dict[str, float | None]:
+    """Metrics and mean loss of ``x_X`` on a test set, whose batches the ranks share out."""
     model = trainer.load(x_X).eval()
     batches = torch.arange(len(test.y)).split(batch)
-    # A place a batch, of which each rank fills its own: the sum over ranks is exact in any order.
-    sums = torch.zeros(2, len(batches), dtype=torch.float64)
-    for b in range(comm.rank, len(batches), comm.size):
-        output, y = model(test.x[batches[b]]), test.y[batches[b]]
-        sums[0, b] = objective.correct(output, y)
-        sums[1, b] = objective.loss(output, y).double() * objective.count(y)
-    comm.sum([sums])
-    count = objective.count(test.y)
-    return float(sums[0].sum()) / count, float(sums[1].sum()) / count
+    tally, samples = Tally(measured, len(batches), len(test.y)), trainer.samples(test)
+    with _agreed(measured, comm):
+        for b in range(comm.rank, len(batches), comm.size):
+            x, y = samples.take(batches[b])
+            tally.add(b, batches[b], model(x), y)
+    comm.sum(tally.tensors)
+    return tally.values()
 
 
 @torch.no_grad()
 def state_dict(trainer: Trainer, x_X: Tensor) -> dict[str, Tensor]:
-    """The model's with ``x_X``, which it loads strictly; no two tensors share memory."""
+    """The model's with ``x_X``, which it loads strictly, on the CPU; no two tensors share memory."""
     tensors = trainer.load(x_X).state_dict()
-    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    return {
+        name: value.clone(memory_format=torch.contiguous_format).to(CPU) for name, value in tensors.items()
+    }
 
 
 @torch.no_grad()
 @phased("evaluate")
 def by_client(
     trainer: Trainer,
-    objective: Objective,
+    measured: Measures,
     x_X: Tensor,
     data: Split,
     held: Partition,
     own: ClientStore,
     home: Callable[[Tensor], Tensor | None],
     comm: Comm,
-) -> tuple[dict[str, float | None], float, float]:
-    """The :data:`MEASURES` of every client's model on what it holds out; and accuracy and mean loss over all these
-    samples.
+) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """What :func:`of_clients` names, of every client's model on what it holds out; and metrics and mean loss over all
+    these samples, where clients have models of their own.
 
     Args:
       own: what clients keep for themselves; one that never came has what a new one starts with.
       home: the rank that keeps it, of each; None: they are shared out.
     """
+    personal, samples = bool(trainer.plan.local.names), trainer.samples(data)
     clients = (held.sizes > 0).nonzero()[:, 0]
     ranks = home(clients)
     ranks = clients % comm.size if ranks is None else ranks
-    sums_K = torch.zeros(3, held.clients, dtype=torch.float64)
-    personal = bool(trainer.plan.local.names)
+    whole = Tally(measured if personal else measured._replace(metrics={}), held.clients, len(held.index_N))
+    first = measured._replace(metrics={measured.first: measured.metrics[measured.first]})
+    value_K = torch.zeros(held.clients, dtype=torch.float64)
     if not personal:
         model = trainer.load(x_X).eval()
-    for client in clients[ranks == comm.rank].tolist():
-        if personal:
-            kept = own.get(torch.tensor([client]))
-            model = trainer.load(x_X, {name: value[0] for name, value in kept.items()}).eval()
-        index = held.of(client)
-        output, y = model(data.x[index]), data.y[index]
-        count = objective.count(y)
-        sums_K[:, client] = torch.tensor(
-            [objective.correct(output, y), float(objective.loss(output, y)) * count, count]
-        )
-    comm.sum([sums_K])  # each rank has filled its own places: exact in any order
-    correct_K, loss_K, count_K = sums_K[:, sums_K[2] > 0]
-    accuracy_K = (correct_K / count_K).sort().values
-    tenth = accuracy_K[: max(1, len(accuracy_K) // 10)]
-    values = (accuracy_K.mean(), accuracy_K.quantile(0.5), tenth.mean(), accuracy_K.std(correction=0))
-    measures: dict[str, float | None] = dict(zip(MEASURES, map(float, values), strict=True))
-    total = float(count_K.sum())
-    return measures, float(correct_K.sum()) / total, float(loss_K.sum()) / total
+    with _agreed(measured, comm):
+        for client in clients[ranks == comm.rank].tolist():
+            if personal:
+                kept = own.get(torch.tensor([client]))
+                model = trainer.load(x_X, {name: value[0] for name, value in kept.items()}).eval()
+            index = held.of(client)
+            x, y = samples.take(index)
+            output = model(x)
+            alone = Tally(first, 1, len(index))
+            alone.add(0, slice(None), output, y)
+            value = alone.values()[measured.first]
+            value_K[client] = math.nan if value is None else value
+            if personal:
+                begin = int(held.offset[client])
+                whole.add(client, slice(begin, begin + len(index)), output, y)
+    comm.sum([value_K, *whole.tensors])  # each rank has filled its own places: exact
+    value_K = value_K[clients]
+    value_K = value_K[~value_K.isnan()].sort(descending=measured.least(measured.first)).values
+    tenth_K = value_K[: max(1, len(value_K) // 10)]
+    values = dict.fromkeys(of_clients(measured))
+    if not len(value_K):
+        return values, whole.values()
+    found = (value_K.mean(), value_K.quantile(0.5), tenth_K.mean(), value_K.std(correction=0))
+    return dict(zip(values, map(float, found), strict=True)), whole.values()

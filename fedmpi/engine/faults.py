@@ -29,7 +29,7 @@ from fedmpi.method import State
 if TYPE_CHECKING:
     from fedmpi.engine.rounds import Simulation
 
-_COUNTERS = (*Totals.model_fields, "trained")
+_COUNTERS = (*Totals.model_fields, "trained", "best_X")
 
 
 class _Point(NamedTuple):

@@ -16,14 +16,17 @@ _WHOLE = 1 << 24  # bytes of a tensor that are hashed; of a larger one rows at e
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def fingerprint(data: Data, partition: Partition) -> dict[str, str]:
-    """By name (``data.train.y``) of each tensor that a run's samples, labels and clients come from."""
+def fingerprint(data: Data, partition: Partition, start_X: Tensor | None = None) -> dict[str, str]:
+    """By name (``data.train.y``) of each tensor that a run's samples, labels and clients come from; of the initial
+    values too, where these are a file's."""
     tensors: dict[str, Tensor | None] = {
         f"data.{part}.{field}": value
         for part, split in (("train", data.train), ("test", data.test))
         for field, value in split._asdict().items()
     }
     tensors |= {"partition.samples": partition.index_N, "partition.sizes": partition.offset}
+    if start_X is not None:
+        tensors["model.init"] = start_X
     return {name: "none" if value is None else _of(value) for name, value in tensors.items()}
 
 

@@ -5,6 +5,7 @@
                                         itself under a SHA-256
       state.safetensors                 the server's state and the ledger
       metrics.jsonl                     the run's lines of metrics so far
+      best.safetensors                  the best model so far, where the run keeps it
       clients-00002-00000.safetensors   the states of some of rank 2's clients, and so on
 
 Nothing here executes what it reads: JSON is checked against :class:`Manifest`, tensors are safetensors, links are not
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -30,6 +31,7 @@ from fedmpi.method import State
 from fedmpi.plain_file import NotPlainError, read_plain
 
 MANIFEST = "manifest.json"
+BEST = "best.safetensors"
 _LARGEST_MANIFEST = 1 << 30
 _Name = Annotated[str, StringConstraints(pattern=r"^[a-z]+(-\d+)*\.(safetensors|jsonl)$")]
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -48,6 +50,13 @@ class File(_Strict):
     clients: list[_Count] = []
 
 
+class Peak(_Strict):
+    """The best value of a metric so far, and its round."""
+
+    value: float
+    round: _Count
+
+
 class Totals(_Strict):
     """A run's counters, as :class:`fedmpi.engine.rounds.Simulation` names them; None: not a number yet."""
 
@@ -55,10 +64,21 @@ class Totals(_Strict):
     called: _Count
     bytes: dict[str, int]
     counts: dict[str, int]
-    accuracy: float | None
-    test_loss: float | None
     simulated_seconds: float = 0.0
     measures: dict[str, float | None] = {}
+    peaks: dict[str, Peak] = {}
+    ended: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        """Until 0.1.0 a manifest had the accuracy and the test loss beside the measures."""
+        if isinstance(values, dict) and isinstance(values.get("measures", {}), dict):
+            old = {name: values[name] for name in ("accuracy", "test_loss") if name in values}
+            if old:
+                kept = {name: value for name, value in values.items() if name not in old}
+                return kept | {"measures": old | values.get("measures", {})}
+        return values
 
 
 class Rank(_Strict):
@@ -105,6 +125,7 @@ class Manifest(_Strict):
     format: Literal[1] = 1
     fedmpi: str
     torch: str
+    device: str = "cpu"  # the kind that rank 0 computed on
     round: int = Field(ge=1)  # rounds that are finished
     config: dict[str, Any]
     parameters: dict[str, list[int]]

@@ -14,15 +14,15 @@ from fedmpi.engine.probe import Traits
 from fedmpi.errors import ConfigError
 from fedmpi.methods.base import Setup
 from fedmpi.plan import Plan
-from fedmpi.tasks import data, models, objectives, partitions
+from fedmpi.tasks import data, metrics, models, objectives, partitions
 from fedmpi.tasks.data import Data
-from fedmpi.tasks.objectives import Objective
+from fedmpi.tasks.metrics import Measures
 from fedmpi.tasks.partitions import Partition
 
 
 class Parts(NamedTuple):
     data: Data
-    objective: Objective
+    measured: Measures
     partition: Partition
     held: Partition | None  # what clients keep for their own tests
     model: nn.Module
@@ -39,7 +39,9 @@ def load(config: Config) -> Parts:
     """
     found = data.load(config.data.name, **config.data.options)
     samples, workers = len(found.train.y), config.mode == "data_parallel"
-    objectives.check_data(config.loss, found)
+    objective = objectives.make(config.loss.name, config.loss.options, found)
+    objectives.check_data(objective, found)
+    measured = metrics.measures(objective, found, [(m.name, m.options) for m in config.metrics])
     partition = partitions.divide(
         config.partition.name, found.train, config.clients, config.seed, **config.partition.options
     )
@@ -56,7 +58,7 @@ def load(config: Config) -> Parts:
     key = random.key(config.seed, stream="model")
     model = models.build(config.model.name, found.shape, found.classes, key, **config.model.options)
     models.check_supported(model)
-    traits = probe.look(config.model.name, model, config.loss, found)
+    traits = probe.look(config.model.name, model, measured, found)
     tensors = plan.Tensors.of(model, traits.changes)
     named = [r for r in config.rules if not any(tensors.fits(r, name) for name in tensors.parameters)]
     listed = [n for n, _ in model.named_buffers() if any(fnmatchcase(n, r.match) for r in named)]
@@ -75,6 +77,4 @@ def load(config: Config) -> Parts:
         raise ConfigError(
             f"method.samples: expected at most {samples} (the training set), got {made.method.server.samples}"
         )
-    return Parts(
-        found, objectives.OBJECTIVES[config.loss], partition, held, model, traits, made, made.start(model)
-    )
+    return Parts(found, measured, partition, held, model, traits, made, made.start(model))

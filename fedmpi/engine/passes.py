@@ -14,11 +14,13 @@ from torch import Tensor
 from fedmpi.comm.base import Comm
 from fedmpi.config import Config
 from fedmpi.engine import updates
+from fedmpi.engine.device import explained
 from fedmpi.engine.ledger import Ledger
 from fedmpi.engine.replica import Replica
 from fedmpi.engine.status import Status
 from fedmpi.engine.store import ClientStore
-from fedmpi.engine.trainer import Trainer, Update
+from fedmpi.engine.trainer import Trainer
+from fedmpi.engine.updates import Update
 from fedmpi.errors import NumericalError
 from fedmpi.meet.sums import LARGEST
 from fedmpi.message import Message
@@ -109,7 +111,7 @@ class Passes:
         for codec in self.method.passes:
             way = replica.open(codec, call.clients, call.weights, call.placed, call.now)
             sent: list[Tensor] = []
-            with status.watch():
+            with status.watch(), explained(self.trainer.device, f"training in round {call.now.t}"):
                 for chunk in call.chunks if self.fuses else ():
                     sent.append(self._send_sum(call, chunk, status))
                 for i, chunk in enumerate(() if self.fuses else call.chunks):
@@ -205,7 +207,7 @@ class Passes:
                 )
         else:
             _, (g_CD, loss_C, _, _) = self._train(call, positions, status)
-            g_D = (weights_C / weight).float() @ g_CD
+            g_D = (weights_C / weight).float().to(g_CD.device) @ g_CD
         ctx = Context(call.now, clients_C[:1], torch.ones(1, dtype=torch.int64), replica.shared())
         with phase("encode"):
             message, _ = up.compress(g_D[None], {}, ctx)
@@ -232,7 +234,8 @@ class Passes:
             rows = fits_C.nonzero()[:, 0]
             if len(rows) < len(positions):
                 message, update, positions = message.select(rows), update.select(rows), positions[rows]
-                before, after = ({n: v[rows] for n, v in state.items()} for state in (before, after))
+                there = rows.to(update.g_CD.device)
+                before, after = ({n: v[there] for n, v in state.items()} for state in (before, after))
                 ctx = ctx.select(rows)
         if not len(positions):
             return positions

@@ -24,9 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedmpi import own
 from fedmpi.errors import ConfigError, FedMPIError
+from fedmpi.tasks import objectives
 from fedmpi.tasks.data import Data
+from fedmpi.tasks.metrics import METRICS, Measures
 from fedmpi.tasks.models import SEEDING
-from fedmpi.tasks.objectives import OBJECTIVES
 
 _SAMPLES, _FEW, _LARGE = 4, 2, 1 << 20  # of a model with so many parameters, few
 _ALIKE = 1e-3  # of the largest entry: a sample alone and among others, by other kernels in another order
@@ -55,13 +56,13 @@ class Traits(NamedTuple):
         return self.alone and not self.draws and not self.changes
 
 
-def look(name: str, model: nn.Module, loss: str, data: Data) -> Traits:
+def look(name: str, model: nn.Module, measured: Measures, data: Data) -> Traits:
     """The model, its buffers and all generators are as before.
 
     Args:
       name: the model's, for errors.
       model: as built, on the CPU.
-      loss: a row of :data:`fedmpi.tasks.objectives.OBJECTIVES`.
+      measured: what it is trained for, and what is measured.
       data: what it is to train on.
 
     Raises:
@@ -74,7 +75,9 @@ def look(name: str, model: nn.Module, loss: str, data: Data) -> Traits:
     with SEEDING, torch.no_grad(), _unchanged(model):
         _shake(model)
         return _Probe(f"model {name}", model, x_B).look(
-            lambda output: _fits(loss, output, y_B, data), lambda output: OBJECTIVES[loss].loss(output, y_B)
+            lambda output: "" if measured.free else objectives.misfit(measured.objective, output, y_B, data),
+            measured,
+            y_B,
         )
 
 
@@ -84,8 +87,8 @@ class _Probe:
     def __init__(self, title: str, model: nn.Module, x_B: Tensor) -> None:
         self.title, self.model, self.x_B = title, model, x_B
 
-    def look(self, fits: Callable[[Tensor], str], loss: Callable[[Tensor], Tensor]) -> Traits:
-        """All of it; ``fits`` says what of an output does not fit, ``loss`` is what is trained for."""
+    def look(self, fits: Callable[[Tensor], str], measured: Measures, y_B: Tensor) -> Traits:
+        """All of it; ``fits`` says what of an output does not fit."""
         buffers = dict(self.model.named_buffers())
         self._start = {name: (buffer, buffer.clone()) for name, buffer in buffers.items()}
         evaluated = self._run(self.x_B, train=False)
@@ -111,7 +114,10 @@ class _Probe:
             )
         alone = self._takes_each_sample_alone()
         self._restore()
-        self._has_gradients(loss)
+        if measured.own:
+            found = _look_at_own(measured, evaluated, y_B)
+            draws, alone = draws or found.draws, alone and found.alone
+        self._has_gradients(lambda output: measured.objective.loss(output, y_B))
         return Traits(changes, draws, alone)
 
     def _restore(self) -> None:
@@ -260,25 +266,35 @@ class _Draws(TorchDispatchMode):
         return result
 
 
-def _fits(loss: str, output: Tensor, y_B: Tensor, data: Data) -> str:
-    """What of an output does not fit the targets, "" where it does."""
-    got, most = tuple(output.shape), data.classes
-    expected: tuple[Any, ...]
-    if loss == "squared_error":
-        expected, fits = tuple(y_B.shape), got == tuple(y_B.shape)
-    elif loss == "next_token":
-        most = 1 + max(int(split.y.max()) for split in (data.train, data.test))
-        expected = len(y_B), f"up to {y_B.shape[1]} tokens", f"at least {most} words"
-        fits = len(got) == 3 and got[1] <= y_B.shape[1] and got[2] >= most
-    else:
-        expected = len(y_B), f"at least {most} classes", *y_B.shape[1:]
-        fits = len(got) == len(expected) and got[1] >= most and got[2:] == expected[2:]
-    if fits:
-        return ""
-    return (
-        f"expected an output of shape ({', '.join(map(str, expected))}) for {len(y_B)} samples and the loss {loss}, "
-        f"got {got}"
-    )
+def _look_at_own(measured: Measures, output: Tensor, y_B: Tensor) -> Traits:
+    """Whether an own loss draws random numbers, and whether it can be mapped over batches.
+
+    Raises:
+      ConfigError: it, or an own metric, fails, is no mean, or has no gradient.
+    """
+    for name, metric in measured.metrics.items():
+        if name not in METRICS:
+            metric.of(measured.task, output, y_B)
+    if not (objective := measured.objective).own:
+        return Traits()
+    with torch.enable_grad():
+        leaf = output.clone().requires_grad_()
+        value = objectives.scalar("loss", objective.name, objective.loss, leaf, y_B, objectives.USAGE)
+    if not value.requires_grad:
+        raise ConfigError(
+            f"loss: no gradient comes out of {objective.name}; leave out detach, item and torch.no_grad, and return a "
+            "tensor"
+        )
+    values, moved = [], False
+    for seed in (1, 2):
+        before = _states(seed)
+        values.append(objective.loss(output, y_B))
+        moved = moved or _states() != before
+    try:
+        mapped = objective.losses(torch.stack([output, output]), torch.stack([y_B, y_B]))
+    except Exception:  # whatever a user's loss does that cannot be mapped: clients go one after the other
+        return Traits(draws=moved, alone=False)
+    return Traits(draws=moved, alone=not (moved or _differ(mapped, torch.stack(values), _ALIKE)))
 
 
 def _differ(a: Any, b: Any, alike: float = 1e-6) -> bool:

@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import record_function
 
 from fedmpi.comm.base import Comm, together
+from fedmpi.engine.device import synchronize
 from fedmpi.engine.record import write_aside, writing
 from fedmpi.errors import Stopped
 from fedmpi.phases import PHASES, Clock
@@ -45,7 +47,7 @@ class Profile:
     def __init__(self, simulation: Simulation) -> None:
         self.simulation, self.rounds = simulation, 0
         self.seconds, self.apart = (dict.fromkeys(PHASES, 0.0) for _ in range(2))
-        self._clock = Clock(self.seconds)
+        self._clock = Clock(self.seconds, partial(synchronize, simulation.place.device))
         self._trace: torch.profiler.profile | None = None
         self._tracing = False
 

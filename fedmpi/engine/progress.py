@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fedmpi.tasks.metrics import METRICS, Metric
 
 
 def human(nbytes: float) -> str:
@@ -34,6 +38,20 @@ def _console() -> Console:
     return Console(stderr=True)
 
 
+def shown(name: str, value: float | None, share: bool = True) -> str:
+    """A metric for people: accuracy 96.4%."""
+    if value is None:
+        return f"{name} -"
+    return f"{name} {100 * value:.1f}%" if share else f"{name} {value:.4g}"
+
+
+def reached(summary: Mapping[str, Any]) -> str:
+    """What a run came to, by its first metric."""
+    name, value = summary["metric"], summary[summary["metric"]]
+    share = name in METRICS and METRICS[name].share
+    return f"{name} {100 * value:.2f} %" if share and value is not None else shown(name, value, share)
+
+
 class Display:
     """Shows every round on a terminal; elsewhere a line every 5 seconds, and the first and last round's."""
 
@@ -43,7 +61,8 @@ class Display:
         self._live: Progress | None = None
         self._started = self._printed = time.monotonic()
         self._clients = self._up = self._down = self._before = 0
-        self._accuracy: float | None = None
+        self._metrics: Mapping[str, Metric] = {}
+        self._measured = ""
         if enabled and self._console.is_terminal:
             columns = (
                 BarColumn(),
@@ -55,8 +74,11 @@ class Display:
             self._task = self._live.add_task("", total=rounds, info="")
             self._live.start()
 
-    def start(self, done: int, sent: dict[str, int]) -> None:
-        """The rounds begin, ``done`` of them and ``sent`` bytes being of an earlier process."""
+    def start(
+        self, done: int, sent: dict[str, int], metrics: Mapping[str, Metric] = MappingProxyType({})
+    ) -> None:
+        """The rounds begin, ``done`` of them and ``sent`` bytes being an earlier process's; of ``metrics`` by name."""
+        self._metrics = metrics
         self._before, self._up, self._down = done, sent["upload"], sent["download"]
         self._started = self._printed = time.monotonic()
 
@@ -71,14 +93,14 @@ class Display:
         self._clients += line["clients"]
         self._up += line["upload_bytes"]
         self._down += line["download_bytes"]
-        if line["accuracy"] is not None:
-            self._accuracy = line["accuracy"]
+        if any(line[name] is not None for name in self._metrics):
+            found = [shown(name, line[name], metric.share) for name, metric in self._metrics.items()]
+            self._measured = "".join(f" {text}" for text in found)
         now = time.monotonic()
         done = line["round"] + 1
         rate = self._clients / max(now - self._started, 1e-9)
         loss = "no loss" if line["loss"] is None else f"loss {line['loss']:.4f}"
-        accuracy = "" if self._accuracy is None else f" acc {100 * self._accuracy:.1f}%"
-        info = f"{loss}{accuracy} up {human(self._up)} down {human(self._down)} {rate:.0f} clients/s"
+        info = f"{loss}{self._measured} up {human(self._up)} down {human(self._down)} {rate:.0f} clients/s"
         if self._live is not None:
             self._live.update(self._task, completed=done, info=info)
         elif done in (self._before + 1, self._rounds) or now - self._printed > 5:

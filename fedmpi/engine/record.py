@@ -1,4 +1,4 @@
-"""A run's folder: config.yaml, metrics.jsonl, summary.json, TensorBoard events, model.safetensors."""
+"""A run's folder: config.yaml, metrics.jsonl, summary.json, TensorBoard events, model(-best).safetensors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ class Record:
         self.folder = folder
         with writing(self.folder, "--out"):
             folder.mkdir(parents=True, exist_ok=True)
-            stale = [folder / "summary.json", folder / "model.safetensors"]
+            stale = [
+                folder / name for name in ("summary.json", "model.safetensors", "model-best.safetensors")
+            ]
             for old in stale if lines is not None else [*stale, *folder.glob("events.*")]:
                 old.unlink(missing_ok=True)  # of an earlier run: never shown as this one's
             write_aside(folder / "config.yaml", dump(config, sort_keys=False).encode())
@@ -88,6 +90,11 @@ class Record:
                     shown = scalar(name, value)
                     self._events.write_event(Event(wall_time=time.time(), step=line["round"], summary=shown))
             self._events.flush()
+
+    def best(self, model: dict[str, Tensor]) -> None:
+        """The best model so far, as in :meth:`finish`."""
+        with writing(self.folder, "--out"):
+            write_aside(self.folder / "model-best.safetensors", save(model))
 
     def finish(self, summary: dict[str, Any], model: dict[str, Tensor]) -> None:
         """Args:

@@ -21,7 +21,7 @@ from fedmpi.meet.base import Held, Roster, Way
 from fedmpi.meet.by_part import PartWays
 from fedmpi.meet.sums import Sums
 from fedmpi.meet.ways import OwnerWay, SumWay
-from fedmpi.message import Message, from_bytes, to_bytes
+from fedmpi.message import CPU, Message, from_bytes, to_bytes
 from fedmpi.method import Compressor, Method, Round, State
 from fedmpi.methods.joint import Joint
 from fedmpi.phases import phased
@@ -29,8 +29,8 @@ from fedmpi.phases import phased
 Kind = Literal["allreduce", "aggregator", "data_parallel"]
 
 
-def sums_of(config: Config, method: Method) -> Sums:
-    """How a configuration adds up.
+def sums_of(config: Config, method: Method, device: torch.device = CPU) -> Sums:
+    """How a configuration adds up, on the ``device``.
 
     Raises:
       ConfigError: ``server.aggregate`` and a method whose vectors' coordinates are not the parameters.
@@ -42,7 +42,7 @@ def sums_of(config: Config, method: Method) -> Sums:
             f"server.aggregate: {aggregate} needs a method whose message decodes to a gradient of D numbers and that "
             f"has one pass (dense, bf16, topk, …); {config.method.name}'s does not, expected mean"
         )
-    return Sums(config.reproducible, aggregate, config.server.trim)
+    return Sums(config.reproducible, aggregate, config.server.trim, device)
 
 
 class Replica:
@@ -71,6 +71,7 @@ class Replica:
         self.comm, self.method, self.peers = comm, method, peers
         self.owner = 0 if kind == "aggregator" else None
         self.fuses, self.parallel = kind == "allreduce", kind == "data_parallel"
+        self.device = theta_D.device
         self.state = method.server.init(theta_D) if self.holds else method.server.view(theta_D)
         self._ways = {codec: self._way(codec, sums) for codec in method.passes}
         self.fit()
@@ -79,7 +80,7 @@ class Replica:
         if self.parallel:
 
             def build(up: Compressor) -> Way:
-                return ways.build(self.comm, up, exact=sums.exact)
+                return ways.build(self.comm, up, exact=sums.exact, device=sums.device)
 
             return PartWays(self.comm, codec, sums, build) if isinstance(codec, Joint) else build(codec)
         if self.owner is None:
@@ -98,7 +99,7 @@ class Replica:
         if self.parallel:  # every rank keeps the same of all ranks; rank 0 writes it
             held = self._ways[self.method.up].peers
             assert isinstance(held, Held)
-            self._copy = ClientStore(self.method.up.init_peer if held.state else dict)
+            self._copy = ClientStore(self.method.up.init_peer if held.state else dict, self.device)
             self._copy.put(torch.arange(self.comm.size), held.state)
             return {"peers": Kept(self._copy, everybody if self.comm.rank == 0 else nobody, everybody)}
         if self.owner is None:  # it lies beside the senders' own state, which it equals
@@ -128,6 +129,8 @@ class Replica:
         """Continue from what rank 0's ``state`` was; this rank's own is still that of θ₀, and what the stores of the
         last :meth:`kept` hold has been loaded."""
         server = self.method.server
+        places = server.init(self.parameters())  # where each entry lies
+        state = {name: value.to(places[name].device) for name, value in state.items()}
         if self.holds:
             self.state = state
         else:  # as a client that has missed all rounds
@@ -185,7 +188,8 @@ class Replica:
         mean_S = means[0] if means else None
         if self.owner is not None:
             sent = b"" if mean_S is None else to_bytes(Message({"mean": mean_S[None]}))
-            mean_S = from_bytes(self.comm.broadcast(sent, self.owner)).arrays["mean"][0]
+            told = from_bytes(self.comm.broadcast(sent, self.owner), device=self.device)
+            mean_S = told.arrays["mean"][0]
         assert mean_S is not None  # every message was usable
         index, server = self._index, self.method.server
         self._step(lambda state, mean_S, now: server.between(state, index, mean_S, now), mean_S)

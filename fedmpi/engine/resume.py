@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +18,24 @@ from fedmpi.engine import schema
 from fedmpi.engine.manifest import MANIFEST, File, Manifest
 from fedmpi.engine.store import Kept
 from fedmpi.errors import CheckpointError, ConfigError
+from fedmpi.message import CPU
 from fedmpi.method import State, unnest
 
 if TYPE_CHECKING:
     from fedmpi.engine.rounds import Simulation
 
 # What may differ between the run that wrote a checkpoint and the one that continues it: nothing that a result shows.
-FREE = ("rounds", "threads", "timeout", "checkpoint", "store", "store_folder", "data.folder", "comm")
+FREE = (
+    "rounds",
+    "threads",
+    "timeout",
+    "checkpoint",
+    "store",
+    "store_folder",
+    "data.folder",
+    "comm",
+    "device",
+)
 
 
 def restore(simulation: Simulation, folder: Path) -> tuple[Manifest, bytes]:
@@ -39,20 +49,26 @@ def restore(simulation: Simulation, folder: Path) -> tuple[Manifest, bytes]:
       ConfigError: it is of another run; names the difference and both values.
     """
     comm = simulation.comm
-    head = metrics = state = b""
+    head = metrics = state = best = b""
     with _agreed(comm):
         if comm.rank == 0:
             head, described = _head(folder)
             metrics = _file(folder, described, "metrics.jsonl")
             state = _file(folder, described, "state.safetensors")
+            best = _file(folder, described, files.BEST) if files.BEST in described.files else b""
     described = files.parse_manifest(folder / MANIFEST, comm.broadcast(head))
     _check_run(folder, described, simulation)
-    state = comm.broadcast(state)
+    state, best = comm.broadcast(state), comm.broadcast(best)
     with _agreed(comm):
         schema.check_manifest(folder, described, simulation)
         server, ledger = _parts(folder / "state.safetensors", state)
+        best_X = None
+        if best:
+            found = files.tensors(folder / files.BEST, best)
+            schema.check_best(folder / files.BEST, found, simulation.replica.parameters().to(CPU))
+            best_X = found["x"]
         if comm.rank == 0:  # the others have the same
-            theta_D = simulation.replica.parameters()  # θ₀: nothing has changed it yet
+            theta_D = simulation.replica.parameters().to(CPU)  # θ₀: nothing has changed it yet
             schema.check_metrics(folder / "metrics.jsonl", metrics, described, simulation)
             schema.check_state(folder / "state.safetensors", server, ledger, described, simulation, theta_D)
     with _agreed(comm):
@@ -63,6 +79,7 @@ def restore(simulation: Simulation, folder: Path) -> tuple[Manifest, bytes]:
             if file.store:
                 _load_part(folder / name, file, stores)
     _take_over(simulation, described, server, ledger)
+    simulation.best_X = None if best_X is None else best_X.to(simulation.place.device)
     return described, metrics
 
 
@@ -177,19 +194,22 @@ def _check_run(folder: Path, described: Manifest, simulation: Simulation) -> Non
     for name, of in simulation.fingerprint.items():
         if described.fingerprint and described.fingerprint.get(name) != of:
             raise ConfigError(
-                f"--resume: {name} is not what {folder} was written with; go on with the same data (data.folder says "
-                "where they lie), or begin a new run with another --out"
+                f"--resume: {name} is not what {folder} was written with; go on with the same "
+                f"{'file' if name == 'model.init' else 'data (data.folder says where they lie)'}, or begin a new run "
+                "with another --out"
             )
     if described.round > config.rounds:
         raise ConfigError(
             f"--resume: expected rounds of at least {described.round}, which {folder} has behind it, "
             f"got {config.rounds}"
         )
-    if any(before.server_lr(t) != config.server_lr(t) for t in range(described.round)):
-        raise ConfigError(
-            f"--resume: rounds is {config.rounds}, but {folder} was written with {before.rounds}, on which "
-            f"server.schedule: {config.server.schedule.name} depends"
-        )
+    for section in ("server", "local"):
+        factor = (schedule := getattr(config, section).schedule).factor
+        if any(factor(t, before.rounds) != factor(t, config.rounds) for t in range(described.round)):
+            raise ConfigError(
+                f"--resume: rounds is {config.rounds}, but {folder} was written with {before.rounds}, on which "
+                f"{section}.schedule: {schedule.name} depends"
+            )
 
 
 def _same_config(folder: Path, saved: dict[str, Any], config: Config) -> Config:
@@ -209,7 +229,7 @@ def _same_config(folder: Path, saved: dict[str, Any], config: Config) -> Config:
             )
         raise ConfigError(_differs(folder, path, old, new))
     own = {key: value for key, value in saved.items() if not _free(key)} | {"data": plain["data"]}
-    own |= {"rounds": saved.get("rounds")}  # on which server.schedule depends
+    own |= {"rounds": saved.get("rounds")}  # on which schedules depend
     try:  # a key that the checkpoint's version did not have stands at its default
         before = configuration.parse(own)
     except ConfigError as error:
@@ -258,8 +278,8 @@ def _load_part(path: Path, file: File, stores: dict[str, Kept]) -> None:
 def _take_over(simulation: Simulation, described: Manifest, server: State, ledger: State) -> None:
     """Nothing fails from here on."""
     simulation.replica.load(server)
-    for name, value in described.totals.model_dump().items():
-        setattr(simulation, name, math.nan if value is None else value)
+    for name, value in described.totals:  # peaks stay what they are
+        setattr(simulation, name, value)
     simulation.lost = [*described.lost_ranks, *simulation.lost]
     simulation.started -= described.seconds
     comm = simulation.comm

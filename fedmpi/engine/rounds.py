@@ -16,10 +16,12 @@ from fedmpi.comm.placement import own_cpus
 from fedmpi.config import Config
 from fedmpi.engine import updates
 from fedmpi.engine.clients import cohort, place, survivors
-from fedmpi.engine.evaluate import MEASURES, by_client, evaluate
+from fedmpi.engine.device import Place, explained, repeatable
+from fedmpi.engine.evaluate import by_client, evaluate, of_clients
 from fedmpi.engine.fingerprint import fingerprint
+from fedmpi.engine.goals import Goals
 from fedmpi.engine.ledger import Ledger
-from fedmpi.engine.manifest import Lost
+from fedmpi.engine.manifest import Lost, Peak
 from fedmpi.engine.parts import load
 from fedmpi.engine.passes import Call, Passes
 from fedmpi.engine.replica import Kind, Replica, sums_of
@@ -28,8 +30,10 @@ from fedmpi.engine.store import Kept, fits_here, make_store, nobody
 from fedmpi.engine.timing import Clock
 from fedmpi.engine.trainer import Trainer
 from fedmpi.errors import FedMPIError
+from fedmpi.message import CPU
 from fedmpi.method import Round
 from fedmpi.ops.sums import from_fixed
+from fedmpi.tasks.metrics import TEST_LOSS
 
 _CHUNK_VALUES = 1 << 22  # gradients of so many numbers are held at a time
 _MANY = 200  # steps of a run; fewer are done before clients' steps at once are ready
@@ -45,31 +49,43 @@ class Simulation:
       chunk: so many clients' gradients are held at a time.
     """
 
-    def __init__(self, config: Config, comm: Comm) -> None:
+    def __init__(self, config: Config, comm: Comm, place: Place | None = None) -> None:
+        """Args:
+        place: where this rank computes; None: where the configuration says, alone there.
+        """
         self.config, self.comm = config, comm
+        self.place = place = place or Place.of(config.device, comm)
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext
         parts = load(config)
-        self.data, self.objective, self.partition = parts.data, parts.objective, parts.partition
+        self.data, self.measured, self.partition = parts.data, parts.measured, parts.partition
         self.plan, self.spec, self.method = parts.plan, parts.plan.spec, parts.plan.method
-        self.fingerprint = fingerprint(self.data, self.partition)
+        of_file = config.model.options.get("init") is not None
+        self.fingerprint = fingerprint(self.data, self.partition, parts.start_X if of_file else None)
+        place.check(self.spec.size)
         up, workers = self.method.up, config.mode == "data_parallel"
         self.trainer = Trainer(
             parts.model,
             self.plan,
-            self.objective,
+            self.measured.objective,
             config.local,
             config.seed,
             workers,
             parts.traits,
             config.rounds,
+            place,
         )
-        self.clients, peers = make_store(up.init, config), make_store(up.init_peer, config)
-        self.own = make_store(self.trainer.keeps, config)
+        crew = comm.size if config.topology == "allreduce" else max(1, comm.size - 1)
+        self.clients, peers = (
+            make_store(up.init, config, place, crew),
+            make_store(up.init_peer, config, place),
+        )
+        self.own = make_store(self.trainer.keeps, config, place, crew)
         self.stores = self.clients, self.own, peers
         self.memory = fits_here(config, comm, (self.clients, self.own), peers)
         self.rounds_per_epoch = self._passes_of_data() if workers else config.rounds_per_epoch
         kind: Kind = "data_parallel" if workers else config.topology
-        self.replica = Replica(comm, self.method, parts.start_X, sums_of(config, self.method), peers, kind)
+        start_X, sums = parts.start_X.to(place.device), sums_of(config, self.method, place.device)
+        self.replica = Replica(comm, self.method, start_X, sums, peers, kind)
         steps = config.rounds * int(self.trainer.steps(self.partition.sizes.max()))
         # Not where a client's row of a batched product may have other last bits, nor where tracing takes longer.
         self.trainer.together = not (config.reproducible or workers or steps < _MANY)
@@ -95,9 +111,13 @@ class Simulation:
         self.counters = (*self.method.up.counters, *updates.counters(config, self.partition))
         self.counts: dict[str, int] = dict.fromkeys(self.counters, 0)
         self.simulated_seconds = 0.0
-        self.accuracy = self.test_loss = float("nan")
         self.held = parts.held
-        self.measures: dict[str, float | None] = dict.fromkeys(MEASURES if self.held else ())
+        of_held = of_clients(self.measured) if self.held else ()
+        self.measures: dict[str, float | None] = dict.fromkeys([*self.measured.metrics, TEST_LOSS, *of_held])
+        self.goals = Goals.of(config, self.measured, self.measures)
+        self.peaks: dict[str, Peak] = {}
+        self.best_X: Tensor | None = None  # the model of config.best's peak
+        self.ended = ""  # why the run is over before its last round
         self.started = time.monotonic()
         self.asks: Callable[[], tuple[bool, bool]] = lambda: (False, False)  # to stop, to save, by this rank
         self.asked = (False, False)  # by any rank, as of the last round
@@ -126,7 +146,7 @@ class Simulation:
         share of the cores where they make a step clearly faster (small models are faster on one)."""
         config, share = self.config, own_cpus(self.comm)
         wish = config.threads or (torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else None)
-        if config.reproducible or wish or share < 2:
+        if config.reproducible or wish or share < 2 or self.place.device != CPU:
             torch.set_num_threads(1 if config.reproducible else wish or 1)
             return
         batch = config.local.batch or int(self.partition.sizes.double().mean())
@@ -136,7 +156,7 @@ class Simulation:
     def _passes_of_data(self) -> int:
         """Rounds in which a rank sees all its samples once."""
         largest = int(self.partition.sizes.max())
-        return -(-largest // (self.config.local.batch or largest))
+        return -(-largest // ((self.config.local.batch or largest) * (self.config.local.steps or 1)))
 
     def _clock(self) -> Clock | None:
         config = self.config
@@ -149,7 +169,8 @@ class Simulation:
 
     def round(self, t: int) -> dict[str, Any]:
         """One round; returns its line of metrics."""
-        with self.around():
+        device, reproducible = self.place.device, self.config.reproducible
+        with self.around(), repeatable(device, reproducible), explained(device, f"doing round {t}"):
             return self._round(t)
 
     def _round(self, t: int) -> dict[str, Any]:
@@ -173,20 +194,22 @@ class Simulation:
             self.replica.skip(before, call.now)
         line = self._account(call, status, sent_C)
         if (t + 1) % self.config.evaluate_every == 0 or t + 1 == self.config.rounds:
-            self._evaluate()
-            line |= {"accuracy": self.accuracy, "test_loss": self.test_loss, **self.measures}
+            self._evaluate(t)
+            line |= self.measures
         return line | {"seconds": time.monotonic() - started}
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, t: int) -> None:
         """On the test set; where clients keep parts of the model, on what they hold out themselves."""
-        x_X, of = self.replica.parameters(), (self.trainer, self.objective)
+        x_X, of = self.replica.parameters(), (self.trainer, self.measured)
+        clients: dict[str, float | None] = {}
         if self.held is not None:
-            self.measures, *result = by_client(
-                *of, x_X, self.data.train, self.held, self.own, self.home, self.comm
-            )
+            clients, found = by_client(*of, x_X, self.data.train, self.held, self.own, self.home, self.comm)
         if self.held is None or not self.plan.local.names:
-            result = list(evaluate(*of, x_X, self.data.test, self.config.test_batch, self.comm))
-        self.accuracy, self.test_loss = result
+            found = evaluate(*of, x_X, self.data.test, self.config.test_batch, self.comm)
+        self.measures = found | clients
+        self.peaks, self.ended = self.goals.after(t, self.measures, self.peaks)
+        if (best := self.config.best) in self.peaks and self.peaks[str(best)].round == t:
+            self.best_X = x_X.clone()
 
     def call(self, t: int) -> Call:
         """Who takes part in round t, with what weight, and where."""
@@ -240,8 +263,6 @@ class Simulation:
         return {
             "round": call.now.t,
             "loss": float(from_fixed(torch.tensor(total["loss"]))) / self.replica.way.share if sent else None,
-            "accuracy": None,
-            "test_loss": None,
             **dict.fromkeys(self.measures),
             "clients": sent,
             "upload_bytes": total["upload"],

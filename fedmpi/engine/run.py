@@ -11,6 +11,7 @@ from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, LostError, together
 from fedmpi.config import Config
 from fedmpi.engine.checkpoint import Checkpoints, unless_stopped
+from fedmpi.engine.device import Place, explained
 from fedmpi.engine.evaluate import state_dict
 from fedmpi.engine.faults import Faults
 from fedmpi.engine.folder import Claim
@@ -99,10 +100,14 @@ def _prepare(
     unless_stopped(comm)
     with together(comm, "preparing the run"):
         config = config.for_ranks(comm.size)
-        simulation = Simulation(config, comm)
+        place = Place.of(config.device, comm)
+    place = place.counted(comm)
+    with together(comm, "preparing the run"), explained(place.device, "preparing the run"):
+        simulation = Simulation(config, comm, place)
     handshake(comm, config, simulation.spec, simulation.fingerprint)
     unless_stopped(comm)  # it may have taken minutes to load
-    display.say(simulation.memory)
+    for line in (*simulation.data.notes, simulation.memory):
+        display.say(line)
     folder = comm.broadcast(str(out or "").encode()).decode()
     checkpoints, start, lines = None, 0, None
     if folder:
@@ -125,7 +130,7 @@ def _train(faults: Faults, lines: bytes | None, display: Display, claim: Claim) 
     """Do the rounds that are left, and write what comes of them. ``lines`` are those before, None in a new run."""
     simulation, checkpoints, comm = faults.simulation, faults.checkpoints, faults.comm
     assert simulation is not None  # prepared
-    display.start(faults.done, simulation.bytes)
+    display.start(faults.done, simulation.bytes, simulation.measured.metrics)
     with ExitStack() as stack:
         record = None
         with together(comm, "preparing the run"):
@@ -133,9 +138,10 @@ def _train(faults: Faults, lines: bytes | None, display: Display, claim: Claim) 
                 claim.take(checkpoints.run, comm)  # another rank's, whose end made this one rank 0
                 record = Record(checkpoints.run, simulation.config.plain(), faults.done, lines)
                 stack.callback(record.close)
+                _keep_best(simulation, record)
         with checkpoints.listening() if checkpoints else nullcontext():
             _rounds(faults, simulation, display, record)
-        result = summary(simulation)
+        result = summary(simulation, faults.done)
         with together(comm, "writing the results"):
             if simulation.error is not None:
                 raise simulation.error
@@ -147,6 +153,10 @@ def _train(faults: Faults, lines: bytes | None, display: Display, claim: Claim) 
 
 def _rounds(faults: Faults, simulation: Simulation, display: Display, record: Record | None) -> None:
     for t in range(faults.done, simulation.config.rounds):
+        if simulation.ended:
+            display.say(f"the run is over: {simulation.ended}")
+            break
+        best_X = simulation.best_X
         line = simulation.round(t)
         faults.reached(t + 1)
         display.round(line)
@@ -155,10 +165,17 @@ def _rounds(faults: Faults, simulation: Simulation, display: Display, record: Re
         if record:
             try:
                 record.round(line)
+                if simulation.best_X is not best_X:
+                    _keep_best(simulation, record)
             except FedMPIError as error:  # the others are in the next round already: it ends all in there
                 simulation.error = error
         if faults.checkpoints:
             faults.checkpoints.after(simulation, t + 1)
+
+
+def _keep_best(simulation: Simulation, record: Record) -> None:
+    if simulation.best_X is not None:
+        record.best(state_dict(simulation.trainer, simulation.best_X))
 
 
 def handshake(comm: Comm, config: Config, spec: Spec, fingerprint: dict[str, str] | None = None) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedmpi.engine.manifest import MANIFEST, Manifest
+from fedmpi.engine.manifest import BEST, MANIFEST, Manifest
 from fedmpi.errors import CheckpointError, FedMPIError
 from fedmpi.message import is_position, row_nbytes
 from fedmpi.method import Method, Server, State
@@ -46,7 +46,7 @@ def check_manifest(folder: Path, described: Manifest, simulation: Simulation) ->
                 f"{path}: totals.bytes.{way}_values: expected at most {totals.bytes[way]}, the bytes in all, got "
                 f"{totals.bytes[f'{way}_values']}"
             )
-    trained, most = sum(rank.trained for rank in described.ranks), described.round * config.cohort_size
+    trained, most = sum(rank.trained for rank in described.ranks), described.round * config.largest_cohort
     for name, value, limit in (
         ("totals.called", totals.called, most),
         ("totals.participations", totals.participations, totals.called),
@@ -59,15 +59,17 @@ def check_manifest(folder: Path, described: Manifest, simulation: Simulation) ->
     for name, number in numbers.items():
         if not 0 <= number < math.inf:
             raise CheckpointError(f"{path}: {name}: expected a finite number of at least 0, got {number}")
-    if totals.accuracy is not None and not math.isfinite(totals.accuracy):
-        raise CheckpointError(f"{path}: totals.accuracy: expected a finite number, got {totals.accuracy}")
     if totals.measures.keys() != simulation.measures.keys():
         expected, got_names = ", ".join(simulation.measures) or "none", ", ".join(totals.measures) or "none"
         raise CheckpointError(f"{path}: totals.measures: expected {expected}, got {got_names}")
-    if bad := [n for n, value in totals.measures.items() if value is not None and not 0 <= value <= 1]:
-        raise CheckpointError(
-            f"{path}: totals.measures.{bad[0]}: expected 0 to 1, got {totals.measures[bad[0]]}"
-        )
+    peaks = {name: peak.value for name, peak in totals.peaks.items()}
+    for key, values in (("measures", totals.measures), ("peaks", peaks)):
+        for measure, found in values.items():
+            low, high = simulation.goals.bounds(measure)
+            if found is not None and not (low <= found <= high and math.isfinite(found)):
+                expected = "a finite number" if math.isinf(high) else "0 to 1"
+                raise CheckpointError(f"{path}: totals.{key}.{measure}: expected {expected}, got {found}")
+    _check_goals(path, described, simulation)
     if not described.ranks:
         raise CheckpointError(f"{path}: ranks: expected at least one, got none")
     seen: dict[str, set[int]] = {}
@@ -86,6 +88,40 @@ def check_manifest(folder: Path, described: Manifest, simulation: Simulation) ->
         if len(set(file.clients)) < len(file.clients) or before & set(file.clients):
             raise CheckpointError(f"{path}: files.{file_name}: expected each client once, got one twice")
         before.update(file.clients)
+
+
+def _check_goals(path: Path, described: Manifest, simulation: Simulation) -> None:
+    """The best values so far, and whether the run is over."""
+    goals, totals = simulation.goals, described.totals
+    if foreign := totals.peaks.keys() - goals.watched:
+        raise CheckpointError(
+            f"{path}: totals.peaks: expected {', '.join(sorted(goals.watched)) or 'none'}, got {min(foreign)!r:.100}"
+        )
+    for name, peak in totals.peaks.items():
+        if peak.round >= described.round:
+            raise CheckpointError(
+                f"{path}: totals.peaks.{name}.round: expected less than {described.round}, got {peak.round}"
+            )
+    if totals.ended and (goals.stop is None or goals.stop.metric not in totals.peaks):
+        raise CheckpointError(
+            f"{path}: totals.ended: expected none without a best value, got {totals.ended!r:.100}"
+        )
+    if (goals.best in totals.peaks) != (BEST in described.files):
+        raise CheckpointError(
+            f"{path}: expected a file {BEST} with the best value of {goals.best}, and only with it"
+        )
+
+
+def check_best(path: Path, tensors: State, theta_X: Tensor) -> None:
+    """The best model so far; ``theta_X`` is the one that the run began with.
+
+    Raises:
+      CheckpointError: it is no model of this run.
+    """
+    _check_names(path, "best", tensors, {"x": theta_X})
+    _check_shape(path, "x", tensors["x"], tuple(theta_X.shape))
+    if not bool(tensors["x"].isfinite().all()):
+        raise CheckpointError(f"{path}: x: expected finite numbers, got a NaN or an infinity")
 
 
 def _values_of(way: str, total: int, method: Method) -> tuple[int, int]:
@@ -116,7 +152,7 @@ def check_metrics(path: Path, data: bytes, described: Manifest, simulation: Simu
         "download_bytes": described.totals.bytes["download"],
         **described.totals.counts,
     }
-    measured = {"loss", "accuracy", "test_loss", *simulation.measures}
+    measured = {"loss", *simulation.measures}
     fields = {"round", "seconds", *counted, *measured}
     fields |= set() if simulation.clock is None else {"simulated_seconds"}
     lines, sums = data.splitlines(), dict.fromkeys(counted, 0)
@@ -190,12 +226,13 @@ def check_state(
             raise CheckpointError(
                 f"{path}: ledger.{way}: expected {total} bytes in all, by the manifest, got {counted}"
             )
-    came = {c for file in described.files.values() if file.store == "clients" for c in file.clients}
     sent = set(ledger["upload"].nonzero()[:, 0].tolist())
-    if not simulation.clients.empty and not described.lost_ranks and sent - came:
-        raise CheckpointError(
-            f"{path}: expected the state of client {min(sent - came)}, which sent messages, got none"
-        )
+    for name in (name for name, kept in simulation.kept().items() if not kept.store.empty):
+        came = {c for file in described.files.values() if file.store == name for c in file.clients}
+        if sent - came and not described.lost_ranks:
+            raise CheckpointError(
+                f"{path}: expected the state of client {min(sent - came)}, which sent messages, got none ({name})"
+            )
     _check_history(path, rule, server, theta_D, ledger["seen"].unique().tolist())
 
 

@@ -19,10 +19,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmpi.engine.batches import Batches, padded
+from fedmpi.engine.device import Samples
 from fedmpi.engine.rules import Rule
+from fedmpi.message import CPU
 from fedmpi.phases import phase
 from fedmpi.spec import Spec
-from fedmpi.tasks.data import Split
 from fedmpi.tasks.objectives import Objective
 
 _Program = Callable[[dict[str, Tensor], Tensor, Tensor], tuple[dict[str, Tensor], Tensor]]
@@ -54,7 +55,7 @@ class Stacked:
         }
         if counter.get_total_flops() > _WORTH or any("conv" in kind for kind in kinds):
             return False
-        theta_CD = torch.zeros(2, self._spec.size)
+        theta_CD = torch.zeros(2, self._spec.size, device=x_B.device)
         try:
             self(theta_CD, torch.stack([x_B, x_B]), torch.stack([y_B, y_B]), torch.empty_like(theta_CD))
         except Exception:  # whatever a user's model does that cannot be mapped: it is trained as it is
@@ -80,14 +81,14 @@ def at_once(
     objective: Objective,
     lr: float,
     theta_D: Tensor,
-    data: Split,
+    data: Samples,
     batches_of: Callable[[Tensor], Batches],
     clients_C: Tensor,
     steps_C: Tensor,
     frozen_D: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Accumulated gradients ``(C, D)`` and losses ``(C,)`` of clients that train from ``theta_D``: first steps, then
-    second ones, and so on. Who makes most of them stands first, and from step to step fewer are left.
+    """Accumulated gradients ``(C, D)``, and losses ``(C,)`` on the CPU, of clients that train from ``theta_D``: first
+    steps, then second ones, and so on. Who makes most of them stands first, and from step to step fewer are left.
 
     Args:
       batches_of: the batches of clients in some order.
@@ -96,9 +97,9 @@ def at_once(
     order = steps_C.argsort(descending=True, stable=True)
     steps_C, back, batches = steps_C[order], order.argsort(), batches_of(clients_C[order])
     theta_CD = theta_D.expand(padded(len(order)), -1).clone()
-    grad_CD, g_CD = torch.empty_like(theta_CD), torch.zeros(len(order), len(theta_D))
+    grad_CD, g_CD = torch.empty_like(theta_CD), theta_D.new_zeros(len(order), len(theta_D))
     memory = rule.init(g_CD)
-    loss_C, seen_C = (torch.zeros(len(order), dtype=torch.float64) for _ in range(2))
+    loss_C, seen_C = (theta_D.new_zeros(len(order), dtype=torch.float64) for _ in range(2))
     for step in range(int(steps_C[0])):
         on = int((steps_C > step).sum())
         with phase("load"):
@@ -116,4 +117,4 @@ def at_once(
         loss_C[:on] += losses_C * weight_C
         seen_C[:on] += weight_C
     ordered = bool((steps_C[:-1] == steps_C[1:]).all())
-    return (g_CD if ordered else g_CD[back]), (loss_C / seen_C.clamp(min=LEAST))[back]
+    return (g_CD if ordered else g_CD[back.to(g_CD.device)]), (loss_C / seen_C.clamp(min=LEAST)).to(CPU)[back]

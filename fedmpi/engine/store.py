@@ -17,10 +17,12 @@ from torch import Tensor
 
 from fedmpi.comm.base import Comm
 from fedmpi.config import Config
+from fedmpi.engine.device import Place
 from fedmpi.engine.progress import human
 from fedmpi.errors import ConfigError
 from fedmpi.machine import available_memory as _available_memory
-from fedmpi.method import State, stack
+from fedmpi.message import CPU
+from fedmpi.method import State, placed, stack
 from fedmpi.phases import phased
 
 _SLAB = 1 << 18  # bytes of a slab, which holds at least one row
@@ -31,12 +33,17 @@ class ClientStore:
 
     The rows of a state entry lie one after the other in slabs, which are added as clients come: next to them, a client
     takes :data:`INDEX` bytes.
+
+    Args:
+      device: where states come to when they are asked for.
+      there: rows lie there, too; else on the host, and those that are asked for are copied.
     """
 
     INDEX = 8
 
-    def __init__(self, init: Callable[[], State]) -> None:
-        self._template = init()
+    def __init__(self, init: Callable[[], State], device: torch.device = CPU, there: bool = True) -> None:
+        self.device, self._home = device, device if there else CPU
+        self._template = placed(init(), self._home)
         self._per_slab = max(1, _SLAB // max(1, self.row))
         self._slabs: list[State] = []  # (rows, …) of each entry
         self._slot_N = torch.empty(
@@ -47,6 +54,11 @@ class ClientStore:
         self._undo: list[
             dict[int, State | None]
         ] = []  # since the last two marks: what was there (None: nothing)
+
+    @property
+    def on_host(self) -> bool:
+        """What is kept lies in the host's memory, or in a file."""
+        return self._home == CPU
 
     @property
     def empty(self) -> bool:
@@ -106,7 +118,7 @@ class ClientStore:
         for slab, places, rows in self._where(clients_C):
             for name, value in state.items():
                 value[places] = slab[name][rows]
-        return state
+        return placed(state, self.device)
 
     @phased("load")
     def put(self, clients_C: Tensor, state: State) -> None:
@@ -135,6 +147,7 @@ class ClientStore:
     def _write(self, clients_C: Tensor, state: State) -> None:
         if len(clients_C):
             self._make_room(clients_C)
+        state = placed(state, self._home)
         for slab, places, rows in self._where(clients_C):
             for name, value in state.items():
                 slab[name][rows] = value[places]
@@ -166,7 +179,7 @@ class ClientStore:
         number, row = slot_C[places] // self._per_slab, slot_C[places] % self._per_slab
         for n in sorted(set(number.tolist())):
             here = number == n
-            yield self._slabs[n], places[here], row[here]
+            yield self._slabs[n], places[here].to(self._home), row[here].to(self._home)
 
 
 class MappedStore(ClientStore):
@@ -176,8 +189,10 @@ class MappedStore(ClientStore):
     vanish with the process, however it ends.
     """
 
-    def __init__(self, init: Callable[[], State], clients: int, folder: Path) -> None:
-        super().__init__(init)
+    def __init__(
+        self, init: Callable[[], State], clients: int, folder: Path, device: torch.device = CPU
+    ) -> None:
+        super().__init__(init, device, there=False)
         self._known = torch.zeros(clients, dtype=torch.bool)
         self._rows: dict[str, np.memmap[tuple[int, ...], np.dtype[np.uint8]]] = {}
         for name, value in self._template.items():
@@ -202,12 +217,13 @@ class MappedStore(ClientStore):
 
     @phased("load")
     def get(self, clients_C: Tensor) -> State:
-        return stack([self._find(c) or self._template for c in clients_C.tolist()])
+        return placed(stack([self._find(c) or self._template for c in clients_C.tolist()]), self.device)
 
     def need(self, come: int, clients: int) -> int:
         return come * self.row
 
     def _write(self, clients_C: Tensor, state: State) -> None:
+        state = placed(state, CPU)
         for i, client in enumerate(clients_C.tolist()):
             self._set(client, {name: value[i].contiguous() for name, value in state.items()})
 
@@ -245,32 +261,50 @@ def _raw(value: Tensor) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     return raw
 
 
-def make_store(init: Callable[[], State], config: Config) -> ClientStore:
-    """The store that a configuration asks for.
+def make_store(
+    init: Callable[[], State],
+    config: Config,
+    place: Place = Place(),  # noqa: B008 - a named tuple
+    ranks: int = 1,
+) -> ClientStore:
+    """The store that a configuration asks for, whose states come to ``place``.
+
+    One in memory lies there, too, where what all clients that may come keep leaves room for training: a rank with few
+    large ones (data-parallel training) then copies none. The states of more go to the host, which has more memory, and
+    those of a chunk of clients are copied there and back.
+
+    Args:
+      ranks: that share out the clients.
 
     Raises:
       ConfigError: the folder for its files cannot be used.
     """
     if config.store == "memory":
-        return ClientStore(init)
-    place = Path(config.store_folder or tempfile.gettempdir())
+        row = sum(value.nbytes for value in init().values()) if place.device != CPU else 0
+        return ClientStore(init, place.device, place.holds(-(-_come(config) // ranks) * row))
+    folder = Path(config.store_folder or tempfile.gettempdir())
     try:
-        return MappedStore(init, config.clients, place)
+        return MappedStore(init, config.clients, folder, place.device)
     except OSError as error:
-        raise ConfigError(f"store_folder: cannot use {place}: {error.strerror or error}") from None
+        raise ConfigError(f"store_folder: cannot use {folder}: {error.strerror or error}") from None
+
+
+def _come(config: Config) -> int:
+    """How many clients may come."""
+    return min(config.clients, config.rounds * config.largest_cohort)
 
 
 def fits_here(config: Config, comm: Comm, stores: Sequence[ClientStore], peers: ClientStore) -> str:
     """One sentence on what the state of all clients that may come needs on this machine and what there is; "" where
-    they keep nothing.
+    they keep nothing there.
 
     Raises:
       ConfigError: it does not fit; names the figures and the ways out.
     """
-    come = min(config.clients, config.rounds * config.cohort_size)
+    come, stores = _come(config), [store for store in stores if store.on_host]
     needs = (store.need(come, config.clients * comm.size) for store in stores)  # an index a rank
     need = sum(needs) * comm.local_size // comm.size
-    if config.topology == "aggregator" and comm.rank < comm.local_size:  # rank 0's machine
+    if config.topology == "aggregator" and comm.rank < comm.local_size and peers.on_host:  # rank 0's machine
         need += peers.need(come, config.clients)
     if not need:
         return ""

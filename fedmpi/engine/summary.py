@@ -8,21 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import fedmpi
 from fedmpi.engine.ledger import ratios
+from fedmpi.tasks.metrics import TEST_LOSS
 
 if TYPE_CHECKING:
     from fedmpi.engine.rounds import Simulation
 
 
-def summary(of: Simulation) -> dict[str, Any]:
-    """Of a simulation so far, the same on every rank, which all call this."""
+def summary(of: Simulation, done: int | None = None) -> dict[str, Any]:
+    """Of a simulation so far, the same on every rank, which all call this; ``done`` are the rounds that it did, if not
+    all."""
     ranks = [json.loads(r) for r in of.comm.allgather(json.dumps([of.trained, of.comm.sent]).encode())]
     full_up, full_down = (4 * of.spec.size * n for n in (of.participations, of.called))
     return {
         "method": of.config.method.name,
-        "accuracy": of.accuracy,
-        "loss": of.test_loss,
-        **of.measures,
-        "rounds": of.config.rounds,
+        "metric": of.measured.first,
+        **{"loss" if name == TEST_LOSS else name: value for name, value in of.measures.items()},
+        **({} if of.goals.best is None else {"best": _best(of)}),
+        **({"ended": of.ended} if of.ended else {}),
+        "rounds": of.config.rounds if done is None else done,
         "clients": of.config.clients,
         "cohort": of.config.cohort_size,
         "params": of.spec.size,
@@ -46,3 +49,9 @@ def summary(of: Simulation) -> dict[str, Any]:
         "reproducible": of.config.reproducible,
         "version": fedmpi.__version__,
     }
+
+
+def _best(of: Simulation) -> dict[str, Any]:
+    """Whose model model-best.safetensors is."""
+    peak = of.peaks.get(str(of.goals.best))
+    return {"metric": of.goals.best, "value": peak and peak.value, "round": peak and peak.round}

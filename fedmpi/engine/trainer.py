@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from time import perf_counter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,47 +16,25 @@ from fedmpi import random
 from fedmpi.comm.base import Comm, together
 from fedmpi.engine.apart import Apart, forward
 from fedmpi.engine.batches import Batches, Orders, padded
+from fedmpi.engine.device import Place, Samples, synchronize
 from fedmpi.engine.draws import generators, seed_all
 from fedmpi.engine.layout import Layout
 from fedmpi.engine.probe import Traits
 from fedmpi.engine.rules import Rule
 from fedmpi.engine.stacked import LEAST, Stacked, at_once
+from fedmpi.engine.updates import Update, on_host
 from fedmpi.errors import NumericalError
 from fedmpi.local import Local
-from fedmpi.message import Message, from_bytes, to_bytes
-from fedmpi.method import State, nest, unnest
+from fedmpi.message import CPU, Message, from_bytes, to_bytes
+from fedmpi.method import State, nest, placed, unnest
 from fedmpi.phases import phase, phased
 from fedmpi.plan import Plan
 from fedmpi.tasks.data import Split
 from fedmpi.tasks.objectives import Objective
 from fedmpi.tasks.partitions import Partition
 
-_POOL_VALUES = (
-    1 << 19
-)  # inputs of a pass; what a convolutional model keeps of each is some hundred times as much
-
-
-class Update(NamedTuple):
-    """What C clients computed.
-
-    Attributes:
-      g_CD: what servers subtract: accumulated gradients; of buffers x before − x after.
-      loss_C: mean losses.
-      steps_C: local steps τ.
-      kept: what they keep besides what their method keeps (:meth:`Trainer.keeps`).
-    """
-
-    g_CD: Tensor
-    loss_C: Tensor
-    steps_C: Tensor
-    kept: State = {}  # noqa: RUF012 - a named tuple's default, which nobody changes
-
-    def select(self, rows: Tensor) -> Update:
-        """Those of the clients at the positions ``rows``; itself where these are all."""
-        if len(rows) == len(self.g_CD):
-            return self
-        kept = {name: value[rows] for name, value in self.kept.items()}
-        return Update(self.g_CD[rows], self.loss_C[rows], self.steps_C[rows], kept)
+# Inputs of a pass; what a convolutional model keeps of each is some hundred times as much.
+_POOL_VALUES = 1 << 19
 
 
 class Trainer:
@@ -67,10 +44,11 @@ class Trainer:
     (lines 3 and 4); for plain SGD it is (θ₀ − θ_τ)/η, and for one step it is the gradient to the bit.
 
     A client shuffles its samples afresh in every round, or, ``continuing`` (data-parallel training), goes on
-    where it was: it sees each sample once before it sees one again.
+    where it was: it sees each sample once before it sees one again, and its rate changes from step to step.
 
     Attributes:
       together: small models' clients train at once, which gives the same up to rounding.
+      device: where it computes; all tensors of its calls lie there but for ids, numbers of steps, weights and losses.
     """
 
     def __init__(
@@ -83,12 +61,17 @@ class Trainer:
         continuing: bool = False,
         traits: Traits = Traits(),  # noqa: B008 - a named tuple
         rounds: int = 1,
+        place: Place = Place(),  # noqa: B008 - a named tuple
     ) -> None:
         """Args:
         plan: what of the model travels, what each client keeps, what nobody changes.
         traits: on what its training depends besides parameters and batch.
         rounds: of the run, over which the clients' rate changes.
+        place: where it computes; the model goes there.
         """
+        model = model.to(place.device)
+        self._place, self.device = place, place.device
+        self._samples: dict[int, Samples] = {}  # those on a device, by their split
         self.model, self.plan, self.loss, self.local, self.seed = model, plan, objective.loss, local, seed
         self.spec = spec = plan.trained
         self.continuing, self.together = continuing, False
@@ -97,14 +80,16 @@ class Trainer:
         self._draws, self._apart = traits.draws, Apart(model, plan)
         own = self._apart.trained
         # In the order of their memory, which is not that of ``own`` where convolutions are laid out otherwise.
-        self.theta_D = torch.empty(own.size)
-        self.grad_D = torch.zeros(own.size)
+        self.theta_D, self.grad_D = (torch.zeros(own.size, device=self.device) for _ in range(2))
         self._laid = Layout(model, own)
         self._laid.bind(self.theta_D, self.grad_D)
         self.rule, self._rounds = Rule.of(local), rounds
-        self._plain = traits.plain and self._apart.empty and not (local.keep or plan.control)
+        self._parts = (local.steps or 1) if continuing else 1  # of a round, each with a rate of its own
+        remembers = bool(self.rule.init(self.theta_D[:0]))
+        self._keeps = remembers and (self._parts > 1 if local.keep is None else local.keep)
+        self._plain = traits.plain and self._apart.empty and not (self._keeps or plan.control)
         # θ_s = θ₀ − η Σ g then, and the sum is what is wanted: no pass over the parameters but this one.
-        self._sums = self.rule.plain and own is spec and not plan.control
+        self._sums = self.rule.plain and own is spec and not plan.control and self._parts == 1
         plain = self._plain and local.accumulate == 1 and local.precision == "float32"
         self._stacked = Stacked(model, spec, self.loss) if plain and not continuing else None
         self._worth: bool | None = None  # to train several clients so
@@ -116,17 +101,27 @@ class Trainer:
         one_step = local.epochs is None and local.steps in (None, 1)
         return one_each and one_step and self.rule.first and local.accumulate == 1
 
+    def samples(self, data: Split) -> Samples:
+        """A split as it comes to the trainer's device; one that lies there stays."""
+        if self.device == CPU:
+            return Samples(data)
+        if id(data) not in self._samples:  # which it holds: no other split has its id
+            self._samples[id(data)] = Samples(data, self._place)
+        return self._samples[id(data)]
+
     def time(self, data: Split, batch: int, threads: int) -> float:
         """Seconds of a step on ``batch`` samples with so many threads: the best of a few."""
         torch.set_num_threads(threads)
-        x, y = data.x[:batch], data.y[:batch]
+        x, y = self.samples(data).take(torch.arange(min(batch, len(data.y))))
         self.theta_D.zero_()
         seconds = []
-        for _ in range(4):
-            started = perf_counter()
-            self.grad_D.zero_()
-            self.loss(self.model(x), y).backward()
-            seconds.append(perf_counter() - started)
+        with generators(self._draws, self.device):  # another rank of this process may be training
+            for _ in range(4):
+                started = perf_counter()
+                self.grad_D.zero_()
+                self.loss(self.model(x), y).backward()
+                synchronize(self.device)
+                seconds.append(perf_counter() - started)
         return min(seconds)
 
     def work(self, sizes: Tensor) -> Tensor:
@@ -146,10 +141,10 @@ class Trainer:
     def keeps(self) -> State:
         """What a client keeps for itself before its first round, without the axis C; {} for nothing."""
         kept = {"local": self._apart.kept_L} if self.plan.local.size else {}
-        if self.local.keep:
+        if self._keeps:
             kept |= nest(self.rule.init(self.theta_D), "optimizer.")
         if self.plan.control:
-            kept["control"] = torch.zeros(self.spec.size)
+            kept["control"] = torch.zeros(self.spec.size, device=self.device)
         return kept
 
     @phased("compute")
@@ -177,23 +172,23 @@ class Trainer:
             lr = self.local.lr * self.local.schedule.factor(round, self._rounds)
             batches = partial(Batches, self.seed, partition, round=round, batch=self.local.batch)
             how = self._stacked, self.rule, self._objective, lr
-            g_CX, loss_C = at_once(*how, x_X, data, batches, clients_C, steps_C, frozen_X)
+            g_CX, loss_C = at_once(*how, x_X, self.samples(data), batches, clients_C, steps_C, frozen_X)
             return Update(self._scaled(g_CX, steps_C, round), loss_C, steps_C)
         self._orders.prepare(partition, clients_C, sizes_C, round)
-        g_CX, losses = torch.zeros(len(clients_C), self.plan.spec.size), []
+        g_CX, losses = torch.zeros(len(clients_C), self.plan.spec.size, device=self.device), []
         after = {name: value.clone() for name, value in (kept or {}).items()}
         frozen_O = self._apart.mask(frozen_X)
         frozen_O = None if frozen_O is None else self._laid.inside(frozen_O)
         theta_O = self._laid.inside(x_X) if self._plain else None
-        with generators(self._draws):
+        with generators(self._draws, self.device):
             for row, (client, steps) in enumerate(zip(clients_C.tolist(), steps_C.tolist(), strict=True)):
-                call = data, partition.of(client), steps, client, round, frozen_O
+                call = self.samples(data), partition.of(client), steps, client, round, frozen_O
                 if theta_O is not None:
                     losses.append(self._one(theta_O, g_CX[row], *call))
                 else:
                     own = {name: value[row] for name, value in after.items()}
                     losses.append(self._with_kept(x_X, g_CX[row], own, *call))
-        loss_C = torch.tensor(losses, dtype=torch.float64)
+        loss_C = on_host(losses)
         return Update(self._scaled(g_CX, steps_C, round), loss_C, steps_C, after)
 
     def _with_kept(
@@ -201,22 +196,20 @@ class Trainer:
         x_X: Tensor,
         g_X: Tensor,
         own: State,
-        data: Split,
+        data: Samples,
         index: Tensor,
         steps: int,
         client: int,
         round: int,
         frozen_O: Tensor | None,
-    ) -> float:
+    ) -> float | Tensor:
         """A client's training with buffers and what it keeps: ``g_X`` is filled, ``own`` changed in place.
 
         SCAFFOLD's part is c_i − c_i⁺ with c_i⁺ = c_i − c + (x − y)/(τη), option II; c_i itself stays, until it is known
         what of the difference arrives.
         """
-        start_O, g_O = (
-            self._laid.inside(self._apart.begin(x_X, own.get("local"))),
-            torch.zeros_like(self.grad_D),
-        )
+        start_O = self._laid.inside(self._apart.begin(x_X, own.get("local")))
+        g_O = torch.zeros_like(self.grad_D)
         size, control, shift_O = self.spec.size, self.plan.control, None
         if control:
             drift_D = x_X[control] - own["control"]
@@ -234,10 +227,10 @@ class Trainer:
 
     def _scaled(self, g_CX: Tensor, steps_C: Tensor, round: int) -> Tensor:
         """Accumulated gradients as the server takes them: in units of ``local.lr``, divided by what FedNova says."""
-        factor = self.local.schedule.factor(round, self._rounds)
+        factor = self.local.schedule.factor(round, self._rounds) if self._parts == 1 else 1.0
         if self.local.fednova:
             weight_C = self.rule.weight(steps_C, self.local.lr * factor)
-            g_CX[:, : self.spec.size] *= (factor / weight_C).float()[:, None]
+            g_CX[:, : self.spec.size] *= (factor / weight_C).float()[:, None].to(g_CX.device)
         elif factor != 1:
             g_CX[:, : self.spec.size] *= factor
         return g_CX
@@ -256,19 +249,20 @@ class Trainer:
                 index = random.sample(random.key(self.seed, stream="server data"), len(data.y), samples)
                 steps, g_O = int(self.steps(torch.tensor(samples))), torch.zeros_like(self.grad_D)
                 start_O = self._laid.inside(self._apart.begin(x_X))
-                with generators(self._draws):
-                    self._one(start_O, g_O, data, index, steps, client=-1, round=0, frozen_D=None)
+                with generators(self._draws, self.device):
+                    self._one(start_O, g_O, self.samples(data), index, steps, -1, 0, None)
                 if not bool(g_O.isfinite().all()):
                     raise NumericalError(
                         f"server: its own gradient is not finite; try a smaller local.lr than {self.local.lr:g}"
                     )
                 g_X[: self.spec.size] = g_O[: self.spec.size]
         sent = comm.broadcast(to_bytes(Message({"gradient": g_X[None]})))
-        return from_bytes(sent).arrays["gradient"][0]
+        return from_bytes(sent, device=self.device).arrays["gradient"][0]
 
     def load(self, x_X: Tensor, kept: State | None = None) -> nn.Module:
         """The model with ``x_X``, and what one client keeps for itself (by default, what a new one starts with)."""
-        self.theta_D.copy_(self._laid.inside(self._apart.begin(x_X, (kept or {}).get("local"))))
+        kept = placed(kept or {}, self.device)
+        self.theta_D.copy_(self._laid.inside(self._apart.begin(x_X, kept.get("local"))))
         return self.model
 
     @phased("compute")
@@ -290,17 +284,20 @@ class Trainer:
         """
         samples = samples or max(64, _POOL_VALUES // data.x[0].numel())
         loss_C = torch.empty(len(clients_C), dtype=torch.float64)
+        parts, losses = [], []
         self._begin(self._laid.inside(theta_D))
         self.grad_D.zero_()
         for rows in self._alike(partition.sizes_of(clients_C), samples):
             with phase("load"):
                 batches = Batches(self.seed, partition, clients_C[rows], round, self.local.batch)
-                x_CB, y_CB = batches.step(0, len(rows)).of(data)
+                x_CB, y_CB = batches.step(0, len(rows)).of(self.samples(data))
             with self._autocast():
                 output = self.model(x_CB.flatten(0, 1))
                 losses_C = self._objective.losses(output.unflatten(0, x_CB.shape[:2]), y_CB)
-            (losses_C * weights_C[rows].to(losses_C.dtype)).sum().backward()
-            loss_C[rows] = losses_C.detach().double()
+            (losses_C * weights_C[rows].to(losses_C)).sum().backward()
+            parts.append(rows)
+            losses.append(losses_C.detach().double())
+        loss_C[torch.cat(parts)] = torch.cat(losses).to(CPU)
         g_D = self._laid.outside(self.grad_D, torch.empty_like(self.grad_D))
         if self.local.weight_decay:
             g_D.add_(theta_D, alpha=self.local.weight_decay * float(weights_C.sum()))
@@ -334,14 +331,14 @@ class Trainer:
         if self._worth is None:
             batch = min(self.local.batch or int(sizes_C.double().mean()), len(data.y))
             self._begin(self._laid.inside(theta_D))
-            self._worth = self._stacked.worth(data.x[:batch], data.y[:batch])
+            self._worth = self._stacked.worth(*self.samples(data).take(torch.arange(batch)))
         return self._worth and (self._pads or bool((sizes_C == sizes_C[0]).all()))
 
     def _one(
         self,
         theta_D: Tensor,
         g_D: Tensor,
-        data: Split,
+        data: Samples,
         index: Tensor,
         steps: int,
         client: int,
@@ -349,21 +346,23 @@ class Trainer:
         frozen_D: Tensor | None,
         memory: State | None = None,
         shift_D: Tensor | None = None,
-    ) -> float:
+    ) -> float | Tensor:
         """A client's training, whose directions' sum becomes ``g_D``; ``theta_D``, ``frozen_D``, the rule's ``memory``
         and ``shift_D``, which is added to every gradient, are laid out as the trainer's memory."""
         batch = min(self.local.batch or len(index), len(index))
         self._begin(theta_D)
         self.grad_D.zero_()
-        lr = self.local.lr * self.local.schedule.factor(round, self._rounds)
+        factor, parts = partial(self.local.schedule.factor, round, self._rounds), self._parts
+        lr = self.local.lr * (factor() if parts == 1 else 1)
         memory = self.rule.init(self.theta_D) if memory is None else memory
         sum_D = self.grad_D if self._sums else torch.zeros_like(self.theta_D)
-        total = seen = 0.0
+        total: float | Tensor = 0.0
+        seen = 0.0
         for step in range(steps):
             with phase("load"):
                 chosen = self._orders.batch(index, batch, client, round, step)
             if self._draws:
-                seed_all(random.key(self.seed, round, client, f"draws {step}"))
+                seed_all(random.key(self.seed, round, client, f"draws {step}"), self.device)
             loss, weight = self._backward(data, chosen)
             total += loss * weight
             seen += weight
@@ -376,24 +375,26 @@ class Trainer:
             if shift_D is not None:
                 self.grad_D.add_(shift_D)
             direction_D = self.rule.direction(memory, self.grad_D, self.theta_D, theta_D, frozen_D)
-            sum_D.add_(direction_D)
-            self.theta_D.add_(direction_D, alpha=-lr)
+            share = factor(step, parts) if parts > 1 else 1.0
+            sum_D.add_(direction_D, alpha=share)
+            self.theta_D.add_(direction_D, alpha=-lr * share)
             self.grad_D.zero_()
         self._laid.outside(sum_D, g_D)
         return total / max(seen, LEAST)
 
-    def _backward(self, data: Split, chosen: Tensor) -> tuple[float, float]:
+    def _backward(self, data: Samples, chosen: Tensor) -> tuple[float | Tensor, float]:
         """Add the gradient of the mean loss over what counts of the samples, in so many parts as asked for; returns the
-        loss and how many samples' worth that is."""
+        loss (of a device, which nobody waits for, as float64 there) and how many samples' worth that is."""
         parts = chosen.chunk(self.local.accumulate)
-        weights = [float(self._objective.weights(data.y[part][None])) for part in parts]
-        total, whole = 0.0, sum(weights)
+        weights = [float(self._objective.weights(data.host.y[part][None])) for part in parts]
+        total: float | Tensor = 0.0
+        whole = sum(weights)
         for part, weight in zip(parts, weights, strict=True):
             with phase("load"):
-                x, y = data.x[part], data.y[part]
+                x, y = data.take(part)
             with self._autocast():
                 loss = self.loss(forward(self.model, x), y)
             share = weight / max(whole, LEAST)
             (loss if share == 1 else loss * share).backward()
-            total += loss.item() * share
+            total += (loss.item() if self.device == CPU else loss.detach().double()) * share
         return total, whole

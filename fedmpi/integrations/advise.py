@@ -26,17 +26,22 @@ from fedmpi.integrations.fragments import Fragment
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.integrations.say import bandwidth
 from fedmpi.integrations.settings import Shapes
+from fedmpi.methods import METHODS
 from fedmpi.optimizers import Optimizer
 
-CANDIDATES: tuple[dict[str, Any] | str, ...] = (
-    "dense",
-    "bf16",
-    {"name": "qsgd", "bits": 4},
-    {"name": "signsgd", "feedback": True},
-    {"name": "topk", "ratio": 0.01, "feedback": True},
-    {"name": "randomk", "ratio": 0.01, "feedback": True},
-    {"name": "powersgd", "rank": 4, "feedback": True},
-    {"name": "intrinsic", "dim": 0.01, "matrix": "hashed"},
+CANDIDATES: tuple[dict[str, Any] | str, ...] = tuple(
+    candidate
+    for candidate in (
+        "dense",
+        "bf16",
+        {"name": "qsgd", "bits": 4},
+        {"name": "signsgd", "feedback": True},
+        {"name": "topk", "ratio": 0.01, "feedback": True},
+        {"name": "randomk", "ratio": 0.01, "feedback": True},
+        {"name": "powersgd", "rank": 4, "feedback": True},
+        {"name": "intrinsic", "dim": 0.01, "matrix": "hashed"},
+    )
+    if (candidate if isinstance(candidate, str) else candidate["name"]) in METHODS
 )
 """What is compared unless methods are named; a ``dim`` below 1 is a share of the parameters."""
 

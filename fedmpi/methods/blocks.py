@@ -5,6 +5,8 @@ Shape suffixes: C clients, N blocks, n entries of a block, R bytes of its record
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,6 @@ class Blocks:
     def __init__(self, bits: int, block: int, normal: bool) -> None:
         self.bits, self.block, self.record = bits, block, _SCALE + block * bits // 8
         self.half = 2 ** (bits - 1) - 1  # the code of 0
-        even = [i / self.half for i in range(-self.half, self.half + 1)]
-        self._levels = torch.tensor(_NORMAL if normal else even)
         self._normal = normal
 
     def encode(self, x_CNn: Tensor, u_CNn: Tensor | None) -> Tensor:
@@ -48,7 +48,7 @@ class Blocks:
         return low_CNn.add_(u_CNn < x_CNn - low_CNn).add_(self.half)
 
     def _uneven(self, x_CNn: Tensor, u_CNn: Tensor | None) -> Tensor:
-        levels = self._levels.to(x_CNn.device)
+        levels = self._levels(x_CNn.device)
         if u_CNn is None:
             return torch.bucketize(x_CNn, (levels[1:] + levels[:-1]) / 2)
         low_CNn = (torch.bucketize(x_CNn, levels, right=True) - 1).clamp_(0, len(levels) - 2)
@@ -61,14 +61,28 @@ class Blocks:
         Raises:
           MessageError: a scale that is no magnitude, or a code without a level.
         """
-        scale_CN1 = records_CNR[..., :_SCALE].contiguous().view(torch.float32)
-        if not bool(((scale_CN1 >= 0) & scale_CN1.isfinite()).all()):
-            raise MessageError("message: expected finite scales ≥ 0, got a negative or infinite one or NaN")
+        # A copy: of a single block the slice is contiguous as it is, with strides that no float32 has.
+        scale_CN1 = records_CNR[..., :_SCALE].clone(memory_format=torch.contiguous_format).view(torch.float32)
         code_CNn = records_CNR[..., _SCALE:]
         if self.bits == 4:
             code_CNn = torch.stack([code_CNn & 15, code_CNn >> 4], -1).flatten(-2)
-        if code_CNn.numel() and int(code_CNn.max()) >= len(self._levels):
+        levels = self._levels(scale_CN1.device)
+        good = ((scale_CN1 >= 0) & scale_CN1.isfinite()).all()
+        if not bool(good & (code_CNn < len(levels)).all()):
+            if not bool(good):
+                raise MessageError(
+                    "message: expected finite scales ≥ 0, got a negative or infinite one or NaN"
+                )
             raise MessageError(
-                f"message: code {int(code_CNn.max())}, expected less than {len(self._levels)}, the number of levels"
+                f"message: code {int(code_CNn.max())}, expected less than {len(levels)}, the number of levels"
             )
-        return self._levels.to(scale_CN1.device)[code_CNn.int()] * scale_CN1
+        return levels[code_CNn.int()] * scale_CN1
+
+    def _levels(self, device: torch.device) -> Tensor:
+        return _levels(self.half, self._normal, device)
+
+
+@lru_cache
+def _levels(half: int, normal: bool, device: torch.device) -> Tensor:
+    """What the codes mean of a scale of 1: copied to a device once."""
+    return torch.tensor(_NORMAL if normal else [i / half for i in range(-half, half + 1)], device=device)

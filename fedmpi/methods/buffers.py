@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedmpi.errors import NumericalError
+from fedmpi.errors import MessageError, NumericalError
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, Segment, State
 from fedmpi.methods.base import MeanServer
@@ -46,7 +46,10 @@ class Largest(Compressor):
         return Message({"change": g_CD.neg().to(torch.int32)}), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
-        return message.arrays["change"].neg().float(), peer
+        change_CD = message.arrays["change"]
+        if bool(((change_CD < -MOST) | (change_CD > MOST)).any()):
+            raise MessageError(f"message: an integer buffer changes by more than {MOST} in a round")
+        return change_CD.neg().float(), peer
 
     def add(
         self, total_CS: Tensor, message: Message, peer: State, ctx: Context, weights: Sequence[float]

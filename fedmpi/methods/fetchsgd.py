@@ -67,6 +67,9 @@ class Sketch(Compressor):
     def lift(self, v_CS: Tensor, ctx: Context) -> Tensor:
         return self.sketch.estimate(v_CS)
 
+    def transpose(self, v_CS: Tensor, ctx: Context) -> Tensor:
+        return self.sketch.transpose(v_CS)  # the lift takes medians
+
 
 class FetchDecoder(Decoder):
     """Algorithm 1, lines 10 to 14: momentum and error, sketched, and their top k."""

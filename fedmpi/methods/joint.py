@@ -9,7 +9,7 @@ Shape suffixes: C clients, X numbers of the whole vector, D of one part, S numbe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -165,10 +165,19 @@ class Joint(Together):
             start += up.size
 
     def lift(self, v_CS: Tensor, ctx: Context) -> Tensor:
-        lifted = v_CS.new_zeros(len(v_CS), self.spec.size)
-        for i, (at, up) in enumerate(zip(self.summed(), self.ups, strict=True)):
-            lifted[:, self.slices[i]] = up.lift(v_CS[:, at], self.within(ctx, i))
-        return lifted
+        return self._whole([up.lift for up in self.ups], v_CS, ctx)
+
+    def transpose(self, v_CS: Tensor, ctx: Context) -> Tensor:
+        return self._whole([up.transpose for up in self.ups], v_CS, ctx)
+
+    def _whole(
+        self, calls: Sequence[Callable[[Tensor, Context], Tensor]], v_CS: Tensor, ctx: Context
+    ) -> Tensor:
+        """What each part's call makes of its numbers, at its place in the whole vector."""
+        whole = v_CS.new_zeros(len(v_CS), self.spec.size)
+        for i, (at, call) in enumerate(zip(self.summed(), calls, strict=True)):
+            whole[:, self.slices[i]] = call(v_CS[:, at], self.within(ctx, i))
+        return whole
 
     def decoded(self, name: str, message: Message, peer: State, ctx: Context) -> Tensor:
         """What the part ``name`` of the messages stands for, ``(C, D)`` of the part."""
@@ -271,7 +280,11 @@ class JointServer(Server):
         """Each part's version, when the whole's was ``seen``."""
         first_E = state["behind"][:, 0].contiguous()
         row = int(torch.searchsorted(first_E, seen, right=True)) - 1
-        return [seen - int(n) for n in state["behind"][row, 1:]]
+        own = [seen - int(n) for n in state["behind"][max(row, 0), 1:]]
+        now = [int(state["version"]) - int(state[f"{p.name}.version"]) for p in self.parts]
+        if row < 0 or min(own) < 0 or now != state["behind"][-1, 1:].tolist():
+            raise MessageError(f"behind: expected a row for version {seen}, and at its end {now}, got others")
+        return own
 
     def download(self, state: State, seen: int) -> Message:
         arrays: dict[str, Tensor] = {}

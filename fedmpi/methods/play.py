@@ -27,7 +27,7 @@ class Pass(NamedTuple):
     v_CS: Tensor
     """Each sender's decoded vector."""
     mean_S: Tensor
-    """Their mean; of an integer method their sum."""
+    """Their mean; of an integer method their sum; of several parts, what each one's kind comes to."""
     state: State
     """The far end's, when the pass was sent."""
 
@@ -64,8 +64,21 @@ def play(
         last = codec is method.up
         held = {} if not last else believed(codec, senders) if peers is None else peers
         v_CS, held = codec.decompress(message, held, ctx)
-        mean_S = v_CS.sum(0, dtype=torch.int32) if codec.integer else v_CS.mean(0)
+        mean_S = v_CS.sum(0, dtype=torch.int32) if codec.integer else _together(codec, v_CS)
         passes.append(Pass(codec, ctx, message, after, held, v_CS, mean_S, state))
         if not last:
             state = end.between(state, index, mean_S, round)
     return passes
+
+
+def _together(codec: Compressor, v_CS: Tensor) -> Tensor:
+    """What vectors of :attr:`Compressor.segments` come to ``(S,)``."""
+    if all(kind == "mean" for _, kind in codec.segments):
+        return v_CS.mean(0)
+    stretches = v_CS.split([size for size, _ in codec.segments], 1)
+    return torch.cat(
+        [
+            v.mean(0) if kind == "mean" else v.amin(0).clamp(max=0) if kind == "least" else v.sum(0)
+            for (_, kind), v in zip(codec.segments, stretches, strict=True)
+        ]
+    )

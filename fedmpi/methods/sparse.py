@@ -24,7 +24,8 @@ from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, State
 from fedmpi.methods.base import FeedbackOptions
 from fedmpi.methods.values import Kind, Values
-from fedmpi.ops import bits
+from fedmpi.ops import bits, fast
+from fedmpi.ops.select import places
 from fedmpi.spec import Spec
 
 Indices = Literal["packed", "coded"]
@@ -86,15 +87,25 @@ class Coder:
         if self.map:
             map_CU = bits.unpack(message.arrays["map"], self.map)
             counts_C = map_CU.sum(1)
-            if bool((counts_C != self.count).any()):
-                wrong = int(counts_C[counts_C != self.count][0])
-                raise MessageError(f"message: a map of {wrong} indices, expected {self.count}")
-            place_CK = map_CU.nonzero()[:, 1].view(len(map_CU), self.count)
+            if not fast.waits(map_CU):
+                self._check(index_CK[:0], counts_C)
+            place_CK = places(map_CU, self.count)
             high_CK = place_CK - torch.arange(self.count, device=place_CK.device)
             index_CK = index_CK | (high_CK << self.width)
+            if fast.waits(map_CU):  # both questions as one
+                wrong = (counts_C != self.count).any() | (index_CK >= self.size).any()
+                if not bool(wrong):
+                    return index_CK
+                self._check(index_CK, counts_C)
+        self._check(index_CK)
+        return index_CK
+
+    def _check(self, index_CK: Tensor, counts_C: Tensor | None = None) -> None:
+        if counts_C is not None and bool((counts_C != self.count).any()):
+            wrong = int(counts_C[counts_C != self.count][0])
+            raise MessageError(f"message: a map of {wrong} indices, expected {self.count}")
         if index_CK.numel() and int(index_CK.max()) >= self.size:
             raise MessageError(f"message: index {int(index_CK.max())}, expected less than {self.size}")
-        return index_CK
 
 
 class Sparse(Compressor):

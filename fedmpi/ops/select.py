@@ -54,11 +54,17 @@ def top_k_reference(g_CD: Tensor, k: int) -> Tensor:
     above_CD, tied_CD = size_CD > threshold_C1, size_CD == threshold_C1
     places_C1 = k - above_CD.sum(1, keepdim=True)
     chosen_CD = above_CD | (tied_CD & (tied_CD.cumsum(1) <= places_C1))
-    if fast.waits(g_CD) and _static(g_CD.device):  # how many there are is known
-        places_N2 = torch.nonzero_static(chosen_CD, size=len(g_CD) * k)
+    return places(chosen_CD, k)
+
+
+def places(chosen_CD: Tensor, k: int) -> Tensor:
+    """Where each row has its k ones, int64 ``(C, k)``. How many there are is known, and not asked of a device, which
+    gives any numbers from -1 on for rows with more or fewer."""
+    if fast.waits(chosen_CD) and _static(chosen_CD.device):
+        places_N2 = torch.nonzero_static(chosen_CD, size=len(chosen_CD) * k)
     else:
         places_N2 = chosen_CD.nonzero()
-    return places_N2[:, 1].view(len(g_CD), k)
+    return places_N2[:, 1].view(len(chosen_CD), k)
 
 
 @lru_cache

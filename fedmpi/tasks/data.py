@@ -9,20 +9,32 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-import torch.utils.data
 
 from fedmpi import own
-from fedmpi.errors import ConfigError, DataError
-from fedmpi.tasks import choose
+from fedmpi.errors import DataError
+from fedmpi.tasks import choose, convert
+from fedmpi.tasks.convert import USAGE
 from fedmpi.tasks.dataset import Data, DataOptions, Places, Split, default_folder
-from fedmpi.tasks.readers import celeba, cifar, hub, idx, images, leaf, personachat, segmentation, text
+from fedmpi.tasks.readers import (
+    celeba,
+    cifar,
+    hub,
+    idx,
+    images,
+    kjv,
+    leaf,
+    personachat,
+    segmentation,
+    table,
+    text,
+)
 from fedmpi.validation import checked
 
 __all__ = ["DATA", "INSTALLED", "Data", "Split", "default_folder", "load"]
 
 INSTALLED = Path("/usr/share/datasets")  # where Debian's package dataset-fashion-mnist puts its folder
-USAGE = "load(folder: pathlib.Path, **options) -> fedmpi.tasks.data.Data"
 
 
 class Reader(NamedTuple):
@@ -45,7 +57,9 @@ DATA: dict[str, Reader] = {
     "sst-2": Reader(text.TextOptions, text.sst2, "sentences of film reviews, good or bad"),
     "movie-reviews": Reader(text.ReviewOptions, text.movie_reviews, "10,605 rated sentences of film reviews"),
     "personachat": Reader(personachat.ChatOptions, personachat.personachat, "dialogues by personality"),
+    "kjv": Reader(kjv.KjvOptions, kjv.kjv, "the King James text, 4.0 million bytes in 1,189 chapters"),
     "image-folder": Reader(images.FolderOptions, images.image_folder, "your pictures, a folder a class"),
+    "csv": Reader(table.TableOptions, table.table, "your own table: columns of numbers and categories"),
     "hub": Reader(hub.HubOptions, hub.hub, "a data set of the Hugging Face hub or a folder of tables"),
 }
 
@@ -76,11 +90,11 @@ _LOCK = threading.Lock()
 def _load(name: str, places: Places, wanted: str) -> Data:
     options = json.loads(wanted)
     if own.is_path(name):
-        return _checked(name, own.call("data.name", name, places[0], options=options, usage=USAGE))
+        return _own(name, places[0], options)
     reader = choose("data set", name, DATA)
     parsed = checked(reader.options, options, f"data {name}")
     try:
-        return reader.read(parsed, places)
+        return _first(reader.read(parsed, places), parsed.limit)
     except (
         ArithmeticError,
         AttributeError,
@@ -98,13 +112,31 @@ def _load(name: str, places: Places, wanted: str) -> Data:
         ) from error
 
 
-def _checked(name: str, data: Any) -> Data:
-    """A user's own data set; ConfigError or DataError that says what of it cannot be used."""
-    if not isinstance(data, Data):
-        how = ""
-        if isinstance(data, torch.utils.data.Dataset | torch.utils.data.DataLoader):
-            how = "; stack its samples: Split(torch.stack([x for x, _ in it]), torch.tensor([y for _, y in it]))"
-        raise ConfigError(f"data.name: {name} returned a {type(data).__name__}, expected {USAGE}{how}")
+def _own(name: str, place: Path, options: dict[str, Any]) -> Data:
+    """Your own data set. A ``limit`` that it does not take itself is kept for it."""
+    limit = None
+    if "limit" in options and not own.takes("data.name", name, "limit", USAGE):
+        given = {"folder": None, "limit": options["limit"]}
+        limit = checked(DataOptions, given, "data").limit
+        options = {key: value for key, value in options.items() if key != "limit"}
+    found = own.call("data.name", name, place, options=options, usage=USAGE)
+    return _first(_checked(name, convert.data_of(name, found)), limit)
+
+
+def _first(data: Data, limit: int | None) -> Data:
+    """The first so many samples of each set, in memory of their own."""
+    if limit is None:
+        return data
+
+    def cut(split: Split) -> Split:
+        groups = None if split.groups is None else split.groups[:limit].clone()
+        return Split(split.x[:limit].clone(), split.y[:limit].clone(), groups)
+
+    return data._replace(train=cut(data.train), test=cut(data.test))
+
+
+def _checked(name: str, data: Data) -> Data:
+    """A user's own data set; DataError that says what of it cannot be used."""
     if isinstance(data.classes, bool) or not isinstance(data.classes, int) or data.classes < 1:
         raise DataError(f"{name}: classes: expected an integer of at least 1, got {data.classes!r}")
     for part in ("train", "test"):
@@ -130,8 +162,10 @@ def _check_tensor(title: str, field: str, value: Any, x: Any) -> None:
         field
     ]
     if not isinstance(value, torch.Tensor):
-        how = "; torch.from_numpy makes one" if type(value).__module__ == "numpy" else ""
-        raise DataError(f"{title}: expected a tensor, a row a sample, got a {type(value).__name__}{how}")
+        kind = f" of {value.dtype}" if isinstance(value, np.ndarray) else ""
+        raise DataError(
+            f"{title}: expected a tensor or an array of numbers, a row a sample, got a {type(value).__name__}{kind}"
+        )
     if value.layout != torch.strided or value.device.type != "cpu" or value.requires_grad:
         raise DataError(
             f"{title}: expected a dense tensor on the CPU without requires_grad, got {value.layout} on {value.device}"
@@ -143,9 +177,7 @@ def _check_tensor(title: str, field: str, value: Any, x: Any) -> None:
         raise DataError(f"{title}: expected a tensor, a row a sample ({rows}), got {got}")
     if value.dtype not in kinds:
         wanted = " or ".join(str(kind) for kind in kinds)
-        how = (
-            ".float()" if value.dtype.is_floating_point else ".long() (classes, tokens) or .float() (values)"
-        )
+        how = ".float() / 255 (pixels) or .long() (tokens)" if value.dtype == torch.uint8 else ".float()"
         raise DataError(f"{title}: expected {wanted}, got {value.dtype}; convert it with {how}")
     if field == "groups" and value.dim() != 1:
         raise DataError(f"{title}: expected one dimension, got the shape {tuple(value.shape)}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from fedmpi.errors import DataError
@@ -27,7 +27,7 @@ IGNORE = -100  # in place of a target: torch's cross entropy leaves it out
 
 class Split(NamedTuple):
     x: Tensor  # (N, *shape): float32, or int64 tokens
-    y: Tensor  # (N,) int64 in [0, classes); (N, H, W) or (N, L) int64 with IGNORE; (N, values) float32
+    y: Tensor  # (N,) int64 in [0, classes); (N, H, W) or (N, L) int64 with IGNORE; (N,) or (N, values) float32
     groups: Tensor | None = (
         None  # (N,) int64: whose sample it is, where the data say so (writer, personality)
     )
@@ -40,6 +40,7 @@ class Data(NamedTuple):
     train: Split
     test: Split
     classes: int  # outputs that a model needs: classes, values to predict or words of the vocabulary
+    notes: tuple[str, ...] = ()  # what a user should know of how it was read
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,6 +50,7 @@ class Data(NamedTuple):
 
 class DataOptions(Options):
     folder: str | None = Field(None, description="where it lies (default: $FEDMPI_DATA, ~/.cache/fedmpi)")
+    limit: PositiveInt | None = Field(None, description="take only the first so many samples of each set")
 
 
 def default_folder() -> Path:

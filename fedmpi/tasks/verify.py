@@ -52,6 +52,7 @@ def run_program(command: Sequence[str], cwd: Path) -> subprocess.CompletedProces
     return subprocess.run(
         command,
         cwd=cwd,
+        stdin=subprocess.DEVNULL,
         env={**os.environ, "LC_ALL": "C"},
         capture_output=True,
         text=True,

@@ -4,17 +4,16 @@ import sys
 from typing import Any
 
 from fedmpi import cli
-from fedmpi.comm.base import Comm
-from fedmpi.engine.trainer import Trainer
+from fedmpi.engine import rounds
 
-original = Trainer.evaluate
+original = rounds.evaluate
 
 
-def evaluate(self: Trainer, theta_D: Any, test: Any, batch: int, comm: Comm) -> tuple[float, float]:
-    if comm.rank == 1:
+def evaluate(*values: Any) -> Any:
+    if values[-1].rank == 1:
         raise ZeroDivisionError("a bug")
-    return original(self, theta_D, test, batch, comm)
+    return original(*values)
 
 
-Trainer.evaluate = evaluate  # type: ignore[method-assign]
+rounds.evaluate = evaluate
 sys.exit(cli.main(["train", "configs/quickstart.yaml", "--quiet", "rounds=30", "--out", sys.argv[1]]))

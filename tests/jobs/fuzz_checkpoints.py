@@ -28,6 +28,30 @@ METHODS: list[dict[str, Any]] = [
     {"name": "powersgd", "rank": 1},
     {"name": "intrinsic", "dim": 8, "schedule": "time_varying"},
     {"name": "lookback", "threshold": 0.5, "inner": {"name": "topk", "ratio": 0.1}},
+    {
+        "method": {"name": "lookback", "threshold": 0.5, "inner": {"name": "topk", "ratio": 0.2}},
+        "parts": [
+            {"match": "norm.bias", "travels": "exact"},
+            {"match": "first.weight", "travels": {"name": "powersgd", "rank": 1, "feedback": True}},
+            {"match": "first.bias", "travels": "signsgd"},
+            {
+                "match": "middle.weight",
+                "travels": {"name": "intrinsic", "dim": 8, "schedule": "time_varying"},
+            },
+            {"match": "last.bias", "travels": "local"},
+            {"match": "norm.running_var", "travels": "local"},
+        ],
+    },
+    {
+        "method": {"name": "topk", "ratio": 0.2, "feedback": True},
+        "parts": [{"match": "last.*", "travels": "local"}, {"match": "middle.*", "travels": "frozen"}],
+        "local": {"scaffold": "exact"},
+    },
+    {
+        "method": {"name": "dense"},
+        "parts": [{"match": "norm.*", "travels": "local"}],
+        "local": {"optimizer": "adamw", "keep": True},
+    },
 ]
 ODD: tuple[Any, ...] = (
     None,
@@ -56,22 +80,31 @@ FREE = (
     "accuracy",
     "test_loss",
     "simulated_seconds",
+    *("client_accuracy", "client_worst", "client_median", "client_spread"),
     "config",
 )
 
 
 def values(method: dict[str, Any]) -> dict[str, Any]:
-    return {
+    apart: dict[str, Any] = {}
+    if (
+        "parts" in method
+    ):  # and with it what clients keep for themselves: parameters, memories, control variates
+        local = {"lr": 0.01, "batch": 20, "steps": 2, **method.get("local", {})}
+        apart = {"model": "tests.nets:build", "client_test": 0.2, "local": local, "parts": method["parts"]}
+        method = method["method"]
+    common = {
         "data": "digits",
         "model": "linear",
         "clients": 6,
         "cohort": 4,
         "rounds": 2,
         "local": {"lr": 0.1, "batch": 20},
-        "server": {"optimizer": "adam", "lr": 0.01} if method["name"] == "topk" else {},
+        "server": {"optimizer": "adam", "lr": 0.01} if method.get("name") == "topk" else {},
         "checkpoint": {"rounds": 2},
         "method": method,
     }
+    return common | apart
 
 
 def places(tree: Any) -> list[tuple[Any, Any]]:

@@ -366,7 +366,7 @@ TEXTS = (  # need the extra hf
 
 def consistent(data: Data, one: Format, words: int) -> None:
     """AssertionError for what a model could not be trained on."""
-    objectives.check_data(one.loss, data)
+    objectives.check_data(objectives.OBJECTIVES[one.loss], data)
     assert data.train.x.shape[1:] == data.test.x.shape[1:], "train and test of different shapes"
     for split in (data.train, data.test):
         n = len(split.x)
@@ -672,7 +672,7 @@ def _attempt_own(rng: random.Random) -> FedMPIError | None:
     if isinstance(found, FedMPIError):
         return found
     try:
-        objectives.check_data("cross_entropy", found)
+        objectives.check_data(objectives.OBJECTIVES["cross_entropy"], found)
     except FedMPIError as error:
         return error
     assert not must, f"own: it must be refused: {made!r:.500}"

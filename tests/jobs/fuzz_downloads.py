@@ -12,15 +12,13 @@ from typing import NamedTuple
 
 import torch
 
-from fedmpi import methods
 from fedmpi.engine.downloads import receive
 from fedmpi.errors import FedMPIError, MessageError
 from fedmpi.message import from_bytes, to_bytes
 from fedmpi.method import Round, Server, State
-from fedmpi.methods.base import Setup
 from fedmpi.methods.play import play
 
-from .fuzz_messages import NUMBERS, SPECS, WORDS, anatomy, fitted, options
+from .fuzz_messages import NUMBERS, SPECS, WORDS, anatomy, built
 from .outcomes import Attempt, of_frame
 
 ROOM = 256 << 20
@@ -39,17 +37,14 @@ class Download(NamedTuple):
 
 def downloads() -> list[Download]:
     """What a client that saw nothing, and one that saw all rounds but one, get after some rounds of each method."""
-    found, spec = [], SPECS[0]
-    for name, values in options():
-        try:
-            method = methods.build(fitted(values, spec), spec, Setup(seed=1))
-        except methods.ConfigError:
-            continue  # needs a larger model
-        server, up, theta = method.server, method.up, torch.linspace(-1, 1, spec.size)
+    found = []
+    for name, method in built(SPECS[0]):
+        server, up = method.server, method.up
+        theta = torch.linspace(-1, 1, up.spec.size)
         state, view = server.init(theta), server.view(theta)
         senders, peers = ({n: v[None] for n, v in init().items()} for init in (up.init, up.init_peer))
         for t in range(4):
-            g = torch.randn(1, spec.size, generator=torch.Generator().manual_seed(t))
+            g = torch.randn(1, up.spec.size, generator=torch.Generator().manual_seed(t))
             now = Round(seed=1, t=t, lr=0.1, rounds_per_epoch=2)
             passes = play(method, g, senders, state, now, peers=peers)
             for index, one in enumerate(passes[:-1]):

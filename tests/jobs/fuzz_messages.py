@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedmpi import methods
+from fedmpi import methods, plan
 from fedmpi.errors import FedMPIError, MessageError
 from fedmpi.message import Layout, from_bytes, to_bytes
 from fedmpi.method import Compressor, Context, Round, State
@@ -96,16 +96,43 @@ def fitted(values: dict[str, Any], spec: Spec) -> dict[str, Any]:
     return small | ({"inner": fitted(small["inner"], spec)} if "inner" in small else {})
 
 
+def several(spec: Spec) -> methods.Method:
+    """Parts of two passes, of votes, of numbers that are kept at both ends, of a subspace that turns, exact ones, a
+    buffer and a counter, in one message."""
+    shapes = dict(zip(spec.names, spec.shapes, strict=True)) | {"mean": (4,), "steps": (2,), "scale": ()}
+    shapes |= {f"more.{i}": (6, 5) for i in range(3)}
+    buffers = {name: shapes.pop(name) for name in ("mean", "steps")}
+    travels: dict[str, Any] = {
+        "more.0": {"name": "powersgd", "rank": 1, "feedback": True},
+        "more.1": "signsgd",
+        "more.2": {"name": "intrinsic", "dim": 8, "schedule": "time_varying"},
+        "scale": "exact",
+    }
+    rules = [plan.Rule.model_validate({"match": name, "travels": way}) for name, way in travels.items()]
+    run = methods.parse({"name": "lookback", "threshold": 0.5, "inner": {"name": "topk", "ratio": 0.2}})
+    tensors = plan.Tensors(shapes, buffers, frozenset({"steps"}), frozenset())
+    return plan.make(tensors, run, rules, Setup(seed=1)).method
+
+
+def built(spec: Spec) -> Iterator[tuple[str, methods.Method]]:
+    """Each of :func:`options` that the model is large enough for; and, of the first, several in one message."""
+    for name, values in options():
+        try:
+            yield name, methods.build(fitted(values, spec), spec, Setup(seed=1))
+        except methods.ConfigError:
+            continue
+    if spec is SPECS[0]:
+        for turn in range(3):  # drawn as often as a method with its variants
+            yield f"parts {turn}", several(spec)
+
+
 def targets(specs: tuple[Spec, ...] = SPECS) -> list[Target]:
-    found = []
-    for spec in specs:
-        for name, values in options():
-            try:
-                method = methods.build(fitted(values, spec), spec, Setup(seed=1))
-            except methods.ConfigError:
-                continue  # needs a larger model
-            found += list(_of(f"{name}, {spec.size} parameters", method))
-    return found
+    return [
+        target
+        for spec in specs
+        for name, method in built(spec)
+        for target in _of(f"{name}, {spec.size} parameters", method)
+    ]
 
 
 def _of(name: str, method: methods.Method) -> Iterator[Target]:

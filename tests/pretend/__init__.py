@@ -53,6 +53,7 @@ def load() -> torch.device:
         device_count=lambda: 1,
         current_device=lambda: 0,
         set_device=lambda device: None,
+        synchronize=lambda device=0: torch.accelerator.synchronize(),
         _is_in_bad_fork=lambda: False,
         manual_seed_all=lambda seed: None,
         get_rng_state=lambda device=0: torch.get_rng_state(),

@@ -10,6 +10,7 @@
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/_local_scalar_dense.h>
 #include <ATen/ops/convolution.h>
+#include <ATen/ops/native_batch_norm.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/native/CPUFallback.h>
@@ -251,6 +252,22 @@ std::tuple<Tensor, Tensor, Tensor> conv_back(const Tensor& gy, const Tensor& x, 
   return {onto(a), onto(b), onto(c)};
 }
 
+// Its schema does not say that it changes the running statistics: the fallback would change copies of them.
+std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const std::optional<Tensor>& w, const std::optional<Tensor>& b,
+    const std::optional<Tensor>& mean, const std::optional<Tensor>& var, bool training, double momentum, double eps) {
+  auto at_host = [&](const std::optional<Tensor>& t) -> std::optional<Tensor> {
+    if (!t || !t->defined()) return std::nullopt;
+    TORCH_CHECK(t->device() == x.device(), "batch_norm: mixed devices");
+    return alias(*t);
+  };
+  count("ops", "native_batch_norm");
+  begin();
+  inside++;
+  auto [y, m, v] = at::native_batch_norm(alias(x), at_host(w), at_host(b), at_host(mean), at_host(var), training, momentum, eps);
+  inside--;
+  return {onto(y), onto(m), onto(v)};
+}
+
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty.memory_format", &empty_memory_format);
@@ -262,6 +279,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("view", &view);
   m.impl("_reshape_alias", &reshape_alias);
   m.impl("unfold", &unfold);
+  m.impl("native_batch_norm", &batch_norm);
   m.impl("convolution_overrideable", &conv);
   m.impl("convolution_backward_overrideable", &conv_back);
   m.impl("resize_", &resize_);

@@ -15,7 +15,7 @@ from fedmpi.machine import available_memory
 from fedmpi.tasks import Options, choose
 from fedmpi.tasks.models import images, language
 from fedmpi.tasks.models.images import Shape
-from fedmpi.tasks.models.initial import check_supported, initialize
+from fedmpi.tasks.models.initial import ModelOptions, check_supported, initialize, load_initial
 from fedmpi.validation import checked
 
 __all__ = ["MODELS", "SEEDING", "Model", "Shape", "build", "check_supported", "initialize"]
@@ -59,12 +59,23 @@ def build(name: str, shape: Shape, classes: int, key: int, **options: object) ->
       shape: one sample's shape, e.g. ``Data.shape``.
       classes: the number of outputs.
       key: an integer of :func:`fedmpi.random.key`.
-      options: fields of the row's options.
+      options: fields of the row's options. ``init``, a file of initial values, your own model has too.
 
     Raises:
-      ConfigError: an unknown name or option, or an option's wrong value (names the valid ones), or your own function
-        failed.
+      ConfigError: an unknown name or option, or an option's wrong value (names the valid ones), a file that does not
+        fit, or your own function failed.
     """
+    init = options.get("init")
+    if own.is_path(name) and "init" in options and not own.takes("model.name", name, "init", USAGE):
+        init = checked(ModelOptions, {"init": init}, "model").init
+        options = {key: value for key, value in options.items() if key != "init"}
+    elif own.is_path(name):
+        init = None  # its own affair
+    module = _build(name, shape, classes, key, options)
+    return module if init is None else load_initial(name, module, str(init))
+
+
+def _build(name: str, shape: Shape, classes: int, key: int, options: dict[str, object]) -> nn.Module:
     if own.is_path(name):
         with SEEDING, torch.random.fork_rng(devices=[]):
             torch.manual_seed(key % 2**63)
@@ -74,7 +85,10 @@ def build(name: str, shape: Shape, classes: int, key: int, **options: object) ->
         return module
     row = choose("model", name, MODELS)
     given = checked(row.options, options, f"model {name}")
-    _fits(name, row, shape, classes, given)
+    with (
+        SEEDING
+    ):  # transformers imports a model's module when it is first built, and not for several threads at once
+        _fits(name, row, shape, classes, given)
     if row.seeded:
         with SEEDING, torch.random.fork_rng(devices=[]):
             torch.manual_seed(key % 2**63)

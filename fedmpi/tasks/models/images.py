@@ -17,24 +17,24 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from fedmpi.errors import ConfigError
-from fedmpi.tasks import Options
+from fedmpi.tasks.models.initial import ModelOptions
 
 Shape = tuple[int, ...]
 
 
-class LinearOptions(Options):
+class LinearOptions(ModelOptions):
     """None."""
 
 
-class FcnOptions(Options):
+class FcnOptions(ModelOptions):
     hidden: PositiveInt = Field(50, description="units of the hidden layer")
 
 
-class ResNet9Options(Options):
+class ResNet9Options(ModelOptions):
     """None."""
 
 
-class CnnOptions(Options):
+class CnnOptions(ModelOptions):
     # A YAML list is no tuple: strict typing is lifted for the outer type only.
     channels: tuple[PositiveInt, PositiveInt] = Field(
         (16, 32), strict=False, description="of the convolutions"
@@ -126,24 +126,24 @@ def resnet9(shape: Shape, classes: int, options: ResNet9Options) -> nn.Module:
     )
 
 
-class Cnn4Options(Options):
+class Cnn4Options(ModelOptions):
     width: PositiveInt = Field(32, description="channels of the first two convolutions, half of the others'")
     hidden: PositiveInt = Field(128, description="units of the fully connected layer")
 
 
-class LenetOptions(Options):
+class LenetOptions(ModelOptions):
     """None."""
 
 
-class ResNet18Options(Options):
+class ResNet18Options(ModelOptions):
     width: PositiveInt = Field(64, description="channels of the first stage")
 
 
-class VggOptions(Options):
+class VggOptions(ModelOptions):
     width: PositiveInt = Field(64, description="channels of the first stage")
 
 
-class UnetOptions(Options):
+class UnetOptions(ModelOptions):
     width: PositiveInt = Field(16, description="channels at full size")
     depth: PositiveInt = Field(3, le=6, description="how often the size is halved")
 

@@ -1,14 +1,20 @@
-"""Initial values that are the same on any machine, and what layers a model may have."""
+"""Initial values that are the same on any machine, or those of a file, and what layers a model may have."""
 
 from __future__ import annotations
 
 from math import sqrt
+from pathlib import Path
 
 import torch
-from torch import nn
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from fedmpi import random
 from fedmpi.errors import ConfigError
+from fedmpi.tasks import Options
+from fedmpi.tasks.readers.lines import regular
 
 _UNIFORM = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ONES = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
@@ -45,6 +51,66 @@ def initialize(module: nn.Module, key: int) -> nn.Module:
             for name, p in own.items():
                 p.copy_(fills[name])
     return module
+
+
+class ModelOptions(Options):
+    init: str | None = Field(
+        None, description="a file of initial values: safetensors, all names of the model's state_dict"
+    )
+
+
+def load_initial(name: str, module: nn.Module, path: str) -> nn.Module:
+    """Fills ``module``'s parameters and buffers from a safetensors file, in place; one name of tied ones will do.
+
+    Raises:
+      ConfigError: the file cannot be read, or lacks or has other tensors than the model; names the first.
+    """
+    file = Path(path).expanduser()
+    title = f"model.init: {file}"
+    if file.suffix != ".safetensors":
+        raise ConfigError(
+            f"model.init: expected the path of a .safetensors file, got {path!r:.200}; text models take "
+            "pretrained, the name of a model of transformers, and your own can load what it likes"
+        )
+    if not file.is_file():
+        raise ConfigError(f"{title}: expected a file, there is none in {Path.cwd()}")
+    try:
+        found = load_file(regular(file))
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ConfigError(f"{title}: expected safetensors: {error}") from None
+    wanted = module.state_dict()
+    alike: dict[tuple[int, int, tuple[int, ...]], list[str]] = {}  # tied ones, by their memory
+    for key, value in wanted.items():
+        place = value.untyped_storage().data_ptr(), value.storage_offset(), tuple(value.shape)
+        alike.setdefault(place, []).append(key)
+    for keys in alike.values():
+        there = [key for key in keys if key in found]
+        if any(not torch.equal(found[key], found[there[0]]) for key in there[1:]):
+            raise ConfigError(
+                f"{title}: expected one value of {', '.join(there)}, which are tied, got several"
+            )
+        found |= {key: found[there[0]] for key in keys if there}
+    if lacking := [key for key in wanted if key not in found]:
+        raise ConfigError(
+            f"{title}: expected the tensors of model {name}, it lacks {len(lacking)}: {lacking[0]}, …"
+        )
+    if foreign := [key for key in found if key not in wanted]:
+        raise ConfigError(
+            f"{title}: expected the tensors of model {name}, it has {len(foreign)} others: {foreign[0]!r:.100}, …"
+        )
+    for key, value in wanted.items():
+        _check_initial(f"{title}: {key}", found[key], value)
+    module.load_state_dict(found)
+    return module
+
+
+def _check_initial(title: str, found: Tensor, wanted: Tensor) -> None:
+    if found.shape != wanted.shape or found.is_floating_point() != wanted.is_floating_point():
+        raise ConfigError(
+            f"{title}: expected {tuple(wanted.shape)} of {wanted.dtype}, got {tuple(found.shape)} of {found.dtype}"
+        )
+    if found.is_floating_point() and not bool(found.to(wanted.dtype).isfinite().all()):
+        raise ConfigError(f"{title}: expected finite numbers, got a NaN or an infinity")
 
 
 def _uniform(key: int, like: torch.Tensor, bound: float) -> torch.Tensor:

@@ -15,12 +15,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedmpi.errors import ConfigError
-from fedmpi.tasks import Options
 from fedmpi.tasks.dataset import PAD
 from fedmpi.tasks.hf import library, loaded
+from fedmpi.tasks.models.initial import ModelOptions
 
 
-class TransformerOptions(Options):
+class TransformerOptions(ModelOptions):
     pretrained: str | None = Field(
         None,
         description="a folder as transformers saves it, a folder in the data folder (minilm) or a hub name; "

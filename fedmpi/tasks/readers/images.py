@@ -22,7 +22,6 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".t
 
 class ImageOptions(DataOptions):
     size: PositiveInt = Field(64, description="pixels of a side that pictures are scaled to")
-    limit: PositiveInt | None = Field(None, description="take only the first so many samples of each set")
 
 
 class FolderOptions(ImageOptions):
