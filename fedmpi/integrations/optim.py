@@ -84,8 +84,9 @@ class OneBitAdam(torch.optim.Optimizer):
     A rank sends 2 (W − 1)/W · N/8 bytes a step, and a scale a tensor. Readings: the ranks share out the server's part,
     a chunk each; C is of each tensor (and chunk) by itself; m and v have Adam's bias correction, v that of step T_w,
     and √v has ε, so that the first T_w steps are those of ``torch.optim.AdamW`` on the mean gradient; the sign of 0 is
-    +. A number that had no gradient in all of the T_w steps has v = 0, and does not move afterwards: a warning says how
-    many.
+    +; no number moves by more than Adam's own bound, γ max(1, (1 − β₁)/√(1 − β₂)) (Kingma and Ba 2015, section 2.1),
+    as one of a small v would, by a scale that is its whole tensor's. A number that had no gradient in all of the T_w
+    steps has v = 0, and does not move afterwards: a warning says how many.
 
     Its rate is Adam's. Warm up by at least a tenth of the steps, and until the learning rate's own warm-up is over:
     v must have settled. (The paper: until ‖v_t‖₁/‖v_{t−Δ}‖₁ > 0.96, with Δ = 1/(1 − β₂).)
@@ -246,7 +247,8 @@ class OneBitAdam(torch.optim.Optimizer):
             m, v = self._kept["m"][part], self._kept["v"][part]
             u = m / (1 - beta1**t) / ((v / (1 - beta2**frozen)).sqrt_() + group["eps"])
             if t > self.warmup:
-                u.masked_fill_(v == 0, 0.0)
+                most = max(1.0, (1 - beta1) / math.sqrt(1 - beta2))
+                u.clamp_(-most, most).masked_fill_(v == 0, 0.0)
             params = group["params"]
             for p, step in zip(params, u.split([p.numel() for p in params]), strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
