@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import fedmpi
 from fedmpi.comm.connect import connect, reason
 from fedmpi.comm.launcher import launcher
-from fedmpi.comm.placement import Seat, seats
+from fedmpi.comm.placement import Seat, own_device, seats
 from fedmpi.errors import CommError
 
 
@@ -25,6 +25,7 @@ def examine() -> int:
         "python": f"{platform.python_version()} ({sys.executable})",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "GPUs": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
+        **_cuda(),
         "cores": f"{len(os.sched_getaffinity(0))} for this process",
         "launcher": "none: this process was started alone"
         if launch is None
@@ -36,6 +37,7 @@ def examine() -> int:
     try:
         comm = connect()
         rank, places = comm.rank, seats(comm)
+        facts["device: auto"] = str(own_device("auto", comm))
         facts["comm"] = f"{comm.name}, {comm.size} ranks on {comm.device.type}: {reason()}"
         if launch is None or launch.mpi:
             facts |= {f"MPI {name}": value for name, value in _mpi().items()}
@@ -49,6 +51,20 @@ def examine() -> int:
         if problem:
             print(f"fedmpi: {problem}", file=sys.stderr)
     return 1 if problem or "WRONG" in facts.get("MPI a real collective", "") else 0
+
+
+def _cuda() -> dict[str, str]:
+    """What torch has for GPUs, where there are any."""
+    import torch
+
+    if not torch.cuda.device_count():
+        return {}
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"
+    facts = {"CUDA": f"{torch.version.cuda}, NCCL {nccl}"}
+    for i in range(torch.cuda.device_count()):
+        free, whole = torch.cuda.mem_get_info(i)
+        facts[f"GPU {i}"] = f"{free / 1e9:.1f} of {whole / 1e9:.1f} GB are free"
+    return facts
 
 
 def chart(places: Sequence[Seat]) -> list[str]:

@@ -1,4 +1,4 @@
-"""On a real GPU, where there is one: what the tests of devices hold on a make-believe one."""
+"""On a real GPU, where there is one: what test_device.py and test_rounds_device.py hold on a make-believe one."""
 
 from __future__ import annotations
 

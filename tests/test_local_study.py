@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from configs.studies.local import CASES, RATES, Case, Study, Task
 from fedmpi.config import parse
 from fedmpi.errors import ConfigError
 from fedmpi.tasks import data
+from fedmpi.tasks.dataset import default_folder
+from fedmpi.tasks.readers.kjv import TEXT
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -73,3 +78,18 @@ def test_jobs_train_and_send_what_they_should(task: Task) -> None:
 def test_steps_that_end_between_synchronisations(capsys: Any) -> None:
     assert main(["local", "--steps", "10", "--every", "3"]) == 2
     assert "--steps: expected a multiple of --every, which is 3, got 10" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_committed_run_can_be_had_again() -> None:
+    """DiLoCo in 4 bits on the first seed: bytes exactly; the loss within 1 %."""
+    if not (default_folder() / "kjv" / TEXT).exists():
+        pytest.skip(f"no kjv in {default_folder()}: fedmpi data fetch kjv")
+    saved = json.loads((ROOT / "configs" / "results" / "local.json").read_text())
+    about, name = saved["about"], "DiLoCo, qsgd 4"
+    run = next(run for run in saved["runs"] if run["case"] == name)
+    task = Task.of(str(ROOT / about["config"]), about["ranks"], about["steps"], about["every"])
+    again = local.train(task, CASES[name], run["rate"], run["seed"])
+    assert again["bytes"] == run["bytes"]
+    assert again["loss"] == pytest.approx(run["loss"], rel=0.01)

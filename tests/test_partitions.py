@@ -228,7 +228,7 @@ def test_filling_up_takes_from_the_largest_only() -> None:
             "dirichlet",
             5,
             {"alhpa": 1},
-            r"partition dirichlet\.alhpa: unknown key; did you mean 'alpha'\? valid: alpha, minimum",
+            r"partition dirichlet\.alhpa: unknown key; did you mean 'alpha'\? valid: seed, alpha, minimum",
         ),
     ],
 )

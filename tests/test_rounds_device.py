@@ -5,6 +5,9 @@ model goes to the host, the host waits as often whatever the number of steps, an
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -366,3 +369,25 @@ def test_the_same_bits_again_or_a_sentence(device: torch.device) -> None:
         raise error
     with pytest.raises(RuntimeError, match="put_"), devices.explained(CPU, "training"):
         raise error
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu(tmp_path: Path) -> None:
+    """Its phases on the CPU: that it runs, not what it measures."""
+    script, out = str(CONFIGS.parent / "launch" / "gpu-check.sh"), tmp_path / "found.json"
+    phases = ["facts", "train", "hook"]
+    command = ["bash", script, "--device", "cpu", "--small", "--out", str(out), *phases]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["phase"] for line in found} == set(phases)
+    assert all(line["right"] for line in found)
+    without = ["bash", script, "--device", "cuda", "facts"]
+    if not torch.cuda.is_available():
+        done = subprocess.run(
+            without, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        assert "--device: expected one that is here, got cuda" in done.stderr

@@ -30,8 +30,9 @@ class Blocks:
         self._normal = normal
 
     def encode(self, x_CNn: Tensor, u_CNn: Tensor | None) -> Tensor:
-        """Finite numbers as records, uint8 ``(C, N, R)``; ``u_CNn`` in [0, 1) rounds stochastically, None to the
-        nearest level."""
+        """Numbers as records, uint8 ``(C, N, R)``; ``u_CNn`` in [0, 1) rounds stochastically, None to the nearest
+        level. What is not finite saturates, and shows in what the sender keeps of it."""
+        x_CNn = x_CNn.nan_to_num(0.0)
         scale_CN1 = x_CNn.abs().amax(-1, keepdim=True)
         # No magnitude exceeds its scale; in a block of zeros any divisor does.
         x_CNn = x_CNn / scale_CN1.where(scale_CN1 > 0, 1.0)

@@ -133,9 +133,8 @@ def divide(name: str, train: Split, clients: int, seed: int, /, **options: objec
         **options)``, which returns the client of each sample, ``(N,)``.
       seed: the run's; the option ``seed`` goes before it.
     """
-    chosen = options.get("seed")
-    if isinstance(chosen, int) and not isinstance(chosen, bool):
-        seed = chosen
+    chosen = checked(PartitionOptions, {"seed": options.get("seed")}, "partition").seed
+    seed = seed if chosen is None else chosen
     key = random.key(seed, stream="partition")
     if own.is_path(name):
         given = {key: value for key, value in options.items() if key != "seed"}

@@ -91,8 +91,9 @@ def train(phase: Phase) -> None:
     from fedmpi.comm import solo
     from fedmpi.engine.rounds import Simulation
 
-    resnet = ["model={name: resnet9}", "data={name: tests.jobs.gpu_check:pictures}", "local.batch=32"]
-    for name, changes, rounds in (("quickstart", [], 20), ("resnet9", resnet, 1 if phase.small else 3)):
+    larger = "cnn" if phase.small else "resnet9"
+    of_pictures = [f"model={{name: {larger}}}", "data={name: tests.jobs.gpu_check:pictures}", "cohort=8"]
+    for name, changes, rounds in (("quickstart", [], 5 if phase.small else 20), (larger, of_pictures, 1)):
         changes = [*changes, f"rounds={rounds + 1}", f"evaluate_every={rounds + 1}"]
         found, rates = [], []
         for place in (str(phase.device), "cpu"):
@@ -116,10 +117,8 @@ def pictures(folder: Path) -> Any:
     from fedmpi.tasks.data import Data, Split
 
     generator = torch.Generator().manual_seed(0)
-    x, y = (
-        torch.randn(1400, 3, 32, 32, generator=generator),
-        torch.randint(0, 10, (1400,), generator=generator),
-    )
+    x = torch.randn(1312, 3, 32, 32, generator=generator)
+    y = torch.randint(0, 10, (1312,), generator=generator)
     return Data("pictures", Split(x[:1280], y[:1280]), Split(x[1280:], y[1280:]), 10)
 
 
@@ -196,6 +195,8 @@ def hook(phase: Phase) -> None:
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         plain = None
         for method in METHODS:
+            if method == "torch's bf16" and backend != "nccl":  # which it wants
+                continue
             torch.manual_seed(0)
             model, loss, what = network(phase.small)
             ddp = DistributedDataParallel(model.to(phase.device))

@@ -25,6 +25,7 @@ from fedmpi.cli import main
 from fedmpi.comm import Comm
 from fedmpi.engine import run
 from fedmpi.engine.checkpoint import Checkpoints
+from fedmpi.engine.passes import Passes
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.status import Status
 
@@ -58,7 +59,7 @@ def strike(place: str, comm: Comm, simulation: Simulation | None = None) -> None
 
 
 handshake = run.handshake
-sends = {name: getattr(Simulation, name) for name in ("_send", "_send_sum")}
+sends = {name: getattr(Passes, name) for name in ("_send", "_send_sum")}
 original = Simulation.round, run.summary, Status.collect, Checkpoints._write_store
 
 
@@ -78,7 +79,7 @@ def round(self: Simulation, t: int) -> dict[str, Any]:
 
 
 def send(name: str) -> Any:
-    def struck_after(self: Simulation, *arguments: Any) -> Any:
+    def struck_after(self: Passes, *arguments: Any) -> Any:
         sent = sends[name](self, *arguments)
         strike("compress", self.comm)
         return sent
@@ -108,7 +109,7 @@ def summary(of: Simulation) -> dict[str, Any]:
 run.handshake = prepare
 Simulation.round = round  # type: ignore[method-assign]
 for name in sends:
-    setattr(Simulation, name, send(name))
+    setattr(Passes, name, send(name))
 Status.collect = collect  # type: ignore[method-assign]
 Checkpoints._write_store = write  # type: ignore[method-assign]
 run.summary = summary
