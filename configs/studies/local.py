@@ -131,7 +131,7 @@ def _share(n: int, steps: int) -> float:
 @torch.no_grad()
 def _test(task: Task, net: torch.nn.Module) -> float:
     """Nats a byte, over the whole test set."""
-    split, objective, total = task.data.test, OBJECTIVES[task.config.loss], 0.0
+    split, objective, total = task.data.test, OBJECTIVES[task.config.loss.name], 0.0
     net.eval()
     for rows in torch.arange(len(split.y)).split(task.config.test_batch):
         x, y = split.x[rows], split.y[rows]
