@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from fedmpi import methods
-from fedmpi.choice import Choice, DataChoice, LossChoice, MetricChoice, ModelChoice, PartitionChoice
+from fedmpi.choice import DataChoice, LossChoice, MetricChoice, ModelChoice, PartitionChoice
 from fedmpi.errors import ConfigError
 from fedmpi.local import MOST as _MOST
 from fedmpi.local import Local, Schedule
@@ -137,7 +137,7 @@ class Config(_Section):
         le=_MOST,
         description="how many (data_parallel: the number of ranks, which is the default there)",
     )
-    partition: PartitionChoice = Choice(name="iid", options={"seed": None})
+    partition: PartitionChoice = Field("iid", validate_default=True)
     cohort: StrictInt | StrictFloat | None = Field(
         None, description="clients a round: a number, or a fraction as a float (default: all)"
     )
@@ -160,7 +160,7 @@ class Config(_Section):
     )
     clip: ClipConfig | None = None
     server: ServerConfig = ServerConfig.model_validate({})
-    loss: LossChoice = Choice(name="cross_entropy")
+    loss: LossChoice = Field("cross_entropy", validate_default=True)
     metrics: tuple[MetricChoice, ...] = Field(
         (),
         description="what is measured on the test set beside the loss's own metric, which comes first (with an own "

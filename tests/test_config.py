@@ -43,3 +43,17 @@ def test_a_base_is_overlaid_and_named_parts_are_replaced(tmp_path: Path) -> None
     (tmp_path / "loop.yaml").write_text("base: loop.yaml\n")
     with pytest.raises(ConfigError, match="does one name itself"):
         config.load(tmp_path / "loop.yaml")
+
+
+def test_a_configuration_that_says_little_is_what_its_checkpoint_says() -> None:
+    """Each default stands with all its options, as it comes back from a file: else a run could not be resumed."""
+    little = {
+        "data": "digits",
+        "model": "linear",
+        "clients": 6,
+        "local": {"lr": 0.1},
+        "rounds": 2,
+        "method": "dense",
+    }
+    parsed = config.parse(little)
+    assert config.parse(parsed.plain()).plain() == parsed.plain()

@@ -33,6 +33,12 @@ AUTO = {
     "candidates": ["signsgd", {"name": "topk", "ratio": 0.3, "feedback": True}],
     "steps": 3,
 }
+# One method of its own for a tensor, an exact one, and the job's method for the rest.
+MIXED = {"name": "topk", "ratio": 0.25, "feedback": True}
+PARTS = [
+    {"match": "conv", "travels": {"name": "signsgd", "feedback": True}},
+    {"match": "bias", "travels": "exact"},
+]
 METHODS: tuple[dict[str, Any], ...] = (
     {"name": "bf16"},
     {"name": "topk", "ratio": 0.3, "feedback": True},
@@ -43,6 +49,7 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"name": "lookback", "keep": "message", "inner": {"name": "topk", "ratio": 0.3}},
     {"name": "lookback", "scope": "tensor", "keep": "half", "feedback": True},
     AUTO,
+    MIXED,
 )
 
 
@@ -139,6 +146,10 @@ def same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
+def started(method: dict[str, Any], comm: Comm) -> Job:
+    return Job(SHAPES, method, comm, SETTINGS | ({"parts": PARTS} if method == MIXED else {}))
+
+
 def step(job: Job, rank: int, t: int) -> str:
     """One step of a job on random gradients; what came of it, in short."""
     generator = torch.Generator().manual_seed(1000 * t + rank)
@@ -157,7 +168,7 @@ def states(method: dict[str, Any], steps: int) -> list[dict[str, Any]]:
     """What each rank saved after so many steps."""
 
     def run(comm: Comm) -> dict[str, Any]:
-        job = Job(SHAPES, method, comm, SETTINGS)
+        job = started(method, comm)
         for t in range(steps):
             step(job, comm.rank, t)
         return job.state_dict()
@@ -169,7 +180,7 @@ def load(
     comm: Comm, method: dict[str, Any], before: list[Any], given: list[Any]
 ) -> tuple[ConfigError | None, str]:
     """This rank loads ``before``, then what it is given: the error that refused it, and what all ranks tell."""
-    job = Job(SHAPES, method, comm, SETTINGS)
+    job = started(method, comm)
     job.load_state_dict(copy.deepcopy(before[comm.rank]))
     kept = copy.deepcopy(job.state_dict())
     mine, refusal = given[comm.rank], None
