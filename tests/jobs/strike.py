@@ -99,11 +99,11 @@ def write(self: Checkpoints, *arguments: Any) -> Any:
     return original[3](self, *arguments)
 
 
-def summary(of: Simulation) -> dict[str, Any]:
+def summary(of: Simulation, *rest: Any) -> dict[str, Any]:
     digest = hashlib.sha256(of.replica.parameters().numpy().tobytes()).digest()
     assert len(set(of.comm.allgather(digest))) == 1, "ranks hold different parameters"
     both_ends_agree(of)
-    return original[1](of)
+    return original[1](of, *rest)
 
 
 run.handshake = prepare
