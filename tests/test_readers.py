@@ -267,6 +267,7 @@ WANTED = {  # of each reader, a file that a folder without it is told of
     "femnist": "train, test",
     "cifar-10": "data_batch_1.bin",
     "csv": "houses.csv",
+    "kjv": "kjv.txt",
     "cifar-100": "train.bin",
     "celeba": "list_landmarks_align_celeba.txt",
     "voc": "ImageSets/Segmentation/train.txt",
