@@ -89,7 +89,7 @@ def train(task: Task, case: Case, rate: float, seed: int) -> dict[str, float]:
 
 def _train(task: Task, case: Case, rate: float, seed: int, comm: Comm) -> dict[str, float]:
     config, local, split = task.config, task.config.local, task.data.train
-    loss = OBJECTIVES[config.loss].loss
+    loss = OBJECTIVES[config.loss.name].loss
     key = random.key(seed, stream="model")
     net = build(config.model.name, task.data.shape, task.data.classes, key, **config.model.options)
     optimizer = torch.optim.AdamW(
