@@ -133,7 +133,7 @@ def test_norm_layers_and_layers_without_a_rule() -> None:
             "fcn",
             DIGITS,
             {"hiden": 3},
-            r"model fcn\.hiden: unknown key; did you mean 'hidden'\? valid: hidden",
+            r"model fcn\.hiden: unknown key; did you mean 'hidden'\? valid: init, hidden",
         ),
         ("fcn", DIGITS, {"hidden": 0}, r"model fcn\.hidden: .*greater than 0, got 0"),
         ("fcn", DIGITS, {"hidden": "50"}, r"model fcn\.hidden: .*integer, got '50'"),

@@ -76,7 +76,9 @@ def algorithm_1(ranks: int) -> Any:
                 sent += C(own) / ranks
             m, server = C(sent + server), sent + server - C(sent + server)
         frozen = min(t, WARMUP)
-        x = x - LR * m / (1 - B1**t) / (np.sqrt(v / (1 - B2**frozen)) + EPS)
+        u = m / (1 - B1**t) / (np.sqrt(v / (1 - B2**frozen)) + EPS)
+        bound = max(1.0, (1 - B1) / np.sqrt(1 - B2)) if t > WARMUP else np.inf
+        x = x - LR * np.clip(u, -bound, bound)
     return x
 
 
@@ -164,6 +166,22 @@ def test_a_state_goes_on_to_the_bit(cut: int) -> None:
 
     for x, y in zip(run_ranks(2, lambda c: job(c, None)), run_ranks(2, lambda c: job(c, cut)), strict=True):
         assert np.array_equal(x, y)
+
+
+def test_numbers_of_little_variance_do_not_run_away() -> None:
+    """One tensor's scale is all of its numbers', also of those that hardly had a gradient in the warm-up."""
+
+    def job(comm: Comm) -> Tensor:
+        p = nn.Parameter(torch.zeros(40))
+        optimizer = fedmpi.optim.OneBitAdam([p], 0.01, warmup=2, comm=comm)
+        for _ in range(6):
+            p.grad = torch.ones(40)
+            p.grad[:10] = 1e-12
+            optimizer.step()
+        return p.detach().clone()
+
+    (p,) = run_ranks(1, job)
+    assert float(p.abs().max()) <= 2 * 0.01 + 4 * 0.0317
 
 
 def test_numbers_without_gradient_in_the_warmup_are_named_and_stay() -> None:

@@ -252,7 +252,7 @@ def test_targets_of_a_table(tmp_path: Path, options: dict[str, Any], y: list[Any
             "expected one column with kind: classes, got 2",
         ),
         (ROWS, {"test_share": 0.01}, r"data\.test_share: expected a share that leaves rows on both sides"),
-        (ROWS, {"file": "flats.csv"}, r"csv: no file flats\.csv in .*; give data\.folder"),
+        (ROWS, {"file": "flats.csv"}, r"csv: expected a file flats\.csv in .*; give data\.folder"),
         (ROWS.replace('"C, left"', '"C, left'), {}, r"houses\.csv: expected CSV"),
         ("size,size\n1,2\n", {}, "row 1: expected different names of columns"),
         ("size,price\n", {"target": "price"}, "expected samples below the names"),

@@ -266,6 +266,7 @@ WANTED = {  # of each reader, a file that a folder without it is told of
     "emnist": "emnist-balanced-train-images-idx3-ubyte",
     "femnist": "train, test",
     "cifar-10": "data_batch_1.bin",
+    "csv": "houses.csv",
     "cifar-100": "train.bin",
     "celeba": "list_landmarks_align_celeba.txt",
     "voc": "ImageSets/Segmentation/train.txt",
@@ -283,6 +284,8 @@ def test_a_wrong_folder_says_what_was_expected(name: str, tmp_path: Path) -> Non
     options = {"tokenizer": "x"} if {"tokenizer"} & set(DATA[name].options.model_fields) else {}
     if name == "hub":
         options["dataset"] = str(tmp_path / "none")
+    if name == "csv":
+        options |= {"file": "houses.csv", "target": "price"}
     with pytest.raises(DataError, match="expected") as error:
         load(name, tmp_path, **options)
     assert WANTED[name] in str(error.value)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import warnings
 from typing import Any
 
 import pytest
 import torch
 
+import fedmpi
 from fedmpi.comm import run_ranks
 from fedmpi.comm.base import Comm
 from fedmpi.integrations.auto import Auto, Link, Took, verdict
@@ -57,6 +59,44 @@ def test_steps_bytes_and_seconds_are_of_the_same_span() -> None:
         assert len(lines) == 3
         assert lines[1].split()[:6] == ["b", "…", "a", "(2)", "500", "topk"]
         assert lines[-1].split()[:3] == ["small", "4", "dense"]
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_gradients_that_a_scaler_scaled_without_being_given_are_noticed(unscale: bool) -> None:
+    """What is averaged is then as with the scaler given, from the second step on."""
+
+    def run(comm: Comm, given: bool) -> Any:
+        net = torch.nn.Linear(20, 10, bias=False)
+        torch.nn.init.zeros_(net.weight)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        average = fedmpi.sync(net, TOPK, comm=comm, scaler=scaler if given else None, exact_below=0)
+        kept = []
+        for t in range(3):
+            optimizer.zero_grad()
+            x = torch.randn(4, 20, generator=torch.Generator().manual_seed(10 * t + comm.rank))
+            scaler.scale(net(x).square().sum() + net(x).sum()).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+            average()
+            kept.append(average.run(lambda job: job.reducer.groups[0].state["residual"].abs().max().item()))
+            scaler.step(optimizer)
+            scaler.update()
+        return kept
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = run_ranks(2, lambda comm: run(comm, False))
+    said = [str(w.message) for w in told if "scaler: expected the job's GradScaler" in str(w.message)]
+    for kept in found:
+        if unscale:
+            assert max(kept) < 100
+        else:
+            assert kept[0] > 1000 > 100 > max(kept[1:]), "in the gradients' own units from there on"
+    assert len(said) == (0 if unscale else 2), "on each rank"
+    if not unscale:
+        given = run_ranks(2, lambda comm: run(comm, True))
+        assert max(max(kept) for kept in given) < 100
 
 
 def test_the_first_steps_seconds_are_apart() -> None:

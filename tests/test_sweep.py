@@ -143,7 +143,10 @@ def test_labels_tell_points_apart(tmp_path: Path) -> None:
         "partition=labels(labels_per_client=3), lr=1e-05",
     ]
     assert [job.config.local.lr for job in jobs] == [1e-5, 1e-5]
-    assert [job.config.partition.options for job in jobs] == [{}, {"labels_per_client": 3}]
+    assert [job.config.partition.options for job in jobs] == [
+        {"seed": None},
+        {"seed": None, "labels_per_client": 3},
+    ]
     assert {job.config.rounds for job in jobs} == {9}
     assert len({job.folder for job in jobs}) == 2
 

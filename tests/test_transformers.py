@@ -34,7 +34,9 @@ def test_bert_resumes_exactly(launch: str, openmpi: Mpi, tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout + done.stderr
     whole, found = report(tmp_path), report(tmp_path, "resumed")
     assert whole["ranks"] == 2
-    assert whole["stats"]["steps"] == found["stats"]["steps"] == 8
+    assert whole["stats"]["step"] == found["stats"]["step"] == 8
+    assert (whole["stats"]["steps"], found["stats"]["steps"]) == (8, 4), "the span that its bytes are of"
+    assert whole["stats"]["payload_bytes"] == 2 * found["stats"]["payload_bytes"]
     assert whole["stats"]["ratio"] > 5
     assert whole["losses"][-1] < whole["losses"][0]
     assert [entry["step"] for entry in whole["logged"]] == list(range(1, 9)), "beside each loss"

@@ -26,7 +26,7 @@ from fedmpi.errors import ConfigError
 from fedmpi.tasks import data as tasks
 from fedmpi.tasks.dataset import Data
 from fedmpi.tasks.models import build
-from fedmpi.tasks.objectives import OBJECTIVES
+from fedmpi.tasks.objectives import Objective, make
 from fedmpi.tasks.partitions import divide
 
 TUNED = 0
@@ -70,6 +70,10 @@ class Task(NamedTuple):
     steps: int
     every: int
 
+    @property
+    def objective(self) -> Objective:
+        return make(self.config.loss.name, self.config.loss.options, self.data)
+
     @classmethod
     def of(cls, path: str, ranks: int, steps: int, every: int) -> Task:
         """
@@ -89,7 +93,7 @@ def train(task: Task, case: Case, rate: float, seed: int) -> dict[str, float]:
 
 def _train(task: Task, case: Case, rate: float, seed: int, comm: Comm) -> dict[str, float]:
     config, local, split = task.config, task.config.local, task.data.train
-    loss = OBJECTIVES[config.loss.name].loss
+    loss = task.objective.loss
     key = random.key(seed, stream="model")
     net = build(config.model.name, task.data.shape, task.data.classes, key, **config.model.options)
     optimizer = torch.optim.AdamW(
@@ -131,7 +135,7 @@ def _share(n: int, steps: int) -> float:
 @torch.no_grad()
 def _test(task: Task, net: torch.nn.Module) -> float:
     """Nats a byte, over the whole test set."""
-    split, objective, total = task.data.test, OBJECTIVES[task.config.loss.name], 0.0
+    split, objective, total = task.data.test, task.objective, 0.0
     net.eval()
     for rows in torch.arange(len(split.y)).split(task.config.test_batch):
         x, y = split.x[rows], split.y[rows]

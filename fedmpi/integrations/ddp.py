@@ -34,6 +34,7 @@ from fedmpi.errors import ConfigError
 from fedmpi.integrations.job import AnyMethod, Job
 from fedmpi.integrations.modules import Same, device_of, hookable, shapes_of, trained, watch
 from fedmpi.integrations.ranks import among
+from fedmpi.integrations.scaling import look_for_scaler, warn_of_scaler
 
 T = TypeVar("T")
 
@@ -123,6 +124,12 @@ class State:
     def fail(self, error: BaseException) -> None:
         """No step can be finished here any more: the other ranks are told."""
         self._worker.submit(self._break, error)
+
+    def scaled_by(self, scaler: Scaler, optimizer: torch.optim.Optimizer) -> None:
+        """A GradScaler that was not given made the first step, on all ranks."""
+        warn_of_scaler("fedmpi.ddp.attach")
+        self._worker.submit(self._job.forget).result()
+        self._scaler = scaler
 
     def hook(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Called by DDP in each backward pass, in the same order on all ranks."""
@@ -295,6 +302,8 @@ def attach(
     except RuntimeError as error:
         raise ConfigError(f"ddp: it has another communication hook already ({error})") from None
     ddp._fedmpi = state  # type: ignore[assignment]
+    if scaler is None and not job.alone:
+        look_for_scaler(state, parameters.values(), State.scaled_by)
     watch(ddp, Same(ddp.module, parameters, "DistributedDataParallel, and fedmpi.ddp.attach,", state.fail))
     return state
 

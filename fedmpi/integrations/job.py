@@ -106,6 +106,11 @@ class Job:
         elif not isinstance(error, LostError):
             self.reducer.comm.fail(f"{type(error).__name__}: {error}")
 
+    def forget(self) -> None:
+        """What was kept between steps; the steps stay. Called by all ranks."""
+        for group in self.reducer.groups:
+            group.reset()
+
     def reset(self) -> None:
         """Begin anew. Called by all ranks."""
         if self._auto:

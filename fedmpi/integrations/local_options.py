@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -141,15 +139,3 @@ def check_rate(fragments: Sequence[Fragment], options: LocalOptions) -> None:
             "lr: expected an outer rate with a majority vote, which is ±1 in every parameter, got none; or take "
             "feedback: true or vote: mean, whose means have lengths"
         )
-
-
-def scaled() -> bool:
-    """A GradScaler called the optimizer's step()."""
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(16):  # past the wrappers of hooks and schedulers
-        if frame is None:
-            return False
-        if frame.f_code is torch.amp.GradScaler.step.__code__:
-            return True
-        frame = frame.f_back
-    return False

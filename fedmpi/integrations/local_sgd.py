@@ -36,7 +36,6 @@ from fedmpi.integrations.local_options import (
     check_trained,
     connected,
     options_of,
-    scaled,
 )
 from fedmpi.integrations.modules import (
     Same,
@@ -48,6 +47,7 @@ from fedmpi.integrations.modules import (
 )
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.integrations.say import say_at_end
+from fedmpi.integrations.scaling import scaler_behind
 from fedmpi.methods.base import Options
 from fedmpi.optimizers import Optimizer
 
@@ -147,7 +147,7 @@ class LocalSGD:
         """The optimizer made a step."""
         if self._inside:
             return
-        if self._scaler is None and scaled():
+        if self._scaler is None and scaler_behind() is not None:
             self._fail(
                 ConfigError(
                     "scaler: expected the job's GradScaler, which leaves out steps on one rank and not on another, got "

@@ -22,8 +22,9 @@ from torch import Tensor
 from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, LostError, RankError, together
 from fedmpi.errors import ConfigError
-from fedmpi.integrations.local_options import connected, scaled
+from fedmpi.integrations.local_options import connected
 from fedmpi.integrations.modules import DTYPES
+from fedmpi.integrations.scaling import scaler_behind
 from fedmpi.integrations.shards import is_sharded, same_start
 from fedmpi.ops import bits
 from fedmpi.ops.sums import finite
@@ -83,8 +84,9 @@ class OneBitAdam(torch.optim.Optimizer):
     A rank sends 2 (W − 1)/W · N/8 bytes a step, and a scale a tensor. Readings: the ranks share out the server's part,
     a chunk each; C is of each tensor (and chunk) by itself; m and v have Adam's bias correction, v that of step T_w,
     and √v has ε, so that the first T_w steps are those of ``torch.optim.AdamW`` on the mean gradient; the sign of 0 is
-    +. A number that had no gradient in all of the T_w steps has v = 0, and does not move afterwards: a warning says how
-    many.
+    +; no number moves by more than Adam's own bound, γ max(1, (1 − β₁)/√(1 − β₂)) (Kingma and Ba 2015, section 2.1),
+    as one of a small v would, by a scale that is its whole tensor's. A number that had no gradient in all of the T_w
+    steps has v = 0, and does not move afterwards: a warning says how many.
 
     Its rate is Adam's. Warm up by at least a tenth of the steps, and until the learning rate's own warm-up is over:
     v must have settled. (The paper: until ‖v_t‖₁/‖v_{t−Δ}‖₁ > 0.96, with Δ = 1/(1 − β₂).)
@@ -161,7 +163,7 @@ class OneBitAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         try:
-            if scaled():
+            if scaler_behind() is not None:
                 raise ConfigError(
                     "optimizer: expected step() to be called by the job, got a GradScaler's call, which leaves out "
                     "steps on one rank and not on another; train in bfloat16 or float32, without a scaler"
@@ -245,7 +247,8 @@ class OneBitAdam(torch.optim.Optimizer):
             m, v = self._kept["m"][part], self._kept["v"][part]
             u = m / (1 - beta1**t) / ((v / (1 - beta2**frozen)).sqrt_() + group["eps"])
             if t > self.warmup:
-                u.masked_fill_(v == 0, 0.0)
+                most = max(1.0, (1 - beta1) / math.sqrt(1 - beta2))
+                u.clamp_(-most, most).masked_fill_(v == 0, 0.0)
             params = group["params"]
             for p, step in zip(params, u.split([p.numel() for p in params]), strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])

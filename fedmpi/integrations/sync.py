@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +20,7 @@ from fedmpi.integrations.ddp import Scaler
 from fedmpi.integrations.job import AnyMethod, Job
 from fedmpi.integrations.modules import device_of, shapes_of, still, trained, uncompiled
 from fedmpi.integrations.ranks import among, matching, same_ranks
+from fedmpi.integrations.scaling import look_for_scaler, unscaled, warn_of_scaler
 from fedmpi.integrations.shards import Shards, across, same_start
 
 T = TypeVar("T")
@@ -80,6 +82,9 @@ class Sync:
         held = {name: p for name, p in inner.named_parameters() if name not in ignored}
         same_start(shards or comm, held, shards.place if shards else ())
         self._module, self._ignored = inner, ignored
+        self._scaled: tuple[torch.amp.GradScaler, torch.optim.Optimizer] | None = None
+        if scaler is None and comm.size > 1:
+            look_for_scaler(self, self._parameters.values(), Sync._scaled_by)
         self._job = Job(
             shapes_of(self._parameters), method, comm, settings, device_of(self._parameters), shards
         )
@@ -91,12 +96,25 @@ class Sync:
         Raises:
           ConfigError: the model has other parameters than it had, by name, shape or type.
         """
+        if self._scaled is not None:
+            self._look_at_scale(*self._scaled)
         try:
             self._parameters = still(self._module, self._parameters, self._ignored)
         except ConfigError as error:
             self._job.failed(error)
             raise
         self._job.average(self._parameters, self._scaler)
+
+    def _scaled_by(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+        self._scaled = scaler, optimizer
+
+    def _look_at_scale(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+        """A scaler that was not given made the first step: are gradients still scaled when they come here?"""
+        self._scaled = None
+        if not unscaled(scaler, optimizer):
+            warn_of_scaler("fedmpi.sync")
+            self._job.forget()
+            self._scaler = scaler
 
     def stats(self) -> dict[str, Any]:
         """Steps, bytes and seconds so far on this rank."""

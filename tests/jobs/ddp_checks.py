@@ -521,6 +521,28 @@ def an_error_on_one_rank_is_known_to_all() -> None:
 
 
 @check
+def a_scaler_that_was_not_given_is_noticed() -> None:
+    for given in (True, False):
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=4096.0)
+        module, state = hooked(TOPK, **({"scaler": scaler} if given else {}))
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for t in range(3):
+                optimizer.zero_grad()
+                x, y = batch(t)
+                scaler.scale(F.cross_entropy(module(x), y)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        said = ["scaler: expected the job's GradScaler" in str(w.message) for w in told]
+        assert sum(said) == (0 if given else 1), [str(w.message) for w in told]
+        kept = [
+            group["state"]["residual"].abs().max() for group in state.state_dict()["groups"] if group["state"]
+        ]
+        assert max(kept) < 10, "in units of the gradients, not of the scaled ones"
+
+
+@check
 def replaced_parameters_are_averaged_or_named() -> None:
     """load_state_dict(assign=True) makes other objects of a model's parameters."""
     torch.manual_seed(5)

@@ -121,7 +121,7 @@ def again(kind: str, out: Path, method: Any) -> dict[str, Any]:
     def told(made: Any) -> list[Any]:
         """Steps of the hook that reports, and whether it is the one of the wrapper that trained."""
         state = made.compression.state
-        return [state.stats()["steps"], made.model_wrapped._fedmpi is state]
+        return [state.stats()["step"], made.model_wrapped._fedmpi is state]
 
     found: dict[str, Any] = {}
     moved = trainer(8, "elsewhere")

@@ -101,7 +101,9 @@ def _read(options: TableOptions, places: Places, name: str) -> _Table:
     where = [place / name for place in places] + [Path(name).expanduser().absolute()]
     path = next((path for path in where if path.exists()), None)
     if path is None:
-        raise DataError(f"csv: no file {name} in {', '.join(str(p.parent) for p in where)}; give data.folder")
+        raise DataError(
+            f"csv: expected a file {name} in {' or '.join(str(p.parent) for p in where)}, got none; give data.folder"
+        )
     columns: dict[str, list[str]] = {}
     with regular(path).open(encoding="utf-8-sig", newline="") as file:
         try:
