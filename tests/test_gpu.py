@@ -1,4 +1,4 @@
-"""On a real GPU, where there is one: what test_device.py and test_rounds_device.py hold on a make-believe one."""
+"""On a real GPU, where there is one: what test_device.py and rounds_on_a_device.py hold on a make-believe one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedmpi.message import equal
 
 from . import test_device
 from .conftest import SMALL
-from .test_rounds_device import CONFIGS, FEW, METHODS, MIXED
+from .rounds_on_a_device import CONFIGS, FEW, METHODS, MIXED
 
 pytestmark = [
     pytest.mark.gpu,

@@ -283,7 +283,7 @@ def own(rng: random.Random) -> tuple[Any, bool]:
         return data._replace(classes=value), not (type(value) is int and value >= 3)
     if field == "part":
         other: Any = rng.choice((None, (split.x, split.y), split.x, [], Split(split.x[:0], split.y[:0])))
-        return data._replace(**{part: other}), True
+        return data._replace(**{part: other}), not isinstance(other, tuple) or isinstance(other, Split)
     if field == "data":
         whole = rng.choice((None, tuple(data), {"train": data.train}, [data], data._replace(train=data.test)))
         return whole, not isinstance(whole, Data)
@@ -291,14 +291,11 @@ def own(rng: random.Random) -> tuple[Any, bool]:
     split = data.train
     bad = value.clone().view(-1)
     changes: list[tuple[Any, bool]] = [
-        *((value.numpy(), True), (value.tolist(), True), (None, field != "groups"), (value[:-1], True)),
-        *((value[:0], True), (torch.tensor(1), True), (value.double(), True), (value.half(), True)),
-        *(
-            (value.bool(), True),
-            (value.int(), True),
-            (value.to(torch.complex64), True),
-            (value.to_sparse(), True),
-        ),
+        # Arrays and other types may be converted: to what is consistent, then.
+        *((value.numpy(), False), (value.tolist(), True), (None, field != "groups"), (value[:-1], True)),
+        *((value[:0], True), (torch.tensor(1), True), (value.double(), False), (value.half(), False)),
+        *((value.bool(), False), (value.int(), False)),
+        *((value.to(torch.complex64), True), (value.to_sparse(), True)),
         *((value.to("meta"), True), (value.clone(), False), (value.flip(0), False)),
     ]
     if field == "x":
