@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -312,6 +313,11 @@ def test_the_same_at_any_number_of_ranks_and_after_a_resume(local: dict[str, Any
         train({**values, "topology": topology}, tmp_path / f"{topology} 3", ranks=3)
         whole = outcome(tmp_path / f"{topology} 1")
         assert outcome(tmp_path / f"{topology} 3") == whole
+        if "scaffold" in local:
+            summary = json.loads((tmp_path / f"{topology} 3" / "summary.json").read_text())
+            sent = 4 * 610 * summary["messages"] / summary["upload_bytes"]
+            assert summary["params"] == 610, "control variates are none"
+            assert summary["upload_ratio"] == pytest.approx(sent)
         only(tmp_path / f"{topology} 3", 2)
         train({**values, "topology": topology}, tmp_path / f"{topology} 3", ranks=2, resume=True)
         assert outcome(tmp_path / f"{topology} 3") == whole

@@ -18,7 +18,8 @@ def summary(of: Simulation, done: int | None = None) -> dict[str, Any]:
     """Of a simulation so far, the same on every rank, which all call this; ``done`` are the rounds that it did, if not
     all."""
     ranks = [json.loads(r) for r in of.comm.allgather(json.dumps([of.trained, of.comm.sent]).encode())]
-    full_up, full_down = (4 * of.spec.size * n for n in (of.participations, of.called))
+    plain = of.plan.trained.size + of.plan.buffers.size  # what a client of federated averaging sends and gets
+    full_up, full_down = (4 * plain * n for n in (of.participations, of.called))
     return {
         "method": of.config.method.name,
         "metric": of.measured.first,
@@ -28,7 +29,7 @@ def summary(of: Simulation, done: int | None = None) -> dict[str, Any]:
         "rounds": of.config.rounds if done is None else done,
         "clients": of.config.clients,
         "cohort": of.config.cohort_size,
-        "params": of.spec.size,
+        "params": of.plan.trained.size,
         "upload_bytes": of.bytes["upload"],
         "download_bytes": of.bytes["download"],
         **ratios(full_up, full_down, of.bytes["upload"], of.bytes["download"]),
