@@ -232,12 +232,20 @@ def _differences(before: Case, now: Case, allowed: list[dict[str, Any]]) -> Iter
         new = now.get(name, {"missing": True})
         changed = [what for what in sorted(old.keys() | new.keys()) if old.get(what) != new.get(what)]
         for what in changed:
-            if not any(_names(row, name, what) for row in allowed):
+            if not any(_names(row, name, what) and _as_much(row, old, new, what) for row in allowed):
                 yield f"{name}: {what}: {old.get(what)} -> {new.get(what)}"
 
 
 def _names(row: dict[str, Any], case: str, what: str) -> bool:
     return fnmatch.fnmatch(case, row["cases"]) and what in row["what"]
+
+
+def _as_much(row: dict[str, Any], old: Any, new: Any, what: str) -> bool:
+    """A row that says how much ``more`` allows that alone, of each number of a list."""
+    if "more" not in row:
+        return True
+    was, now = old.get(what), new.get(what)
+    return isinstance(was, list) and now == [n + row["more"] for n in was]
 
 
 def _unused(before: Case, now: Case, allowed: list[dict[str, Any]], words: list[str]) -> Iterator[str]:
