@@ -187,8 +187,13 @@ def torchrun(
 ) -> subprocess.CompletedProcess[str]:
     """``torchrun arguments`` with so many ranks on this machine; ``within``: the words of a command that starts it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return _captured([*within, *command, *arguments], env)
+
+
+def _captured(command: list[str], env: dict[str, str] | None) -> subprocess.CompletedProcess[str]:
+    """What it prints; with one thread a process, unless ``env`` is another environment."""
     return subprocess.run(
-        [*within, *command, *arguments],
+        command,
         env={**os.environ, "OMP_NUM_THREADS": "1"} if env is None else env,
         capture_output=True,
         text=True,
@@ -206,15 +211,7 @@ def gloo_ranks(
     within: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
     """What :func:`torchrun` gives a script, with one import of ``modules`` for all ranks (tests/jobs/ranks.py)."""
-    return subprocess.run(
-        [*within, sys.executable, str(JOBS / "ranks.py"), str(ranks), modules, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"} if env is None else env,
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    return _captured([*within, sys.executable, str(JOBS / "ranks.py"), str(ranks), modules, *arguments], env)
 
 
 def run_jobs(

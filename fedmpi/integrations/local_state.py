@@ -205,14 +205,14 @@ def _check(local: Kept, state: object) -> dict[str, Any]:
     Raises:
       ConfigError: without its beginning: what this rank alone can say of its state.
     """
-    values = _fields(state, _KEYS, "")
+    values = reducers.fields(state, _KEYS, "")
     for name in ("ranks", "rank", *_COUNTS):
         _whole(values[name], name)
     size, rank = local.comm.size, local.comm.rank
     if values["ranks"] == size and values["rank"] != rank:
         raise ConfigError(f"rank: expected rank {rank}'s own state, got rank {values['rank']}'s")
     options = local.options.model_dump(mode="json")
-    for name, expected in _fields(values["options"], tuple(options), "options").items():
+    for name, expected in reducers.fields(values["options"], tuple(options), "options").items():
         if type(expected) is not type(options[name]) or expected != options[name]:
             raise ConfigError(f"{name}: expected {options[name]}, got {shown(expected)}")
     if not values["at"] < max(1, values["length"]):
@@ -231,7 +231,7 @@ def _check(local: Kept, state: object) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for i, (fragment, part) in enumerate(zip(local.fragments, parts, strict=True)):
         where = f"fragments.{i}"
-        kept = _fields(part, _FRAGMENT, where)
+        kept = reducers.fields(part, _FRAGMENT, where)
         found |= {
             f"{where}.{name}": value
             for name, value in reducers.check(fragment.reducer, kept["reducer"]).items()
@@ -266,19 +266,6 @@ def _check(local: Kept, state: object) -> dict[str, Any]:
         **found,
         "what ranks agreed on": digest.hexdigest()[:16],
     }
-
-
-def _fields(value: object, names: tuple[str, ...], where: str) -> Mapping[str, Any]:
-    at = f"{where}: " if where else ""
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{at}expected what state_dict() returned, got {shown(value)}")
-    if missing := [name for name in names if name not in value]:
-        raise ConfigError(
-            f"{at}expected what this version's state_dict() returned, {', '.join(missing)} is missing"
-        )
-    if strange := [name for name in value if name not in names]:
-        raise ConfigError(f"{at}expected {', '.join(names)}, got {shown(strange[0])} besides")
-    return value
 
 
 def _whole(value: object, what: str) -> None:

@@ -197,16 +197,27 @@ def check(reducer: Kept, state: object) -> dict[str, Any]:
     }
 
 
+def fields(value: object, names: tuple[str, ...], where: str = "") -> Mapping[str, Any]:
+    """``value``, which is what a state of these names must be.
+
+    Raises:
+      ConfigError: it is not.
+    """
+    at = f"{where}: " if where else ""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{at}expected what state_dict() returned, got {shown(value)}")
+    if missing := [name for name in names if name not in value]:
+        raise ConfigError(
+            f"{at}expected what this version's state_dict() returned, {', '.join(missing)} is missing"
+        )
+    if strange := [name for name in value if name not in names]:
+        raise ConfigError(f"{at}expected {', '.join(names)}, got {shown(strange[0])} besides")
+    return value
+
+
 def _head(state: object) -> Mapping[str, Any]:
     """``state``, if all but its groups' insides are what they should be."""
-    if not isinstance(state, Mapping):
-        raise ConfigError(f"expected what state_dict() returned, got {shown(state)}")
-    if missing := [key for key in _KEYS if key not in state]:
-        raise ConfigError(
-            f"expected what this version's state_dict() returned, {', '.join(missing)} is missing"
-        )
-    if strange := [key for key in state if key not in _KEYS]:
-        raise ConfigError(f"expected {', '.join(_KEYS)}, got {shown(strange[0])} besides")
+    state = fields(state, _KEYS)
     for name, least, limit in (
         ("ranks", 1, 2**31),
         ("step", 0, _MOST),
