@@ -242,7 +242,7 @@ def test_one_message_for_all_counts_as_one_of_each(name: str, local: dict[str, A
 
 
 def test_what_asks_for_single_clients_is_not_fused() -> None:
-    assert {"dense", "intrinsic", "fetchsgd"} <= set(additive())
+    assert {"dense", "intrinsic"} <= set(additive())
     for changes in ({"reproducible": True}, {"clip": {"norm": 1.0}}, {"on_bad_update": "reject"}):
         assert not Simulation(config.parse(run("dense", **changes)), solo()).passes.fuses
     for changes in ({"topology": "aggregator"}, {"method": {"name": "topk", "k": 9}}):

@@ -270,7 +270,7 @@ def interrupted_is_uninterrupted() -> None:
 
 @check
 def sync_is_the_hook_without_overlap() -> None:
-    method = {"name": "fetchsgd", "rows": 3, "columns": 2000, "k": 500}
+    method = {"name": "intrinsic", "dim": 200, "schedule": "time_varying"}
     expected = steps(hooked(method)[0], 4)
     module = DDP(Net().to(DEVICE))
     average = fedmpi.sync(module, method, comm=COMM, exact_below=100)
