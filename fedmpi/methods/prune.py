@@ -27,6 +27,7 @@ Shape suffixes: C clients, D parameters, M survivors.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -47,6 +48,7 @@ from fedmpi.methods.base import (
     apply_changes,
     count_of,
     pack_changes,
+    shape_of_changes,
 )
 from fedmpi.methods.dense import Dense
 from fedmpi.methods.prune_clients import ClientMasks, as_indices
@@ -54,6 +56,7 @@ from fedmpi.methods.rtopk import RTopKOptions
 from fedmpi.methods.topk import TopKOptions
 from fedmpi.ops import bits
 from fedmpi.ops.select import top_k
+from fedmpi.ops.steps import changed_since
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
 
@@ -220,13 +223,24 @@ class PruneServer(MeanServer):
         if not len(kept_M):
             return super().download(state, seen)
         arrays = pack_changes(state["theta"][kept_M], state["changed"][kept_M] > seen)
-        if seen < int(state["pruned"]):
-            if as_indices(len(kept_M), self.size):
-                arrays["mask.index"] = bits.pack_integers(kept_M[None], bits.index_width(self.size))
-            else:
-                mask_D = torch.zeros_like(state["theta"], dtype=torch.bool).index_fill_(0, kept_M, True)
-                arrays["mask.map"] = bits.pack(mask_D[None])
-        return Message(arrays)
+        return Message(arrays | (self._mask(kept_M) if seen < int(state["pruned"]) else {}))
+
+    def sizes(self, state: State, seen: Sequence[int]) -> list[Message]:
+        kept_M = state["kept"]
+        if not len(kept_M):
+            return super().sizes(state, seen)
+        counts, masks = changed_since(state["changed"][kept_M], list(seen)), self._mask(kept_M)
+        return [
+            Message(shape_of_changes(count, len(kept_M)) | (masks if version < int(state["pruned"]) else {}))
+            for version, count in zip(seen, counts, strict=True)
+        ]
+
+    def _mask(self, kept_M: Tensor) -> dict[str, Tensor]:
+        """The mask's array of a download."""
+        if as_indices(len(kept_M), self.size):
+            return {"mask.index": bits.pack_integers(kept_M[None], bits.index_width(self.size))}
+        mask_D = torch.zeros(self.size, dtype=torch.bool, device=kept_M.device).index_fill_(0, kept_M, True)
+        return {"mask.map": bits.pack(mask_D[None])}
 
     def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
         masks = dict.fromkeys(("mask.index", "mask.map"), (torch.uint8, (-1,)))

@@ -124,13 +124,13 @@ class Sign(Compressor):
         if self.scaled:
             arrays["scale"] = (absolute(g_CD) / self.spec.size).float()
         if not self.skip:
-            return Message(arrays, finite=_none(odd_1)), state
+            return Message(arrays, finite=fast.none(odd_1)), state
         empty_CR = bits.empty_rows(g_CD, self.spec.rows_on(g_CD.device))
         some_C = empty_CR.any(1)
         arrays["signs"] = _tagged(arrays["signs"], self.spec.size, some_C)
         some_C = some_C.cpu()
         arrays["rows"] = bits.pack(empty_CR[_where(some_C, g_CD.device)])
-        return Message(arrays, {"rows": some_C.long()}, finite=_none(odd_1)), state
+        return Message(arrays, {"rows": some_C.long()}, finite=fast.none(odd_1)), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         size, signs_CB = self.spec.size, message.arrays["signs"]
@@ -183,11 +183,6 @@ class Sign(Compressor):
             self._abstain(v_1D, None if empty_CR is None else empty_CR[c : c + 1])
             total_S.add_(v_1D[0], alpha=weight)
         return peer
-
-
-def _none(odd_1: Tensor) -> bool | Tensor:
-    """Whether there was nothing odd, for whoever asks to wait for."""
-    return odd_1[0] == 0 if fast.waits(odd_1) else not odd_1
 
 
 def _where(some_C: Tensor, device: torch.device) -> Tensor:

@@ -52,9 +52,7 @@ class CountSketch:
             fast.run(kernels.sketch_encode, self.rows, g_CN.contiguous().numpy(), *drawn, sums_CRT.numpy())
             plus_CS, minus_CS = sums_CRT.view(len(g_CN), self.length, 2).unbind(-1)
             return plus_CS - minus_CS
-        places_RN = self._places(g_CN.device)
-        if index_N is not None:
-            places_RN = places_RN[:, index_N]
+        places_RN = self._places(g_CN.device) if index_N is None else self._places_at(index_N)
         sums_CT = g_CN.new_zeros(len(g_CN), 2 * self.length)
         for sums_T, g_N in zip(sums_CT, g_CN, strict=True):
             for places_N in places_RN:
@@ -97,6 +95,17 @@ class CountSketch:
         both = (_row_keys(self.key, r) for r in range(self.rows))
         buckets, signs = zip(*both, strict=True)
         return np.array(buckets, np.int64), np.array(signs, np.int64)
+
+    def _places_at(self, index_N: Tensor) -> Tensor:
+        """Those of some coordinates, ``(R, N)``, drawn by themselves: few of all are asked for."""
+        drawn = (_row_keys(self.key, r) for r in range(self.rows))
+        return torch.stack(
+            [
+                2 * (r * self.columns + random.integers_at(buckets, index_N, self.columns))
+                + ~random.coins_at(signs, index_N)
+                for r, (buckets, signs) in enumerate(drawn)
+            ]
+        )
 
     def _places(self, device: torch.device) -> Tensor:
         return _draw(self.size, self.rows, self.columns, self.key, device)
