@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,16 @@ OURS: dict[str, dict[str, Any]] = {
 
 def _model() -> nn.Module:
     torch.manual_seed(0)
-    pairs = zip(_WIDTHS, _WIDTHS[1:], strict=False)
-    return nn.Sequential(*(part for a, b in pairs for part in (nn.Linear(a, b), nn.GELU())))
+    return nn.Sequential(*(part for a, b in pairwise(_WIDTHS) for part in (nn.Linear(a, b), nn.GELU())))
 
 
 def _attach_ours(options: dict[str, Any]) -> Attach:
     return lambda ddp: drop_in.attach(ddp, options)
 
 
-def _torch_bf16(state: object, bucket: Any) -> torch.futures.Future[Tensor]:
+def _torch_bf16(group: dist.ProcessGroup, bucket: Any) -> torch.futures.Future[Tensor]:
     """torch's hook by another name: registered by its own, DDP refuses it but with NCCL, though Gloo does the same."""
-    return default_hooks.bf16_compress_hook(None, bucket)
+    return default_hooks.bf16_compress_hook(group, bucket)
 
 
 _torch_bf16.__annotations__.clear()  # DDP compares them with classes, and they are strings here
@@ -61,10 +61,10 @@ _torch_bf16.__annotations__.clear()  # DDP compares them with classes, and they 
 def _attach_torch(name: str) -> Attach:
     def attach(ddp: DistributedDataParallel) -> object:
         if name == "bf16":
-            ddp.register_comm_hook(None, _torch_bf16)
+            ddp.register_comm_hook(dist.group.WORLD, _torch_bf16)
         elif name == "PowerSGD":
             state = powerSGD_hook.PowerSGDState(None, 4, start_powerSGD_iter=2, min_compression_rate=1)
-            ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)  # type: ignore[arg-type]
+            ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
         return None
 
     return attach
