@@ -199,9 +199,31 @@ def _bijection(x: Tensor, key: int, log2: int) -> Tensor:
     return x
 
 
+def _inverse(x: Tensor, key: int, log2: int) -> Tensor:
+    """The inverse of :func:`_bijection`: the shift takes at least half of the bits, and so undoes itself."""
+    mask, shift, *rounds = bijection(key, log2).tolist()
+    for multiplier, offset in zip(rounds[-2::-2], rounds[::-2], strict=True):
+        x = x ^ (x >> shift)
+        x = ((x - offset) * pow(multiplier, -1, mask + 1)) & mask
+    return x
+
+
 def permutation(key: int, n: int, device: torch.device | None = None) -> Tensor:
     """A permutation of ``range(n)``, int64 ``(n,)``."""
     return sample(key, n, n, device)
+
+
+def ranks(key: int, n: int, values: Tensor) -> Tensor:
+    """Where these values (int64) stand in :func:`permutation`: its inverse, there only."""
+    if n < SORT_BELOW:
+        return permutation(key, n, values.device).argsort()[values]
+    log2 = (n - 1).bit_length()
+    x = _inverse(values, key, log2)
+    outside = x >= n
+    while bool(outside.any()):  # the way that sample() walked, back
+        x[outside] = _inverse(x[outside], key, log2)
+        outside = x >= n
+    return x
 
 
 def permutations(keys_C: Tensor, sizes_C: Tensor) -> Tensor:

@@ -163,10 +163,34 @@ class MeanServer(Server):
         return {"theta": theta_D, "version": torch.tensor(version)}
 
 
+class _Room:
+    """Memory for a history's rows, of which ``end`` are written, and never again."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer, self.end = buffer, 0
+
+    def append(self, rows: Tensor) -> None:
+        self.buffer[self.end : self.end + len(rows)] = rows
+        self.end += len(rows)
+
+
 def remember(history: Tensor, row: Tensor, keep: int) -> Tensor:
-    """A history, a row a round, with a new one at its end; the last ``keep`` of them."""
-    rows = torch.cat([history, row[None]])
-    return rows[max(0, len(rows) - keep) :]
+    """A history, a row a round, with a new one at its end; the last ``keep`` of them.
+
+    The new row is written behind the old ones, where these end with what their memory holds and there is room: most
+    rounds copy nothing else. A history is what it was before, also after a second call with it.
+    """
+    if not keep:
+        return history[:0]
+    room: _Room | None = getattr(history, "_room", None)
+    last = history[max(0, len(history) + 1 - keep) :]
+    if room is None or room.end == len(room.buffer) or len(history) != room.end - history._first:  # type: ignore[attr-defined]
+        room = _Room(history.new_empty(keep + keep // 8 + 1, *history.shape[1:]))
+        room.append(last)
+    room.append(row[None])
+    rows = room.buffer[room.end - len(last) - 1 : room.end]
+    rows._room, rows._first = room, room.end - len(rows)  # type: ignore[attr-defined]
+    return rows
 
 
 def missed_rounds(state: State, seen: int, names: tuple[str, ...]) -> Message | None:

@@ -55,8 +55,8 @@ from fedmpi.methods.prune_clients import ClientMasks, as_indices
 from fedmpi.methods.rtopk import RTopKOptions
 from fedmpi.methods.topk import TopKOptions
 from fedmpi.ops import bits
-from fedmpi.ops.select import top_k
-from fedmpi.ops.steps import changed_since
+from fedmpi.ops.select import top_by_key
+from fedmpi.ops.steps import changed_since, step
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
 
@@ -192,7 +192,7 @@ class PruneServer(MeanServer):
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         if not len(state["kept"]):
-            sum_D = state["sum"] + mean_S[-self.size :]
+            sum_D = step(state["sum"], mean_S[-self.size :], 1.0)
             if not round.ends_epoch:
                 return {**state, "sum": sum_D} | super().finish(state, mean_S[: self.size], round)
             state = self._prune(state, sum_D)
@@ -205,10 +205,8 @@ class PruneServer(MeanServer):
         """The survivors, by their gradients' sums or by their votes."""
         if self.m is None:
             return sum_D.nonzero()[:, 0]
-        order_D = random.permutation(self.key, self.size, sum_D.device)  # top_k takes the first of equals
         # What has left the numbers is kept, so that the engine finds it in the parameters.
-        finite_D = sum_D.nan_to_num(math.inf)
-        return order_D[top_k(finite_D[order_D][None], self.m)[0]].sort().values
+        return top_by_key(sum_D.nan_to_num(math.inf), self.m, self.key)
 
     def _prune(self, state: State, sum_D: Tensor) -> State:
         """``state`` without all that do not survive; version unchanged."""

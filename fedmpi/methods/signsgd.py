@@ -16,7 +16,7 @@ from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Decoder, Merge, Method, Round, Server, State
 from fedmpi.methods.base import Entry, FeedbackOptions, Mean, MeanServer, Setup, missed_rounds, remember
 from fedmpi.methods.feedback import Feedback
-from fedmpi.ops import bits, fast
+from fedmpi.ops import bits, fast, pages
 from fedmpi.ops.sums import absolute
 from fedmpi.spec import Spec
 
@@ -287,7 +287,7 @@ class VoteServer(Server):
         if rows_B is not None and (fast.waits(rows_B) or bool(rows_B.any())):
             still_1R = bits.unpack(rows_B[None], len(self.spec.rows) - 1)
             bits.clear_rows(step_1D, still_1R, self.spec.rows_on(theta_D.device))
-        return theta_D - step_1D[0]
+        return torch.sub(theta_D, step_1D[0], out=pages.empty_like(theta_D))
 
     def view(self, theta_D: Tensor) -> State:
         return {"theta": theta_D, "version": torch.tensor(0)}
