@@ -14,7 +14,7 @@ from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Message
 from fedmpi.method import Decoder, Method, Round, Server, State, nest, unnest
 from fedmpi.ops import bits
-from fedmpi.ops.steps import changed_since, mark, step, step_and_mark
+from fedmpi.ops.steps import changed_since, mark, mark_at, step, step_and_mark
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
 from fedmpi.validation import Strict
@@ -132,12 +132,13 @@ class MeanServer(Server):
         new["theta"], new["changed"] = step_and_mark(theta_D, u_D, -round.lr, state["changed"], version)
         return new
 
-    def moved(self, state: State, theta_D: Tensor) -> State:
-        """Parameters, version and changes after a step from ``state`` to ``theta_D``."""
+    def moved(self, state: State, theta_D: Tensor, index_K: Tensor | None = None) -> State:
+        """Parameters, version and changes after a step from ``state`` to ``theta_D``, of these parameters only."""
         version = state["version"] + 1
         new = {"theta": theta_D, "version": version}
         if self.sparse:
-            new["changed"] = mark(state["theta"], theta_D, state["changed"], version)
+            both = state["theta"], theta_D, state["changed"], version
+            new["changed"] = mark(*both) if index_K is None else mark_at(*both, index_K)
         return new
 
     def view(self, theta_D: Tensor) -> State:

@@ -56,7 +56,7 @@ from fedmpi.methods.rtopk import RTopKOptions
 from fedmpi.methods.topk import TopKOptions
 from fedmpi.ops import bits
 from fedmpi.ops.select import top_by_key
-from fedmpi.ops.steps import changed_since, step
+from fedmpi.ops.steps import add_at, changed_since, step
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
 
@@ -198,8 +198,8 @@ class PruneServer(MeanServer):
             state = self._prune(state, sum_D)
         kept_M = state["kept"]
         u_M, memory = self.optimizer.direction(unnest(state, "optimizer."), mean_S[kept_M])
-        theta_D = state["theta"].index_add(0, kept_M, u_M, alpha=-round.lr)
-        return state | self.moved(state, theta_D) | nest(memory, "optimizer.")
+        theta_D = add_at(state["theta"], kept_M, u_M, -round.lr)
+        return state | self.moved(state, theta_D, kept_M) | nest(memory, "optimizer.")
 
     def _select(self, sum_D: Tensor) -> Tensor:
         """The survivors, by their gradients' sums or by their votes."""

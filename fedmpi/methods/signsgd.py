@@ -265,8 +265,7 @@ class VoteServer(Server):
         return super().shapes(theta_D, state) | {"lr": (len(state["signs"]),)}
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
-        positive_D = majority(mean_S[: self.size], round)
-        packed_1B = bits.pack(positive_D[None])
+        packed_1B = bits.pack_votes(mean_S[: self.size], round.key("tie"))[None]
         lr = torch.tensor(round.lr, dtype=torch.float32, device=mean_S.device)
         history, rows_B = {}, None
         if self.skips:

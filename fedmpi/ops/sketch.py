@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedmpi import random
-from fedmpi.ops import fast
+from fedmpi.ops import fast, pages
 
 _BLOCK = 1 << 15  # coordinates estimated at a time: their R rows stay in a core's cache
 
@@ -66,7 +66,7 @@ class CountSketch:
         count = len(v_CS) * self.size if v_CS.dtype == torch.float32 else 0
         kernels = fast.compiled("counters", v_CS, count=count)
         if kernels is not None:
-            out_CD, chunks = torch.empty(len(v_CS), self.size, device="cpu"), -(-self.size // kernels.CHUNK)
+            out_CD, chunks = pages.empty(len(v_CS), self.size), -(-self.size // kernels.CHUNK)
             v_CRK = v_CS.reshape(len(v_CS), self.rows, self.columns).contiguous().numpy()
             drawn = *self._keys(), random.constants().numpy()
             fast.run(kernels.sketch_estimate, chunks, v_CRK, *drawn, out_CD.numpy())

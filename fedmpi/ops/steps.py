@@ -34,6 +34,18 @@ def mark_reference(before_D: Tensor, after_D: Tensor, changed_D: Tensor, version
     return torch.where(after_D != before_D, version.int(), changed_D)
 
 
+def add_at(theta_D: Tensor, index_K: Tensor, u_K: Tensor, alpha: float) -> Tensor:
+    """θ + alpha · u at different places."""
+    return pages.empty_like(theta_D).copy_(theta_D).index_add_(0, index_K, u_K, alpha=alpha)
+
+
+def mark_at(before_D: Tensor, after_D: Tensor, changed_D: Tensor, version: Tensor, index_K: Tensor) -> Tensor:
+    """:func:`mark` where only these may have changed."""
+    out_D = pages.empty_like(changed_D).copy_(changed_D)
+    differs_K = after_D[index_K] != before_D[index_K]
+    return out_D.index_copy_(0, index_K, torch.where(differs_K, version.int(), changed_D[index_K]))
+
+
 def step_and_mark(
     theta_D: Tensor, u_D: Tensor, alpha: float, changed_D: Tensor, version: Tensor
 ) -> tuple[Tensor, Tensor]:
