@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import fedmpi
 from fedmpi import project, tools
 from fedmpi.analysis import commands as analysis
 from fedmpi.bench import commands as bench
 from fedmpi.errors import FedMPIError
+from fedmpi.version import __version__
 
 if TYPE_CHECKING:
     from fedmpi.comm import Comm
@@ -52,7 +52,7 @@ def arguments_of() -> argparse.ArgumentParser:
         epilog=_FIRST,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {fedmpi.__version__}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     project.add(commands)
     _train_arguments(commands)

@@ -22,6 +22,8 @@ LAYERS = {
     "message": {"errors"},
     "schema": set(),
     "phases": set(),
+    "version": set(),
+    "callbacks": {"errors"},
     "start": set(),  # nothing: it comes before everything
     "optimizers": set(),
     "own": {"errors"},
@@ -32,7 +34,7 @@ LAYERS = {
     "overrides": {"errors", "validation"},
     "validation": {"errors", "plain_file", "strict_yaml"},
     "ops": BASE,
-    "comm": {"errors", "phases"},  # and nothing of what it carries
+    "comm": {"errors", "phases", "version"},  # and nothing of what it carries
     "tasks": BASE | {"machine", "own", "validation"},
     "method": BASE | {"message", "spec"},
     "methods": BASE
@@ -44,6 +46,7 @@ LAYERS = {
     "config": {"choice", "errors", "local", "methods", "optimizers", "overrides", "plan", "validation"},
     "engine": BASE
     | {
+        "callbacks",
         "comm",
         "config",
         "local",
@@ -58,7 +61,7 @@ LAYERS = {
         "start",
         "tasks",
     }
-    | {"machine", "phases", "plain_file", "strict_yaml"},
+    | {"machine", "phases", "plain_file", "strict_yaml", "version"},
     "analysis": BASE
     | {"comm", "config", "engine", "local", "method", "methods", "message", "ops", "plan", "spec", "tasks"}
     | {"strict_yaml", "validation"},
@@ -81,7 +84,14 @@ LAYERS = {
     "bench": BASE
     | {"analysis", "comm", "config", "engine", "integrations"}
     | {"message", "method", "methods", "ops", "spec", "tasks", "validation"},
-    "doctor": {"comm", "errors"},
+    "accelerate": {"integrations"},  # short names
+    "ddp": {"integrations"},
+    "horovod": {"integrations"},
+    "lightning": {"integrations"},
+    "optim": {"integrations"},
+    "transformers": {"integrations"},
+    "api": {"analysis", "callbacks", "comm", "config", "engine", "errors", "overrides"},
+    "doctor": {"comm", "errors", "version"},
     "tools": {
         "analysis",
         "comm",
@@ -93,9 +103,21 @@ LAYERS = {
         "tasks",
         "validation",
     },
-    "cli": {"analysis", "bench", "comm", "config", "engine", "errors", "project", "start", "tools"},
+    "cli": {
+        "analysis",
+        "bench",
+        "comm",
+        "config",
+        "engine",
+        "errors",
+        "project",
+        "start",
+        "tools",
+        "version",
+    },
     "__main__": {"cli", "start"},
-    "__init__": {"integrations"},  # on demand
+    "__init__": {"accelerate", "ddp", "horovod", "lightning", "optim", "transformers"}  # on demand
+    | {"api", "callbacks", "config", "engine", "errors", "integrations", "methods", "version"},
 }
 
 

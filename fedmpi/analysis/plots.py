@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedmpi.analysis.page import png
 from fedmpi.analysis.runs import Point, Run
+from fedmpi.errors import ConfigError
 from fedmpi.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -70,6 +71,47 @@ class Measured(NamedTuple):
     @property
     def label(self) -> str:
         return f"{self.title.lower()} on the test set{' (%)' if self.share else ''}"
+
+
+AGAINST = {
+    "rounds": ROUNDS,
+    "upload": UPLOADED,
+    "download": DOWNLOADED,
+    "total": TOTAL,
+    "seconds": Against(lambda p: p.seconds, "by simulated time", "simulated seconds", nbytes=False),
+}
+
+
+def named(name: str, options: Mapping[str, Any]) -> str:
+    """``topk(ratio=0.05, feedback=True)``: a method, model or partition and what was chosen of it."""
+    inside = [f"{key}={_shown(value)}" for key, value in options.items() if key != "name"]
+    return f"{name}({', '.join(inside)})" if inside else name
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping) and "name" in value:
+        return named(str(value["name"]), value)
+    return str(value)
+
+
+def draw(axes: Axes | None, points: Sequence[Point], against: str, metric: str, label: str) -> Axes:
+    """One run's line, beside those that are on ``axes`` already.
+
+    Raises:
+      ConfigError: ``against`` is none of :data:`AGAINST`.
+    """
+    if against not in AGAINST:
+        raise ConfigError(f"against: expected one of {', '.join(AGAINST)}, got {against!r}")
+    if axes is None:
+        from matplotlib import pyplot
+
+        axes = pyplot.subplots(layout="constrained")[1]
+    chosen, measured = AGAINST[against], Measured.of([metric])
+    _draw(axes, points, chosen, {**look(len(axes.lines)), "linewidth": 1.8, "label": label})
+    _dress(axes, chosen, measured)
+    axes.set_ylabel(measured.label)
+    axes.legend(frameon=False)
+    return axes
 
 
 def figure(width: float, height: float) -> Figure:
@@ -130,10 +172,13 @@ def _aligned(group: Sequence[Run]) -> bool:
 
 def _draw_each(axes: Axes, group: Sequence[Run], against: Against, style: dict[str, Any]) -> None:
     for run in group:
-        points = [p for p in run.points if against.x(p) or not against.nbytes]  # a logarithm has no zero
-        marker = "o" if len(run.points) < _MARKED else None
-        x, y = [against.x(p) for p in points], [p.score for p in points]
-        axes.plot(x, y, marker=marker, markersize=3.5, **style)
+        _draw(axes, run.points, against, style)
+
+
+def _draw(axes: Axes, points: Sequence[Point], against: Against, style: dict[str, Any]) -> None:
+    some = [p for p in points if against.x(p) or not against.nbytes]  # a logarithm has no zero
+    marker = "o" if len(points) < _MARKED else None
+    axes.plot([against.x(p) for p in some], [p.score for p in some], marker=marker, markersize=3.5, **style)
 
 
 def _draw_mean(axes: Axes, group: Sequence[Run], against: Against, style: dict[str, Any]) -> None:

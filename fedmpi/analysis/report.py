@@ -20,7 +20,7 @@ from fedmpi.tasks.metrics import METRICS
 _NOTHING = "-"  # where a run has no such number: never evaluated, or nothing was sent
 
 
-def report(runs: Sequence[Path], out: Path | None = None) -> str:
+def report(runs: Sequence[Path], out: Path | None = None, format: str = "png") -> str:
     """Compare runs; writes ``report.md`` and ``report.png``.
 
     Args:

@@ -20,7 +20,7 @@ from typing import Any
 from fedmpi import strict_yaml
 from fedmpi.analysis import grid, plots
 from fedmpi.analysis.grid import Job
-from fedmpi.analysis.page import Page, png, text_table
+from fedmpi.analysis.page import Page, png, text_table, write
 from fedmpi.analysis.report import LEFT, RATIOS, columns_for, table
 from fedmpi.analysis.runs import Run, Summary, load, parse, read, words
 from fedmpi.comm import Comm, together
@@ -50,8 +50,8 @@ _KEPT = (  # of a run's summary, in the results
 
 
 def sweep(
-    base: Path,
-    over: Path,
+    base: Path | Mapping[str, Any],
+    over: Path | Mapping[str, Any],
     overrides: list[str],
     out: Path,
     comm: Comm,
@@ -61,7 +61,7 @@ def sweep(
     """Run what is not finished yet of a grid; write ``report.md``, ``.html`` and pictures when all is.
 
     Args:
-      base: the configuration that the points start from.
+      base: the configuration that the points start from. What is given as a mapping is also written into ``out``.
       over: the grid (:mod:`fedmpi.analysis.grid`).
       overrides: of the base, as on the command line.
       out: the sweep's folder.
@@ -85,7 +85,16 @@ def sweep(
     comm.allgather(b"")  # the report waits for the slowest group
     if comm.rank:
         return "", None
-    return _conclude(todo, out, command(base, over, overrides, out))
+    made_by = command(_written(base, out / "base.yaml"), _written(over, out / "over.yaml"), overrides, out)
+    return _conclude(todo, out, made_by)
+
+
+def _written(given: Path | Mapping[str, Any], path: Path) -> Path:
+    """The file that holds it; made at ``path`` of a mapping."""
+    if isinstance(given, Mapping):
+        write(path, strict_yaml.dump(dict(given), sort_keys=False).encode(), "--out")
+        return path
+    return given
 
 
 def finish(jobs: Sequence[Job], group: Comm, quiet: bool = False, alone: bool = True) -> None:
@@ -149,6 +158,7 @@ def _state(job: Job, group: Comm) -> str:
 def _run(job: Job, group: Comm, quiet: bool, resume: bool) -> None:
     """One run, from its last checkpoint where it has one; what goes wrong in it is written down."""
     error = ""
+    group.sent = group.received = 0  # wire bytes are this run's alone
     try:
         run(job.config, group, job.folder, quiet=quiet, resume=resume, overwrite=not resume)
     except Stopped:  # by a signal, which is meant for the sweep
