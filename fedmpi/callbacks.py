@@ -59,7 +59,8 @@ class Calls:
     """Calls several callbacks, and says whose exception it was."""
 
     def __init__(self, callbacks: Sequence[Callback] = ()) -> None:
-        for callback in callbacks:
+        given: Sequence[object] = callbacks
+        for callback in given:
             if not isinstance(callback, Callback):
                 got = type(callback).__name__
                 raise ConfigError(f"callbacks: expected objects derived from fedmpi.Callback, got {got}")

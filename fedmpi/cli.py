@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmpi import project, tools
+from fedmpi import demo, project, tools
 from fedmpi.analysis import commands as analysis
 from fedmpi.bench import commands as bench
 from fedmpi.errors import FedMPIError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _FIRST = """\
 first steps:
+  fedmpi demo                                       five methods, a table and a picture, in a minute
   fedmpi init lab && cd lab                         a folder with configurations, Slurm jobs and a README
   fedmpi train configs/quickstart.yaml              a run of seconds, its data inside the package
   launch/mpirun.sh -n 4 fedmpi train configs/quickstart.yaml method=signsgd server.lr=0.003
@@ -55,6 +56,7 @@ def arguments_of() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     project.add(commands)
+    demo.add(commands)
     _train_arguments(commands)
     tools.add(commands)
     analysis.add(commands)

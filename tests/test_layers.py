@@ -1,6 +1,6 @@
 """Dependencies point one way: a part imports only from the parts listed for it (and from itself).
 
-``python -m tests.test_layers`` draws that into CONTRIBUTING.md.
+``python -m tests.test_layers`` draws that into docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fedmpi"
-CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
+ARCHITECTURE = PACKAGE.parent / "docs" / "architecture.md"
 _MARK = "<!-- drawn by python -m tests.test_layers -->"
 BASE = {"errors", "random"}
 LAYERS = {
@@ -103,7 +103,9 @@ LAYERS = {
         "tasks",
         "validation",
     },
+    "demo": {"analysis", "comm", "config", "engine", "errors", "project"},
     "cli": {
+        "demo",
         "analysis",
         "bench",
         "comm",
@@ -164,13 +166,13 @@ def drawing() -> str:
 
 
 def drawn(text: str) -> str:
-    """CONTRIBUTING.md with the drawing of today's table."""
+    """docs/architecture.md with the drawing of today's table."""
     before, _, rest = text.partition(f"{_MARK}\n```\n")
     return f"{before}{_MARK}\n```\n{drawing()}\n```{rest.partition('```')[2]}"
 
 
 def test_the_drawing_is_the_tables() -> None:
-    text = CONTRIBUTING.read_text()
+    text = ARCHITECTURE.read_text()
     assert _MARK in text
     assert drawn(text) == text, "python -m tests.test_layers draws it anew"
 
@@ -191,4 +193,4 @@ def test_no_module_needs_itself() -> None:
 
 
 if __name__ == "__main__":
-    CONTRIBUTING.write_text(drawn(CONTRIBUTING.read_text()))
+    ARCHITECTURE.write_text(drawn(ARCHITECTURE.read_text()))
