@@ -100,9 +100,9 @@ class Result:
     @property
     def label(self) -> str:
         """The method and its options: topk(ratio=0.05, feedback=True)."""
-        from fedmpi.analysis.plots import named
+        from fedmpi.analysis.legend import method
 
-        return named(self.config.method.name, self.config.method.model_dump(exclude_defaults=True))
+        return method(self.config.method.model_dump())
 
     @property
     def score(self) -> float | None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _FIRST = """\
 first steps:
-  fedmpi demo                                       five methods, a table and a picture, in a minute
+  fedmpi demo                                       five methods, a table and a picture
   fedmpi init lab && cd lab                         a folder with configurations, Slurm jobs and a README
   fedmpi train configs/quickstart.yaml              a run of seconds, its data inside the package
   launch/mpirun.sh -n 4 fedmpi train configs/quickstart.yaml method=signsgd server.lr=0.003

@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     """Add the command to the parser's."""
     demo = commands.add_parser(
         "demo",
-        help="train with five methods in a minute, and compare them",
+        help="train with five methods on embedded data, and compare them",
         description="Train a small model on embedded data with five methods, then write a table and a picture of "
         "accuracy against bytes. Alone it runs four ranks as threads; under mpirun, srun or torchrun, the launcher's.",
         epilog="example: fedmpi demo rounds=20",

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from pydantic import ConfigDict, Field, field_validator
 
 from fedmpi import config as configuration
-from fedmpi.analysis.plots import named
+from fedmpi.analysis.legend import named
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
 from fedmpi.strict_yaml import dump

@@ -82,18 +82,6 @@ AGAINST = {
 }
 
 
-def named(name: str, options: Mapping[str, Any]) -> str:
-    """``topk(ratio=0.05, feedback=True)``: a method, model or partition and what was chosen of it."""
-    inside = [f"{key}={_shown(value)}" for key, value in options.items() if key != "name"]
-    return f"{name}({', '.join(inside)})" if inside else name
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Mapping) and "name" in value:
-        return named(str(value["name"]), value)
-    return str(value)
-
-
 def draw(axes: Axes | None, points: Sequence[Point], against: str, metric: str, label: str) -> Axes:
     """One run's line, beside those that are on ``axes`` already.
 
@@ -126,6 +114,14 @@ def look(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": _LINES[i // len(COLOURS) % len(_LINES)]}
 
 
+def ticks(axes: Axes, values: Sequence[float]) -> None:
+    """A tick at each value of the x axis, and no others."""
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 def tidy(axes: Axes) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -135,13 +131,17 @@ def score_picture(
     groups: Mapping[str, Sequence[Run]],
     panels: Sequence[Against] = (ROUNDS, UPLOADED),
     band: bool = False,
+    title: str = "",
+    format: str = "png",
 ) -> bytes:
-    """A PNG of what runs report first (accuracy, for classes), a panel for each of ``panels``.
+    """A picture of what runs report first (accuracy, for classes), a panel for each of ``panels``.
 
     Args:
       groups: runs that look the same (they differ in the seed only), by label.
       panels: what it is drawn against.
       band: a group's mean and its standard error as a band, in place of a line for each of its runs.
+      title: above all panels.
+      format: png, svg or pdf.
     """
     from matplotlib.lines import Line2D
 
@@ -150,6 +150,8 @@ def score_picture(
     measured = Measured.of(run.summary.metric for group in groups.values() for run in group)
     rows = -(-len(panels) // 2)
     picture = figure(12, 5 * rows + 0.25 * -(-len(labels) // across))
+    if title:
+        picture.suptitle(title, fontsize=11, parse_math=False)
     grid: Any = picture.subplots(rows, 2, sharey=True, squeeze=False)
     for axes, against in zip(grid.flat, panels, strict=True):
         for i, group in enumerate(groups.values()):
@@ -162,7 +164,7 @@ def score_picture(
     legend = picture.legend(handles, labels, loc="outside lower center", ncols=across, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a $ in a folder's name is a $
-    return png(picture)
+    return png(picture, format)
 
 
 def _aligned(group: Sequence[Run]) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 from fedmpi import strict_yaml
 from fedmpi.analysis import grid, plots
 from fedmpi.analysis.grid import Job
+from fedmpi.analysis.legend import common, setting
 from fedmpi.analysis.page import Page, png, text_table, write
 from fedmpi.analysis.report import LEFT, RATIOS, columns_for, table
 from fedmpi.analysis.runs import Run, Summary, load, parse, read, words
@@ -31,6 +32,7 @@ from fedmpi.errors import ConfigError, DataError, FedMPIError, Stopped
 from fedmpi.tasks.metrics import METRICS
 
 _ERROR = "error.txt"
+_TICKS = 8  # so many values, or fewer, have a tick each
 _KEPT = (  # of a run's summary, in the results
     "accuracy",
     "client_accuracy",
@@ -261,13 +263,16 @@ def _page(
     made_by: str,
 ) -> Page:
     page = Page("Sweep")
+    configs = [run.config for group in groups.values() for run in group]
+    if alike := setting(configs):
+        page.text(alike)
     page.text("Mean ± standard error over seeds. " + RATIOS)
     page.table(rows, LEFT)
     title = plots.Measured.of(run.summary.metric for group in groups.values() for run in group).title
     panels = (plots.ROUNDS, plots.UPLOADED, plots.DOWNLOADED, plots.TOTAL)
     page.picture(
         "accuracy",
-        plots.score_picture(groups, panels, band=True),
+        plots.score_picture(groups, panels, band=True, title=setting(configs)),
         f"{title} by round and by uploaded, downloaded and total bytes; bands are a standard error",
     )
     for name, picture in curves.items():
@@ -275,6 +280,9 @@ def _page(
     if failed:
         page.heading("Failed runs")
         page.table([["run", "error"], *([name, error] for name, error in failed.items())], left=2)
+    page.heading("Configuration")
+    page.text("What all runs have in common:")
+    page.code(strict_yaml.dump(common(configs), sort_keys=False).rstrip(), "yaml")
     page.heading("How to get this again")
     page.code(made_by)
     return page
@@ -302,6 +310,8 @@ def _number(value: Any) -> bool:
 
 
 def _curve(key: str, lines: dict[str, dict[float, list[float]]], measured: plots.Measured) -> bytes:
+    from matplotlib.ticker import MaxNLocator
+
     picture = plots.figure(7, 5)
     axes = picture.subplots()
     for i, (name, by_value) in enumerate(lines.items()):
@@ -312,6 +322,10 @@ def _curve(key: str, lines: dict[str, dict[float, list[float]]], measured: plots
     every = {value for line in lines.values() for value in line}
     if min(every) > 0 and max(every) / min(every) > 20:
         axes.set_xscale("log")
+    if len(every) <= _TICKS:
+        plots.ticks(axes, sorted(every))
+    elif all(isinstance(value, int) for value in every):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel=key, ylabel=measured.label, title=f"{measured.title} by {key.rpartition('.')[2]}")
     if any(lines):
         axes.legend(frameon=False)
