@@ -147,7 +147,7 @@ class Result:
         from fedmpi.analysis.runs import Point
 
         columns = ("upload_bytes", "download_bytes", "simulated_seconds")
-        sums = [accumulate(row.get(name, 0) for row in self.history) for name in columns]
+        sums = [accumulate([row.get(name, 0) for row in self.history]) for name in columns]
         scores = (row[self.summary["metric"]] for row in self.history)
         every = zip((row["round"] + 1 for row in self.history), *sums, scores, strict=True)
         return [Point(*point) for point in every if point[-1] is not None]

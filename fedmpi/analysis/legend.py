@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
 from fedmpi.methods import METHODS
 
 _APART = ("seed", "comm", "threads", "timeout", "checkpoint", "store", "store_folder", "test_batch")
@@ -28,7 +30,9 @@ def method(options: Mapping[str, Any]) -> str:
     fields = METHODS[name].options.model_fields if name in METHODS else {}
     chosen = {}
     for key, value in options.items():
-        if key not in fields or value != fields[key].get_default(call_default_factory=True):
+        default = fields[key].get_default(call_default_factory=True) if key in fields else None
+        default = default.model_dump() if isinstance(default, BaseModel) else default
+        if key not in fields or value != default:
             inner = isinstance(value, Mapping) and value.get("name") in METHODS
             chosen[key] = method(value) if inner else value
     return named(
