@@ -121,15 +121,16 @@ class Client:
 
         self.call(drop)
 
-    def cards(self, prefix: str) -> list[str]:
-        """The values of all keys that begin so."""
+    def look(self, key: str, prefix: str = "") -> tuple[str | None, list[str]]:
+        """What is there of this key, and of all that begin with a prefix, in one call."""
 
-        def read() -> list[str]:
-            found = []
-            for key in [key[key.index(prefix) :] for key in self._store.list_keys() if prefix in key]:
-                if self._store.check([key]):
-                    found.append(self._store.get(key).decode())
-            return found
+        def read() -> tuple[str | None, list[str]]:
+            store, found = self._store, list[str]()
+            value = store.get(key).decode() if store.check([key]) else None
+            keys = [k[k.index(prefix) :] for k in store.list_keys() if prefix in k] if prefix else []
+            if keys and store.check(keys):
+                found = [each.decode() for each in store.multi_get(keys)]
+            return value, found
 
         return self.call(read)
 

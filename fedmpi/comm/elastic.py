@@ -56,6 +56,7 @@ class Roster(NamedTuple):
       members: by rank; the first has the state that newcomers get.
       new: those who get it.
       gen: the epoch whose group these members share.
+      places: where each of those who hold the state says to be.
       raw: the record that said so.
     """
 
@@ -64,6 +65,7 @@ class Roster(NamedTuple):
     members: tuple[str, ...]
     new: tuple[str, ...]
     gen: int
+    places: list[Any]
     raw: str
 
     @property
@@ -175,15 +177,16 @@ class Membership:
         assert self._client is not None
         return self._client
 
-    def _record(self) -> tuple[str, dict[str, Any]]:
-        raw = self._store.get("record")
+    def _look(self) -> tuple[str, list[dict[str, Any]]]:
+        """The record, and all cards."""
+        raw, cards = self._store.look("record", "ready/")
         if raw is None:
             raise Gone("it has forgotten the job")
-        return raw, json.loads(raw)
+        return raw, [json.loads(card) for card in cards]
 
-    def _swap(self, raw: str, **change: Any) -> bool:
-        new = json.dumps({**json.loads(raw), **change})
-        return self._store.swap("record", raw, new) == new
+    def _swap(self, raw: str, **change: Any) -> str:
+        """The record after it, this rank's or another's."""
+        return self._store.swap("record", raw, json.dumps({**json.loads(raw), **change}))
 
     def _alive(self, rank: str) -> bool:
         assert self._heart is not None
@@ -191,13 +194,11 @@ class Membership:
             raise Gone("it does not hear this rank's heartbeat")
         return self._heart.alive(rank)
 
-    def _ready(self, epoch: int) -> dict[str, dict[str, Any]]:
-        """The cards of those who are ready for this epoch, by name."""
-        cards = [json.loads(card) for card in self._store.cards("ready/")]
-        return {c["id"]: c for c in cards if c["epoch"] == epoch and self._alive(c["id"])}
-
-    def roster(self) -> Roster:
+    def roster(self, place: object) -> Roster:
         """Wait until an epoch is open with this rank in it.
+
+        Args:
+          place: where in its work it is, plain values, which are the same on all who hold the state.
 
         Raises:
           Gone: the coordinator.
@@ -206,47 +207,54 @@ class Membership:
         began = since = time.monotonic()
         shown = -1
         while True:
-            raw, now = self._record()
+            raw, cards = self._look()
+            now = json.loads(raw)
             nxt, version = now["epoch"] + 1, now["version"]
-            if now["open"] and shown == now["epoch"] and self.me in now["members"]:
-                return Roster(shown, version, tuple(now["members"]), tuple(now["new"]), now["gen"], raw)
             if not now["open"] and self.version > version:  # only after a fresh store
                 self._swap(raw, version=self.version, digest=self.digest, members=self.members)
                 continue
-            if shown != nxt:
+            if shown != nxt and not (now["open"] and shown == now["epoch"] and self.me in now["members"]):
                 card = {"id": self.me, "epoch": nxt, "version": self.version, "digest": self.digest}
-                self._store.set(f"ready/{self.me}", json.dumps({**card, "gen": self._gen}))
+                self._store.set(f"ready/{self.me}", json.dumps({**card, "gen": self._gen, "place": place}))
                 shown, since = nxt, time.monotonic()
+                continue
             waited = time.monotonic() - since
             holds = self.version == version and self.digest == now["digest"]
-            if now["open"]:  # others' exchange; if all of them are gone nobody else will close it
+            ready = {c["id"]: c for c in cards if c["epoch"] == nxt and self._alive(c["id"])}
+            if now["open"] and self.me not in now["members"]:
+                # Others' exchange; if all of them are gone nobody else will close it.
                 if waited > self.deadlines.lease and not any(map(self._alive, now["members"])):
                     self._swap(raw, open=False)
-            elif (holds or not version) and self._open(raw, now, waited):
-                continue
-            self._check_wait(now, time.monotonic() - began, holds)
+            elif not now["open"] and (holds or not version):
+                raw = self._open(raw, now, ready, waited)
+                now = json.loads(raw)
+            if now["open"] and now["epoch"] == shown and self.me in now["members"]:
+                new = tuple(now["new"])
+                return Roster(shown, version, tuple(now["members"]), new, now["gen"], now["places"], raw)
+            self._check_wait(now, time.monotonic() - began, holds, len(ready))
             time.sleep(min(_SLOWEST_TICK, _TICK + waited / 50))
 
-    def _open(self, raw: str, now: Mapping[str, Any], waited: float) -> bool:
-        """Open the next epoch, if it is time."""
+    def _open(
+        self, raw: str, now: Mapping[str, Any], ready: Mapping[str, Mapping[str, Any]], waited: float
+    ) -> str:
+        """Open the next epoch, if it is time; the record after that."""
         epoch, version = now["epoch"] + 1, now["version"]
-        here = self._ready(epoch)
-        if self.me not in here or (not version and len(here) < self._workers):
-            return False
-        absent = [m for m in now["members"] if m not in here and self._alive(m)]
+        if self.me not in ready or (not version and len(ready) < self._workers):
+            return raw
+        absent = [m for m in now["members"] if m not in ready and self._alive(m)]
         if absent and waited <= self.deadlines.late:
-            return False
-        hold = sorted(i for i, c in here.items() if c["version"] == version and c["digest"] == now["digest"])
-        new = sorted(here.keys() - set(hold))
+            return raw
+        hold = sorted(i for i, c in ready.items() if c["version"] == version and c["digest"] == now["digest"])
         if not version:  # nobody has trained yet; all get the first one's
-            hold, new = sorted(here)[:1], sorted(here)[1:]
+            hold = sorted(ready)[:1]
+        new = sorted(ready.keys() - set(hold))
         members = [*hold, *new]
-        same = members == now["members"] and all(c["gen"] == now["gen"] for c in here.values())
+        same = members == now["members"] and all(c["gen"] == now["gen"] for c in ready.values())
         gen = now["gen"] if same else epoch
-        self._swap(raw, epoch=epoch, members=members, new=new, gen=gen, open=True)
-        return True
+        places = [ready[i]["place"] for i in hold]
+        return self._swap(raw, epoch=epoch, members=members, new=new, gen=gen, places=places, open=True)
 
-    def _check_wait(self, now: Mapping[str, Any], waited: float, holds: bool) -> None:
+    def _check_wait(self, now: Mapping[str, Any], waited: float, holds: bool, ready: int) -> None:
         """
         Raises:
           CommError: it has taken too long.
@@ -263,7 +271,7 @@ class Membership:
         if waited > limits.join:
             what = "other ranks' next synchronisation"
             if not now["version"]:
-                what = f"{self._workers} ranks ({len(self._ready(now['epoch'] + 1))} are there)"
+                what = f"{self._workers} ranks ({ready} are there)"
             raise CommError(
                 f"elastic: rank {self.me} waited {limits.join:g} s for {what} at {self.where}; join: sets how long"
             )
@@ -311,8 +319,7 @@ class Membership:
         if sure:
             end |= {"version": roster.version + 1, "digest": digest, "new": []}
         try:
-            self._swap(roster.raw, **end)
-            _, now = self._record()
+            now = json.loads(self._swap(roster.raw, **end))
         except Gone:
             self._drop()
             raise

@@ -40,6 +40,7 @@ from fedmpi.errors import CommError, ConfigError
 from fedmpi.integrations.elastic_options import ElasticOptions
 from fedmpi.integrations.fragments import Buffers, Fragment, Outcome, State, Step
 from fedmpi.integrations.local_state import Span, to_bytes
+from fedmpi.integrations.say import say
 
 _COUNTS = ("step", "cycles", "at", "length")
 
@@ -139,18 +140,37 @@ class Elastic:
         Raises:
           CommError: the coordinator is gone, or ranks came to different states.
         """
+        local = self._local
+        place = [local.step, [local.fragments.index(fragment) for fragment in fragments], averaging]
         while True:
             try:
-                roster = self._members.roster()
+                roster = self._members.roster(place)
+                self._check_places(roster)
                 kept = [_kept(fragment) for fragment in self._local.fragments]
                 came = self._try(roster, fragments, averaging, begins)
                 counts = self._settle(roster, came, kept)
             except Gone as error:
+                say(
+                    0,
+                    f"elastic: the coordinator at {self._members.where} has gone ({error}); waiting for another one",
+                )
                 self._members.again(error)
                 continue
             if counts and came is not None:
                 return self._count(roster, came, fragments, averaging)
             self.retries += 1
+
+    def _check_places(self, roster: Roster) -> None:
+        """
+        Raises:
+          ConfigError: on all ranks: they synchronise different things.
+        """
+        if roster.version and any(place != roster.places[0] for place in roster.places):
+            self.close()
+            raise ConfigError(
+                "elastic: expected all ranks to synchronise after the same step, got steps "
+                f"{', '.join(str(step) for step, *_ in roster.places)}; call synchronize() on all in the same step"
+            )
 
     def _settle(self, roster: Roster, came: _Came | None, kept: list[_Kept]) -> bool:
         counts = False
@@ -171,8 +191,8 @@ class Elastic:
             groups = self._members.form(roster)
             with self._counting(groups):
                 came = self._meet(groups, roster, fragments, averaging, begins)
-                mine = came.digest.encode()
-                found = [each.decode() for each in groups.everyone.allgather(mine)]
+                mine = torch.frombuffer(bytearray.fromhex(came.digest), dtype=torch.uint8)
+                found = [bytes(row.tolist()).hex() for row in groups.everyone.allgather_tensor(mine)]
         except LostError:
             return came
         except Gone:
@@ -194,7 +214,6 @@ class Elastic:
         steps: list[Step] = []
         if groups.old is not None and roster.version:
             self._move(groups.old)
-            self._same_place(groups.old, fragments, averaging)
             steps = [self._average(fragment, averaging) for fragment in fragments]
         outcomes = [step.outcome for step in steps]
         head, tensors = self._head(outcomes, begins), self._tensors(fragments, steps)
@@ -224,23 +243,6 @@ class Elastic:
         for fragment in self._local.fragments:
             fragment.move(comm)
         self._local.buffers.comm = self._bound = comm
-
-    def _same_place(self, comm: Comm, fragments: Sequence[Fragment], averaging: bool) -> None:
-        """
-        Raises:
-          ConfigError: on all ranks: they synchronise different things.
-        """
-        mine = [
-            self._local.step,
-            [self._local.fragments.index(fragment) for fragment in fragments],
-            averaging,
-        ]
-        told = [json.loads(each) for each in comm.allgather(json.dumps(mine).encode())]
-        if any(each != told[0] for each in told):
-            raise ConfigError(
-                "elastic: expected all ranks to synchronise after the same step, got steps "
-                f"{', '.join(str(step) for step, *_ in told)}; call synchronize() on all of them in the same step"
-            )
 
     def _average(self, fragment: Fragment, averaging: bool) -> Step:
         fragment.take(self._local.step, odd=fragment.buffers is not None and fragment.buffers.odd())
