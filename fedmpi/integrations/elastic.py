@@ -27,7 +27,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,11 @@ from fedmpi.comm.elastic import Deadlines, Groups, Membership, Roster
 from fedmpi.errors import CommError, ConfigError
 from fedmpi.integrations.elastic_options import ElasticOptions
 from fedmpi.integrations.fragments import Buffers, Fragment, Outcome, State, Step
-from fedmpi.integrations.local_state import Span, to_bytes
+from fedmpi.integrations.local_state import Span, card, to_bytes
 from fedmpi.integrations.say import say
+from fedmpi.integrations.settings import Settings
+from fedmpi.methods.base import Options
+from fedmpi.validation import Strict
 
 _COUNTS = ("step", "cycles", "at", "length")
 
@@ -58,6 +61,9 @@ class Job(Protocol):
     cycles: int
     at: int
     length: int
+
+    @property
+    def options(self) -> Strict: ...
 
     def take_in_all(self, alpha: float = 0.0, averaging: bool = False) -> None: ...
 
@@ -96,18 +102,18 @@ class Elastic:
     """
 
     def __init__(
-        self, options: ElasticOptions, module: nn.Module, job: Mapping[str, Any], local: Job
+        self, meeting: ElasticOptions, module: nn.Module, method: Options, settings: Settings, local: Job
     ) -> None:
-        """Args:
-          job: what must be the same on all ranks, plain values.
-
+        """
         Raises:
           CommError: there is no coordinator, or it is another job's.
         """
-        limits = Deadlines(options.lease, options.late, options.collective, options.join, options.coordinator)
+        limits = Deadlines(meeting.lease, meeting.late, meeting.collective, meeting.join, meeting.coordinator)
         me = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        told = leaves({**versions(), **job, "workers": options.workers})
-        self._members = Membership(*options.address, me, told, options.workers, limits)
+        # What must be the same on all ranks.
+        job = {**versions(), "method": method.model_dump(mode="json"), **settings.model_dump(mode="json")}
+        job |= {**card(local.options, local.length, module), "workers": meeting.workers}
+        self._members = Membership(*meeting.address, me, leaves(job), meeting.workers, limits)
         self._local = weakref.proxy(local)
         trained = {name for fragment in local.fragments for name in fragment.parameters}
         self._frozen = {name: p for name, p in module.named_parameters() if name not in trained}
@@ -115,6 +121,12 @@ class Elastic:
         self._last, self._seen = 0, tuple[str, ...]()  # step and members of the last synchronisation
         self.joined = self.left = self.rejoined = self.lost_steps = self.retries = 0
         self.close = weakref.finalize(self, self._members.close)  # at the end of the process, too
+
+    def refuse_state(self) -> NoReturn:
+        raise ConfigError(
+            "elastic: expected a state to begin with before this rank has joined; load model and optimizer before "
+            "fedmpi.local_sgd is called, with a new coordinator"
+        )
 
     def stats(self) -> dict[str, Any]:
         """``joined``: ranks, all told, whose residuals began at zero; ``left``: those left out since this one came;

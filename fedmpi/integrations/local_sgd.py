@@ -151,10 +151,7 @@ class LocalSGD:
         self._watch = watch(inside, self._same)
         self._elastic: Elastic | None = None
         if meeting is not None:
-            job = {"method": options.model_dump(mode="json"), **kept.model_dump(mode="json")}
-            self._elastic = Elastic(
-                meeting, inside, {**job, **local_state.card(opt, self.length, inside)}, self
-            )
+            self._elastic = Elastic(meeting, inside, options, kept, self)
             self._meet([], begins=False)
 
     # Where steps are counted.
@@ -372,10 +369,7 @@ class LocalSGD:
             argument, or the ranks' do not belong together.
         """
         if self._elastic is not None:
-            raise ConfigError(
-                "elastic: expected a state to begin with before this rank has joined; load model and optimizer before "
-                "fedmpi.local_sgd is called, with a new coordinator"
-            )
+            self._elastic.refuse_state()
         local_state.load(self, saved)
         self.span = local_state.Span(self)
 

@@ -34,7 +34,7 @@ from fedmpi.errors import FedMPIError
 from fedmpi.integrations.local_sgd import LocalSGD
 
 H, STEP, RANKS, AWAY = 40, 0.025, 4, 4.0
-LIMITS = {"lease": 0.6, "late": 1.5, "collective": 2.0, "coordinator": 15.0, "join": 30.0}
+LIMITS = {"lease": 0.8, "late": 1.5, "collective": 2.0, "coordinator": 15.0, "join": 30.0}
 METHOD = {"name": "topk", "ratio": 0.1, "feedback": True}
 
 
@@ -183,8 +183,8 @@ class Job:
         return sorted(name for name in self.children.pids if name.startswith("rank"))
 
     def rolling(self, every: float) -> None:
-        """Every so many seconds one goes, or is stopped for a while, and one comes."""
-        choose, due = random.Random(self.seed), self.began + every
+        """Every so many seconds one is killed, or stopped for a while, and one comes, or comes back."""
+        choose, due, stops = random.Random(self.seed), self.began + every, True
         while time.time() < self.end - 2:
             for name, back in list(self.away.items()):
                 if time.time() > back:
@@ -194,14 +194,16 @@ class Job:
             if time.time() > due and time.time() < self.end - AWAY - 3:
                 due += every
                 name = choose.choice([name for name in self.ranks if name not in self.away])
-                if len(self.ranks) > RANKS or choose.random() < 0.5:
+                more = len(self.ranks) > RANKS  # one that was stopped has come back
+                kill, stops = more or stops, not (more or stops)  # in turn
+                if kill:
                     self.children.kill(name)
                     self.note("kill", name)
                 else:
                     os.kill(self.children.pids[name], signal.SIGSTOP)
                     self.away[name] = time.time() + AWAY
                     self.note("stop", name)
-                if len(self.ranks) <= RANKS:
+                if not more:
                     self.start()
             time.sleep(0.02)
 
