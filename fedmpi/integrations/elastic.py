@@ -25,9 +25,8 @@ import socket
 import uuid
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -38,34 +37,14 @@ from fedmpi.comm.coordinated import Gone
 from fedmpi.comm.elastic import Deadlines, Groups, Membership, Roster
 from fedmpi.errors import CommError, ConfigError
 from fedmpi.integrations.elastic_options import ElasticOptions
-from fedmpi.integrations.fragments import Buffers, Fragment, Outcome, State, Step
-from fedmpi.integrations.local_state import Span, card, to_bytes
+from fedmpi.integrations.fragments import Fragment, Outcome, State, Step
+from fedmpi.integrations.local_state import card, to_bytes
 from fedmpi.integrations.say import say
 from fedmpi.integrations.settings import Settings
+from fedmpi.integrations.tentative import Job, Kept, average, keep, put_back, take_in
 from fedmpi.methods.base import Options
-from fedmpi.validation import Strict
 
 _COUNTS = ("step", "cycles", "at", "length")
-
-
-class Job(Protocol):
-    """What changes: a :class:`fedmpi.integrations.local_sgd.LocalSGD`."""
-
-    comm: Comm
-    fragments: list[Fragment]
-    buffers: Buffers
-    span: Span
-    step: int
-    rounds: int
-    dropped: int
-    cycles: int
-    at: int
-    length: int
-
-    @property
-    def options(self) -> Strict: ...
-
-    def take_in_all(self, alpha: float = 0.0, averaging: bool = False) -> None: ...
 
 
 class _Came(NamedTuple):
@@ -84,14 +63,6 @@ class _Came(NamedTuple):
     outcomes: list[Outcome]
     digest: str
     sure: bool = False
-
-
-class _Kept(NamedTuple):
-    """What a round changes of a fragment before it is known whether it counts: state and memory of each group, and
-    counts."""
-
-    groups: list[tuple[State, State]]
-    counted: tuple[int, int, int]
 
 
 class Elastic:
@@ -158,7 +129,7 @@ class Elastic:
             try:
                 roster = self._members.roster(place)
                 self._check_places(roster)
-                kept = [_kept(fragment) for fragment in self._local.fragments]
+                kept = [keep(fragment) for fragment in self._local.fragments]
                 came = self._try(roster, fragments, averaging, begins)
                 counts = self._settle(roster, came, kept)
             except Gone as error:
@@ -184,14 +155,14 @@ class Elastic:
                 f"{', '.join(str(step) for step, *_ in roster.places)}; call synchronize() on all in the same step"
             )
 
-    def _settle(self, roster: Roster, came: _Came | None, kept: list[_Kept]) -> bool:
+    def _settle(self, roster: Roster, came: _Came | None, kept: list[Kept]) -> bool:
         counts = False
         try:
             counts = self._members.settle(roster, came.digest if came else "", bool(came and came.sure))
         finally:
             if not counts:
                 for fragment, before in zip(self._local.fragments, kept, strict=True):
-                    _put_back(fragment, before)
+                    put_back(fragment, before)
         return counts
 
     def _try(
@@ -257,8 +228,7 @@ class Elastic:
         self._local.buffers.comm = self._bound = comm
 
     def _average(self, fragment: Fragment, averaging: bool) -> Step:
-        fragment.take(self._local.step, odd=fragment.buffers is not None and fragment.buffers.odd())
-        return fragment.step(fragment.exchange(), averaging)
+        return fragment.step(average(fragment, self._local.step), averaging)
 
     def _head(self, outcomes: Sequence[Outcome], begins: bool) -> dict[str, Any]:
         """What is counted, after this round."""
@@ -298,10 +268,7 @@ class Elastic:
                 self.lost_steps += local.step - self._last
             self._arrive(came)
         elif came.outcomes:
-            for fragment, outcome in zip(fragments, came.outcomes, strict=True):
-                fragment.under_way = Future()
-                fragment.under_way.set_result(outcome)
-            local.take_in_all(averaging=averaging)
+            take_in(local, fragments, came.outcomes, averaging)
         self._last, self._seen = local.step, roster.members
         begins: bool = came.head["begins"]
         return begins
@@ -329,21 +296,6 @@ class Elastic:
             setattr(span, name, getattr(span, name) + came.head[name] - getattr(local, name))
         for name in (*_COUNTS, "rounds", "dropped"):
             setattr(local, name, came.head[name])
-
-
-def _kept(fragment: Fragment) -> _Kept:
-    # Residuals' memory is used again by the next step, and so copied.
-    groups = [
-        ({name: x.clone() for name, x in group.state.items()}, group.memory) for group in fragment.groups
-    ]
-    return _Kept(groups, (fragment.taken, fragment.reducer.step, fragment.reducer.skipped))
-
-
-def _put_back(fragment: Fragment, kept: _Kept) -> None:
-    for group, (state, memory) in zip(fragment.groups, kept.groups, strict=True):
-        group.state, group.memory = state, memory
-        group.rollback()
-    fragment.taken, fragment.reducer.step, fragment.reducer.skipped = kept.counted
 
 
 def _broadcast(comm: Comm, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from fedmpi.comm.base import Comm
 from fedmpi.comm.connect import connect
 from fedmpi.errors import ConfigError
 from fedmpi.integrations.fragments import Fragment
+from fedmpi.integrations.modules import uncompiled
 from fedmpi.integrations.ranks import among, matching
 from fedmpi.integrations.settings import Settings
 from fedmpi.validation import Strict, checked, suggest
@@ -80,6 +81,22 @@ def connected(group: dist.ProcessGroup | None, comm: Comm | str) -> Comm:
     if dist.is_initialized() or comm == "group" or group is not None:
         return among(group, "group" if comm == "auto" else comm)
     return connect(comm)
+
+
+def opened(model: object, optimizer: object) -> tuple[nn.Module, DistributedDataParallel | None]:
+    """The module inside, and the DDP around it.
+
+    Raises:
+      ConfigError: the model is none, or the optimizer.
+    """
+    inside = uncompiled(model)
+    ddp = inside if isinstance(inside, DistributedDataParallel) else None
+    inside = ddp.module if ddp is not None else inside
+    if not isinstance(inside, nn.Module):
+        raise ConfigError(f"model: expected a torch.nn.Module, got {type(inside).__name__}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return inside, ddp
 
 
 def options_of(every: int | None, settings: Mapping[str, Any]) -> tuple[LocalOptions, Settings]:

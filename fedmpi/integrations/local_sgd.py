@@ -23,7 +23,6 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fedmpi import methods
 from fedmpi.comm import solo
@@ -38,19 +37,20 @@ from fedmpi.integrations.local_options import (
     check_rate,
     check_trained,
     connected,
+    opened,
     options_of,
 )
 from fedmpi.integrations.modules import (
     Same,
     shapes_of,
     trained,
-    uncompiled,
     warn_of_nothing,
     watch,
 )
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.integrations.say import say_at_end
 from fedmpi.integrations.scaling import around_steps, scaler_behind
+from fedmpi.integrations.survivors import Survivors
 from fedmpi.methods.base import Options
 from fedmpi.optimizers import Optimizer
 
@@ -103,13 +103,7 @@ class LocalSGD:
           CommError: the ranks disagree on any of this, or no coordinator answers.
         """
         meeting = None if elastic is None else parsed(elastic, every, group, comm, model)
-        inside = uncompiled(model)
-        ddp = inside if isinstance(inside, DistributedDataParallel) else None
-        inside = ddp.module if ddp is not None else inside
-        if not isinstance(inside, nn.Module):
-            raise ConfigError(f"model: expected a torch.nn.Module, got {type(inside).__name__}")
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ConfigError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        inside, ddp = opened(model, optimizer)
         self.comm = connected(group, comm) if meeting is None else solo()
         with together(self.comm, "looking at its arguments"):
             self._every = every if callable(every) else None
@@ -149,10 +143,12 @@ class LocalSGD:
             say_at_end(self.comm.rank, self, local_state.stats)
         self._same = Same(inside, self._names, "fedmpi.local_sgd", self._tell)
         self._watch = watch(inside, self._same)
-        self._elastic: Elastic | None = None
+        self._roster: Elastic | Survivors | None = None
         if meeting is not None:
-            self._elastic = Elastic(meeting, inside, options, kept, self)
+            self._roster = Elastic(meeting, inside, options, kept, self)
             self._meet([], begins=False)
+        elif self.comm.survives and self.comm.size > 1 and not opt.overlap and kept.exchange != "owner":
+            self._roster = Survivors(self)
 
     # Where steps are counted.
 
@@ -210,7 +206,7 @@ class LocalSGD:
                 self._take_in(fragment, opt.alpha)
         for i, fragment in enumerate(self.fragments):
             if self.at == self.length - i * self.length // count:
-                if self._elastic is not None:
+                if self._roster is not None:
                     self._meet([fragment], begins=self.at == self.length)
                     return
                 self._take_in(fragment, opt.alpha)  # a round that is a step shorter than the last one
@@ -223,7 +219,7 @@ class LocalSGD:
     def _now(self, averaging: bool = False) -> None:
         """All of the model, in the same step."""
         todo = [fragment for fragment in self.fragments if fragment.taken < self.step]
-        if self._elastic is not None:
+        if self._roster is not None:
             self._meet(todo, averaging, begins=not averaging)
             return
         for fragment in todo:
@@ -233,9 +229,9 @@ class LocalSGD:
 
     def _meet(self, fragments: list[Fragment], averaging: bool = False, *, begins: bool) -> None:
         """With those of the ranks that are there."""
-        assert self._elastic is not None
+        assert self._roster is not None
         self._unchanged()
-        if self._elastic.synchronize(fragments, averaging, begins):
+        if self._roster.synchronize(fragments, averaging, begins):
             self._begin()
 
     def _begin(self) -> None:
@@ -244,6 +240,8 @@ class LocalSGD:
         if self._every is None:
             return
         self.length = self._next(self.cycles)
+        if self._roster is not None:
+            return  # compared at the next synchronisation
         mine = torch.tensor([self.length])
         told = self._do(lambda: self.comm.allgather_tensor(mine)[:, 0].tolist())
         if len(set(told)) > 1:
@@ -327,7 +325,7 @@ class LocalSGD:
         try:
             self.take_in_all()
             self._now()
-            if self._elastic is not None:
+            if self._roster is not None:
                 return
             if self.comm.size > 1:
                 for fragment in self.fragments:
@@ -342,15 +340,15 @@ class LocalSGD:
         self._hook.remove()
         self._watch.remove()
         self._removed = True
-        if self._elastic is not None:
-            self._elastic.close()
+        if self._roster is not None:
+            self._roster.close()
 
     def stats(self) -> dict[str, Any]:
         """Steps, bytes and seconds on this rank, all since this was made, or a state was loaded; ``step`` is the job's.
         ``uncompressed_bytes`` are those of gradients averaged in every step; ``largest_bytes`` the most that one step
         sent."""
         found = self._do(lambda: local_state.stats(self))
-        return found if self._elastic is None else {**found, **self._elastic.stats()}
+        return found if self._roster is None else {**found, **self._roster.stats()}
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state between two steps: tensors and plain values. Called by all ranks, each of which saves its
@@ -368,8 +366,8 @@ class LocalSGD:
           ConfigError: on all ranks, and nothing has changed: it is no such state, or that of another method, model or
             argument, or the ranks' do not belong together.
         """
-        if self._elastic is not None:
-            self._elastic.refuse_state()
+        if self._roster is not None:
+            self._roster.refuse_state()
         local_state.load(self, saved)
         self.span = local_state.Span(self)
 
