@@ -148,8 +148,15 @@ def check_trained(
 def check_rate(fragments: Sequence[Fragment], options: LocalOptions) -> None:
     """
     Raises:
-      ConfigError: a method whose mean has no length, at a rate that nobody chose.
+      ConfigError: a method whose mean has no length, at a rate that nobody chose; one with a momentum of its own, under
+        another one.
     """
+    own = [f.reducer.options.name for f in fragments if f.reducer.options.own_momentum]
+    if own and options.outer != "sgd":
+        raise ConfigError(
+            f"outer: expected sgd with {own[0]}, whose residual stands for outer momentum, got {options.outer}; "
+            'outer="sgd"'
+        )
     votes = any(group.method.up.integer for fragment in fragments for group in fragment.groups)
     if votes and options.lr is None:
         raise ConfigError(
