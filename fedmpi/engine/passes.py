@@ -61,6 +61,8 @@ class Passes:
 
     Attributes:
       observe: is shown everything that this rank's clients send.
+      made: what this rank computed, by round, of the last two: a round that is done anew without a rank that ended
+        takes it from here. Of data-parallel runs whose ranks survive each other.
     """
 
     def __init__(
@@ -85,6 +87,8 @@ class Passes:
         self.ledger, self._partition = ledger, partition
         self._clients, self._own = clients, own
         self.observe: Callable[[Sent], None] | None = None
+        self.made: dict[int, Update] = {}
+        self._again = config.mode == "data_parallel" and comm.survives
         self._rejects = config.on_bad_update == "reject"
         self._fusable = self._can_fuse()
 
@@ -156,6 +160,8 @@ class Passes:
           NumericalError: one is not, with ``on_bad_update: stop``.
         """
         replica, server, clients_C = self.replica, self.method.server, call.clients[positions]
+        if (made := self.made.get(call.now.t)) is not None:
+            return positions, made
         update = self.trainer.train(
             replica.parameters(),
             self._data,
@@ -177,6 +183,8 @@ class Passes:
         if self.config.clip is not None:
             update, clipped = updates.clip(update, self.config.clip.norm)
             status.count({"clipped": clipped})
+        if self._again:
+            self.made = {t: u for t, u in self.made.items() if t == call.now.t - 1} | {call.now.t: update}
         return positions[rows], update
 
     @property

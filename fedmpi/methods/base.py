@@ -33,6 +33,11 @@ class Options(Strict):
         return False
 
     @property
+    def own_momentum(self) -> bool:
+        """What it keeps stands for momentum: no server's rule but sgd goes with it."""
+        return False
+
+    @property
     def rate_note(self) -> str:
         """Which learning rate it needs, against uncompressed training; "" where it needs no other one. Figures are
         those of ``configs/results/link.json`` and ``link-mlp.json`` (SGD with momentum, two models)."""

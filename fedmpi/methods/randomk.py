@@ -24,7 +24,7 @@ from fedmpi.method import Compressor, Context, Method, State
 from fedmpi.methods.base import Entry, Mean, MeanServer, Setup, count_of
 from fedmpi.methods.feedback import Feedback
 from fedmpi.methods.sparse import SparseOptions
-from fedmpi.methods.values import Kind, Values
+from fedmpi.methods.values import BLOCKED, Kind, Values
 from fedmpi.ops import pages
 from fedmpi.spec import Spec
 
@@ -42,7 +42,7 @@ class RandomK(Compressor):
 
     With ``factor`` D/k the decoded vector's mean over the draws is the gradient, and its variance
     (D/k − 1)‖g‖². Linear for a given key, but not additive: another client's key draws other coordinates. With
-    ``unbiased``, values of 8 or 4 bits are rounded stochastically.
+    ``unbiased``, values in blocks are rounded stochastically.
     """
 
     replayable = False  # the coordinates are those of the round in which it was sent
@@ -95,7 +95,7 @@ def build(options: RandomKOptions, spec: Spec, setup: Setup) -> Method:
             "large leaves a residual of 1 − D/k times itself, which grows from round to round"
         )
     unbiased = not options.feedback and options.scale != "none"
-    rounded = options.values in ("int8", "int4") and not options.feedback
+    rounded = options.values in BLOCKED and not options.feedback
     up = RandomK(spec, k, spec.size / k if unbiased else 1.0, options.values, rounded)
     return Method(
         (Feedback(up) if options.feedback else up,), MeanServer(spec, setup.optimizer, sparse=True), Mean()

@@ -37,7 +37,7 @@ class SparseOptions(FeedbackOptions):
     ratio: float = Option(0.01, gt=0, le=1, description="k as a share of the parameters")
     k: int | None = Option(None, description="number of values sent; overrides ratio")
     values: Kind = Option(
-        "float32", description="how values travel; int8, int4: with a scale of 4 bytes for each 64"
+        "float32", description="how values travel; int8, int4, int2: with scales of 4 bytes for each 64"
     )
 
     @property

@@ -1,4 +1,4 @@
-"""How the k values of a sparse message travel: as they are, in bf16, or in blocks of 8 or 4 bits.
+"""How the k values of a sparse message travel: as they are, in bf16, or in blocks of 8, 4 or 2 bits.
 
 Shape suffixes: C clients, K values.
 """
@@ -13,9 +13,11 @@ from torch import Tensor
 from fedmpi.errors import MessageError
 from fedmpi.message import Field, Layout
 from fedmpi.methods.blocks import Blocks
+from fedmpi.methods.two_bits import TwoBits
 
-Kind = Literal["float32", "bf16", "int8", "int4"]
-_BLOCK = 64  # values that share a scale of 4 bytes: half a bit each
+Kind = Literal["float32", "bf16", "int8", "int4", "int2"]
+BLOCKED = ("int8", "int4", "int2")
+_BLOCK = 64  # values that share 4 bytes of scales: half a bit each
 
 
 class Values:
@@ -28,7 +30,9 @@ class Values:
     def __init__(self, kind: Kind, count: int) -> None:
         self.kind, self.count = kind, count
         block = min(_BLOCK, count + count % 2)
-        self._blocks = Blocks(int(kind[3:]), block, normal=False) if kind in ("int8", "int4") else None
+        self._blocks: Blocks | TwoBits | None = None
+        if kind in BLOCKED:
+            self._blocks = TwoBits(block) if kind == "int2" else Blocks(int(kind[3:]), block, normal=False)
         self._number = 0 if self._blocks is None else self._blocks.number(count)
 
     def layout(self) -> Layout:
