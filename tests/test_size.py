@@ -71,12 +71,15 @@ OPTIONS = [
 def test_downloads_are_counted_as_they_would_be_sent(method: dict[str, Any]) -> None:
     simulation = simulate(method=method, cohort=2)
     server = simulation.method.server
+    start = server.view(simulation.replica.parameters().clone())
     for t in range(8):
         simulation.round(t)
         state = simulation.replica.state
         versions = range(int(state["version"]) + 1)
         counted = [Bytes.of(message) for message in server.sizes(state, versions)]
         assert counted == [Bytes.of(server.download(state, seen)) for seen in versions]
+    view = server.reconcile(start, server.download(state, 0), int(state["version"]))
+    assert server.sizes(view, []) == [], "of whoever has only a view, and serves nobody"
 
 
 def test_rounds_by_hand_are_the_engines() -> None:
