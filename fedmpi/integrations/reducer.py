@@ -25,7 +25,8 @@ from fedmpi.integrations.state import load, saved
 from fedmpi.meet import ways
 from fedmpi.message import CPU
 from fedmpi.methods.base import Options
-from fedmpi.ops import bits
+from fedmpi.ops import bits, flags
+from fedmpi.ops.flags import Flag
 
 _PHASES = ("encode", "wire", "decode")
 _WARM = 2  # steps
@@ -91,7 +92,7 @@ class Reducer:
         self.group_of = {name: i for i, group in enumerate(self.groups) for name in group.names}
         self.size = sum(group.spec.size for group in self.groups)
         self.step = self.skipped = 0
-        self._results: dict[int, bool] = {}
+        self._results: dict[int, Flag] = {}
         self.warmup = _WARM
         self.begin_span()
 
@@ -130,11 +131,39 @@ class Reducer:
             self.groups[index].start(self.step, self.step < self.settings.start_after)
 
     def finish(self, *indices: int) -> None:
-        """Wait for what was sent, and decode it."""
+        """Wait for what was sent, and decode it; with the last group :meth:`settle`."""
+        self.decode(*indices)
+        self.settle()
+
+    def decode(self, *indices: int) -> None:
+        """:meth:`finish`, whose step is not over: no device is asked for anything."""
         for index in indices:
             self._results[index] = self.groups[index].finish()
-        if len(self._results) == len(self.groups):
-            self._finish()
+
+    def settle(self, *asked: Tensor) -> list[bool]:
+        """The step is over, if all groups are decoded: it counts, or not. A device is asked once.
+
+        Args:
+          asked: flags that the caller wants to know.
+
+        Returns:
+          Those.
+
+        Raises:
+          MessageError: a message that was to be refused.
+        """
+        if len(self._results) < len(self.groups):
+            return flags.answers(asked)
+        doubts = [doubt for group in self.groups for doubt in group.doubts]
+        questions = [*self._results.values(), *(doubt.bad for doubt in doubts), *asked]
+        told = iter(flags.answers(questions))
+        usable = all([next(told) for _ in self._results])
+        self._results.clear()
+        for doubt in doubts:
+            if next(told) and usable:
+                raise doubt.error()
+        self._finish(usable)
+        return list(told)
 
     def begin_span(self) -> None:
         """What :meth:`stats` tells begins here."""
@@ -177,8 +206,7 @@ class Reducer:
             self._warmup += sum(group.seconds.values())
             group.seconds = dict.fromkeys(_PHASES, 0.0)
 
-    def _finish(self) -> None:
-        usable = all(self._results.values())
+    def _finish(self, usable: bool) -> None:
         if self.shards is not None and not self.shards.all(usable):
             for group in self.groups if usable else ():
                 group.flat_D.fill_(
@@ -193,7 +221,6 @@ class Reducer:
                 group.rollback()
         self.step += usable
         self.skipped += not usable
-        self._results.clear()
 
     @torch.no_grad()
     def average(self, parameters: Mapping[str, Tensor], scale: float = 1.0) -> None:
@@ -211,7 +238,8 @@ class Reducer:
             if gradient is not None and gradient.layout != torch.strided:
                 raise ConfigError(sparse_gradient(name))
         here = torch.tensor([parameters[name].grad is not None for name in self.group_of])
-        told = self.comm.start_allgather_tensor(bits.pack(here[None]))
+        place = self.device if self.comm.device == self.device else CPU  # no detour
+        told = self.comm.start_allgather_tensor(bits.pack(here[None].to(place)))
         for name in self.group_of:
             p = parameters[name]
             if p.grad is None:
@@ -219,8 +247,10 @@ class Reducer:
             gradients[name] = gradient_of(name, p)
         for name, gradient in gradients.items():
             self.group(name).fill(name, gradient, scale)
-        self.reduce(*range(len(self.groups)))
-        anywhere = bits.unpack(told()[:, 0], len(here)).bool().any(0).tolist()
+        every = range(len(self.groups))
+        self.start(*every)
+        self.decode(*every)
+        anywhere = self.settle(*bits.unpack(told()[:, 0], len(here)).any(0))
         for (name, gradient), found in zip(gradients.items(), anywhere, strict=True):
             if found:
                 self.group(name).answer(name, gradient, scale)

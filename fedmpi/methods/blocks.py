@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fedmpi.errors import MessageError
+from fedmpi.ops import fast
+from fedmpi.ops.flags import refuse
 
 _NORMAL = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
@@ -69,15 +71,17 @@ class Blocks:
             code_CNn = torch.stack([code_CNn & 15, code_CNn >> 4], -1).flatten(-2)
         levels = self._levels(scale_CN1.device)
         good = ((scale_CN1 >= 0) & scale_CN1.isfinite()).all()
-        if not bool(good & (code_CNn < len(levels)).all()):
-            if not bool(good):
-                raise MessageError(
-                    "message: expected finite scales ≥ 0, got a negative or infinite one or NaN"
-                )
-            raise MessageError(
-                f"message: code {int(code_CNn.max())}, expected less than {len(levels)}, the number of levels"
-            )
+        refuse(~(good & (code_CNn < len(levels)).all()), lambda: self._error(good, code_CNn))
+        code_CNn = code_CNn.clamp(max=len(levels) - 1) if fast.waits(code_CNn) else code_CNn
         return levels[code_CNn.int()] * scale_CN1
+
+    def _error(self, good: Tensor, code_CNn: Tensor) -> MessageError:
+        if not bool(good):
+            return MessageError("message: expected finite scales ≥ 0, got a negative or infinite one or NaN")
+        count = len(self._levels(code_CNn.device))
+        return MessageError(
+            f"message: code {int(code_CNn.max())}, expected less than {count}, the number of levels"
+        )
 
     def _levels(self, device: torch.device) -> Tensor:
         return _levels(self.half, self._normal, device)

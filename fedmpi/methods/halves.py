@@ -18,6 +18,8 @@ from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Merge, Method, Round, State
 from fedmpi.methods.base import Entry, FeedbackOptions, Mean, MeanServer, Setup
 from fedmpi.methods.feedback import Feedback
+from fedmpi.ops import fast
+from fedmpi.ops.flags import refuse
 from fedmpi.ops.sums import finite
 from fedmpi.spec import Spec
 
@@ -35,8 +37,10 @@ class Rounded(Merge):
         self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None
     ) -> Tensor:
         mean_N = rows_WN.float().mean(0)
-        if not finite(mean_N):  # bf16 reaches as far as float32, whose sums may overflow
-            mean_N = rows_WN.double().mean(0)
+        if fast.waits(mean_N) or not finite(mean_N):
+            # bf16 reaches as far as float32, whose sums may overflow. Of such numbers a 65536th is exact.
+            less_N = rows_WN.float().mul_(2.0**-16).mean(0).mul_(2.0**16)
+            mean_N = torch.where(mean_N.isfinite(), mean_N, less_N)
         return mean_N.to(rows_WN.dtype)
 
 
@@ -57,8 +61,10 @@ class Half(Compressor):
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         v_CD = message.arrays["gradient"].float()
         # One pass: a sum of finite halves is finite in float64, and nothing makes one with infinity or NaN so.
-        if not bool(v_CD.sum(dtype=torch.float64).isfinite()):
-            raise MessageError("message: expected finite values (senders saturate), got infinity or NaN")
+        refuse(
+            ~v_CD.sum(dtype=torch.float64).isfinite(),
+            lambda: MessageError("message: expected finite values (senders saturate), got infinity or NaN"),
+        )
         return v_CD, peer
 
 

@@ -29,6 +29,7 @@ from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, State
 from fedmpi.methods.base import Entry, Mean, MeanServer, Options, Setup
 from fedmpi.ops import bits
+from fedmpi.ops.flags import refuse
 from fedmpi.spec import Spec
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -83,8 +84,10 @@ class Qsgd(Compressor):
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         norms_CN = message.arrays["norms"]
-        if not bool(((norms_CN >= 0) & (norms_CN <= _LARGEST)).all()):
-            raise MessageError("message: expected finite norms ≥ 0, got a negative or infinite one or NaN")
+        refuse(
+            ~((norms_CN >= 0) & (norms_CN <= _LARGEST)).all(),
+            lambda: MessageError("message: expected finite norms ≥ 0, got a negative or infinite one or NaN"),
+        )
         negative_CD, *levels = (bits.unpack(p, self.size) for p in message.arrays["planes"].unbind(1))
         level_CD = torch.zeros_like(negative_CD, dtype=torch.uint8)
         for i, plane_CD in enumerate(levels):

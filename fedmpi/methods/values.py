@@ -13,6 +13,7 @@ from torch import Tensor
 from fedmpi.errors import MessageError
 from fedmpi.message import Field, Layout
 from fedmpi.methods.blocks import Blocks
+from fedmpi.ops.flags import refuse
 
 Kind = Literal["float32", "bf16", "int8", "int4"]
 _BLOCK = 64  # values that share a scale of 4 bytes: half a bit each
@@ -62,7 +63,9 @@ class Values:
             return x_CNn.flatten(1)[:, : self.count]
         if self.kind == "bf16":
             values_CK = array.float()
-            if not bool(values_CK.isfinite().all()):
-                raise MessageError("message: expected finite values (senders saturate), got infinity or NaN")
+            refuse(
+                ~values_CK.isfinite().all(),
+                lambda: MessageError("message: expected finite values (senders saturate), got infinity or NaN"),
+            )
             return values_CK
         return array

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedmpi.ops import fast
+from fedmpi.ops.flags import Flag
 
 _BLOCK = 1 << 10
 _FRACTION = 40
@@ -69,12 +70,17 @@ def _tree(x: Tensor) -> Tensor:
 def finite(*tensors: Tensor) -> bool:
     """No infinity or NaN in any. A finite sum has neither in it, and takes one pass at memory's speed; one that is not
     finite may have overflowed, and then the entries are looked at. A device is asked once for all of them."""
+    return bool(are_finite(*tensors))
+
+
+def are_finite(*tensors: Tensor) -> Flag:
+    """:func:`finite`; a device is not asked."""
     floats = [x for x in tensors if x.is_floating_point()]
     there = [x.sum().isfinite() | x.isfinite().all() for x in floats if fast.waits(x)]
     here = (x for x in floats if not fast.waits(x))
-    return all(math.isfinite(float(x.sum())) or bool(x.isfinite().all()) for x in here) and (
-        not there or bool(torch.stack(there).all())
-    )
+    if not all(math.isfinite(float(x.sum())) or bool(x.isfinite().all()) for x in here):
+        return False
+    return torch.stack(there).all() if there else True
 
 
 def finite_rows(x_C: Tensor) -> Tensor:
