@@ -145,7 +145,9 @@ def _raws(arrays: Sequence[Tensor]) -> list[bytes]:
     if len(arrays) < 2 or len({array.device for array in arrays}) > 1 or arrays[0].device.type == "cpu":
         return [_raw(array) for array in arrays]
     flat = [array.detach().reshape(-1) for array in arrays]
-    bytes_N = _raw(torch.cat([x.clone(memory_format=torch.contiguous_format).view(torch.uint8) for x in flat]))
+    bytes_N = _raw(
+        torch.cat([x.clone(memory_format=torch.contiguous_format).view(torch.uint8) for x in flat])
+    )
     ends = list(accumulate(array.nbytes for array in arrays))
     return [bytes_N[end - array.nbytes : end] for end, array in zip(ends, arrays, strict=True)]
 
@@ -154,7 +156,7 @@ def to_bytes(message: Message, usable: bool | Tensor = True) -> bytes:
     """The message as one self-describing frame (little-endian), of arrays on any device.
 
     Args:
-      usable: whether it is (0-d bool): if not the frame is empty. A device is asked for this and for its arrays at once.
+      usable: whether it is (0-d bool): if not the frame is empty. A device is asked for this and its arrays at once.
     """
     arrays = list(message.arrays.values())
     *raws, said = _raws([*arrays, usable.reshape(1)]) if isinstance(usable, Tensor) else [*_raws(arrays), b""]

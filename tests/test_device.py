@@ -349,7 +349,9 @@ def test_a_question_of_a_step_is_noticed(device: torch.device, monkeypatch: pyte
         return plain(self, memory, mean_S, *rest)
 
     monkeypatch.setattr(Mean, "direction", asks)
-    with pytest.raises(AssertionError, match=r"bf16: a step waits \{'copy': 1, 'item': 2\}, expected at most 1"):
+    with pytest.raises(
+        AssertionError, match=r"bf16: a step waits \{'copy': 1, 'item': 2\}, expected at most 1"
+    ):
         run_ranks(2, averaged("bf16", device, device), timeout=60)
 
 

@@ -157,7 +157,8 @@ class Reducer:
         doubts = [doubt for group in self.groups for doubt in group.doubts]
         questions = [*self._results.values(), *(doubt.bad for doubt in doubts), *asked]
         told = iter(flags.answers(questions))
-        usable = all([next(told) for _ in self._results])
+        counted = [next(told) for _ in self._results]
+        usable = all(counted)
         self._results.clear()
         for doubt in doubts:
             if next(told) and usable:

@@ -76,7 +76,9 @@ class Votes(Merge):
         if not self.skip:
             return Message({"signs": merged_1N})
         rows_EB = merged_1N.new_empty(0, bits.nbytes(self.count_rows), dtype=torch.uint8)
-        if optional_WB is not None:  # where nobody abstains with everybody else, all zeros: no device is asked
+        if (
+            optional_WB is not None
+        ):  # where nobody abstains with everybody else, all zeros: no device is asked
             rows_EB = bits.pack(bits.unpack(optional_WB, self.count_rows).all(0, keepdim=True))
         some_1 = torch.tensor([len(rows_EB) > 0])
         tag_1 = torch.full((1,), len(rows_EB) > 0, device=merged_1N.device)

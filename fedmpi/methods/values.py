@@ -65,7 +65,9 @@ class Values:
             values_CK = array.float()
             refuse(
                 ~values_CK.isfinite().all(),
-                lambda: MessageError("message: expected finite values (senders saturate), got infinity or NaN"),
+                lambda: MessageError(
+                    "message: expected finite values (senders saturate), got infinity or NaN"
+                ),
             )
             return values_CK
         return array
