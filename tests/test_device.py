@@ -256,8 +256,8 @@ DROP_INS = [
 ]
 
 
-# How often the host may wait in a step of a drop-in: once, for whether it counts, of all groups together. Where messages
-# differ in length it has to know what it sends,
+# How often the host may wait in a step of a drop-in: once, for whether it counts, of all groups together. Where
+# messages differ in length it has to know what it sends,
 STEP = {
     "signsgd": 4,  # who abstains, here and among all, and in which rows
     "lookback": 3,  # what comes of the gradient, and the message
@@ -291,8 +291,8 @@ def collectives(reducer: Reducer) -> int:
 
 
 def averaged(name: str, device: torch.device, wire: torch.device = CPU) -> Callable[[Comm], list[Tensor]]:
-    """A rank's gradients after each of three steps, of ranks that meet on ``wire``; the second is one that does not count,
-    as rank 1 has NaN."""
+    """A rank's gradients after each of three steps, of ranks that meet on ``wire``; the second does not count, as rank 1
+    has NaN."""
 
     def main(comm: Comm) -> list[Tensor]:
         comm.device = wire

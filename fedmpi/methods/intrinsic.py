@@ -30,8 +30,8 @@ from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Decoder, Method, Round, Server, State, nest, unnest
 from fedmpi.methods.base import Entry, Options, Setup
 from fedmpi.ops import fast
-from fedmpi.ops.subspace import MATRICES, Embedding
 from fedmpi.ops.flags import refuse
+from fedmpi.ops.subspace import MATRICES, Embedding
 from fedmpi.ops.sums import are_finite
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
