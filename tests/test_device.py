@@ -291,8 +291,8 @@ def collectives(reducer: Reducer) -> int:
 
 
 def averaged(name: str, device: torch.device, wire: torch.device = CPU) -> Callable[[Comm], list[Tensor]]:
-    """A rank's gradients after each of three steps, of ranks that meet on ``wire``; the second does not count, as rank 1
-    has NaN."""
+    """A rank's gradients after each of three steps, of ranks that meet on ``wire``; in the second one rank has
+    NaN, and it does not count."""
 
     def main(comm: Comm) -> list[Tensor]:
         comm.device = wire

@@ -1,4 +1,4 @@
-"""When and how compiled kernels run in place of their torch references.
+"""When and how compiled kernels run in place of their torch references: numba's on the CPU, Triton's on CUDA.
 
 Every kernel returns the very bits of its reference, whatever the number of threads: both add up in the same fixed
 order. So it is no part of a result whether numba is installed, how many threads a rank has, or on which side of
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -30,16 +31,16 @@ KEPT = 1 << 30
 _PIECES = 4  # of the work, for each thread: a core that others use as well does fewer of them
 
 
-# Which package's kernels serve tensors of a kind of device; all others have the torch reference.
-_KERNELS = {"cpu": "fedmpi.ops.compiled"}
+# Which package's kernels serve tensors of a kind of device, and what it needs; all others have the torch reference.
+KERNELS = {"cpu": ("fedmpi.ops.compiled", "numba"), "cuda": ("fedmpi.ops.triton", "triton")}
 
 
 def compiled(name: str, *tensors: Tensor, count: int | None = None) -> ModuleType | None:
-    """The kernels of ``fedmpi.ops.compiled.<name>``; None where the torch reference has to do: without numba, for
-    tensors of a device that has no kernels, such as need a gradient, and for too few numbers (``count``, else the
-    first tensor's)."""
-    package = _KERNELS.get(tensors[0].device.type)
-    if package is None or any(t.device != tensors[0].device for t in tensors):
+    """The kernels of this name for the tensors' device; None where the torch reference has to do: for a device or a
+    name that has none, without what they are compiled by, for tensors that need a gradient, and for too few numbers
+    (``count``, else the first tensor's)."""
+    package, needs = KERNELS.get(tensors[0].device.type, ("", ""))
+    if not package or any(t.device != tensors[0].device for t in tensors):
         return None
     module = f"{package}.{name}"
     least = LOADED if module in sys.modules else SMALLEST
@@ -47,7 +48,7 @@ def compiled(name: str, *tensors: Tensor, count: int | None = None) -> ModuleTyp
         return None
     if any(t.requires_grad for t in tensors):
         return None
-    return _module(module)
+    return _module(module, needs)
 
 
 def waits(x: Tensor) -> bool:
@@ -57,12 +58,12 @@ def waits(x: Tensor) -> bool:
 
 
 @lru_cache
-def _module(module: str) -> ModuleType | None:
+def _module(module: str, needs: str) -> ModuleType | None:
     try:
-        import_module("numba")  # missing, or made for another numpy
+        import_module(needs)  # missing, or made for another numpy
     except ImportError:
         return None
-    return import_module(module)
+    return import_module(module) if find_spec(module) is not None else None
 
 
 class _Own(threading.local):
