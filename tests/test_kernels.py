@@ -1,8 +1,10 @@
-"""Compiled kernels against their torch references: equal to the bit, over odd sizes, strides, types, threads."""
+"""Compiled kernels against their torch references: equal to the bit, over odd sizes, strides, types, threads. With --full
+Triton's as well, in its interpreter.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,9 +15,21 @@ from hypothesis import strategies as st
 from fedmpi import random
 from fedmpi.ops import bits, hadamard, select, sketch, subspace, sums
 
-from .kernels import by_kernel, by_torch, keys, normals, quick, same, smallest
+from .kernels import by_kernel, by_torch, keys, normals, quick, same, served_by, smallest
 
 pytest.importorskip("numba")
+
+
+@pytest.fixture(
+    scope="module", autouse=True, params=["compiled", pytest.param("triton", marks=pytest.mark.slow)]
+)
+def package(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="no Triton here: launch/test.sh --full installs it")
+        if torch.cuda.is_available():
+            pytest.skip("Triton has a GPU, and test_gpu.py looks at its kernels there")
+    with served_by(request.param):
+        yield request.param
 
 
 # --- Walsh–Hadamard ---------------------------------------------------------------------------------
@@ -206,11 +220,11 @@ def test_reach_finds_thresholds_and_nan() -> None:
     ("size", "dim", "clients"),
     [(1 << 16, 1, 1), (70_001, 300, 3), (1 << 17, 9000, 2), (40_000, 37_000, 1), (66_000, 66_000, 1)],
 )
-def test_fastfood(size: int, dim: int, clients: int) -> None:
+def test_fastfood(size: int, dim: int, clients: int, package: str) -> None:
     """From one block of sums to sixteen; D a power of two, just above one, just below; d up to D."""
     embedding = subspace.Fastfood(size, dim, random.key(5, client=dim), 0.3)
     v, g = normals(size, clients, 2 * dim)[:, ::2], normals(dim, clients, 2 * size)[:, ::2]
-    for threads in (1, 3):
+    for threads in (1, 3) if package == "compiled" else (1,):
         assert same(by_kernel(embedding.lift, v, threads=threads), by_torch(embedding.lift, v))
         assert same(by_kernel(embedding.project, g, threads=threads), by_torch(embedding.project, g))
 

@@ -35,10 +35,10 @@ _PIECES = 4  # of the work, for each thread: a core that others use as well does
 KERNELS = {"cpu": ("fedmpi.ops.compiled", "numba"), "cuda": ("fedmpi.ops.triton", "triton")}
 
 
-def compiled(name: str, *tensors: Tensor, count: int | None = None) -> ModuleType | None:
+def compiled(name: str, *tensors: Tensor, count: int | None = None, having: str = "") -> ModuleType | None:
     """The kernels of this name for the tensors' device; None where the torch reference has to do: for a device or a
     name that has none, without what they are compiled by, for tensors that need a gradient, and for too few numbers
-    (``count``, else the first tensor's)."""
+    (``count``, else the first tensor's). ``having``: a function that not every package has."""
     package, needs = KERNELS.get(tensors[0].device.type, ("", ""))
     if not package or any(t.device != tensors[0].device for t in tensors):
         return None
@@ -48,7 +48,8 @@ def compiled(name: str, *tensors: Tensor, count: int | None = None) -> ModuleTyp
         return None
     if any(t.requires_grad for t in tensors):
         return None
-    return _module(module, needs)
+    kernels = _module(module, needs)
+    return None if having and not hasattr(kernels, having) else kernels
 
 
 def waits(x: Tensor) -> bool:

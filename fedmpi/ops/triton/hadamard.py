@@ -1,10 +1,10 @@
 """The fast Walsh–Hadamard transform: tiles in registers through many stages, in the reference's order.
 
-A row of up to 2^12 numbers is one tile, read and written once. Of a longer one, tiles of 2^12 go through 12 stages,
-and then each sweep over memory takes up to seven more, with tiles of 32 neighbours: 2^26 in three sweeps.
+A row of up to 2^14 numbers is one tile, read and written once (one of 2^15 spills its registers). Of a longer one,
+tiles of 2^13 go through 13 stages, and then each sweep over memory takes up to eight more, with 32 neighbours in a
+tile: 2^27 in three sweeps.
 """
 
-# ruff: noqa: ANN001, ANN202 (kernels: what a pointer's type is, its tensor says)
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from fedmpi.ops.triton.base import OPTIONS, on
 
 SMALLEST = 32  # the shortest row
-_TILE, _LANES = 12, 5  # log2
+_WHOLE, _TILE, _LANES = 14, 13, 5  # log2: of a row at once, of a tile, of neighbours in it
 
 
 @triton.jit
@@ -28,8 +28,10 @@ def stages_kernel(source, target, h, across, ROWS: tl.constexpr, LANES: tl.const
     at = begin + (k // LANES) * h + k % LANES
     v = tl.load(source + at)
     for stage in tl.static_range(LOG):
-        half: tl.constexpr = LANES << stage
-        pairs = tl.permute(tl.reshape(v, (ROWS * LANES // (2 * half), 2, half)), (0, 2, 1))
+        pairs = tl.reshape(
+            v, (ROWS >> (stage + 1), 2, LANES << stage)
+        )  # half a group, LANES · 2^stage, apart
+        pairs = tl.permute(pairs, (0, 2, 1))
         a, b = tl.split(pairs)
         v = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (ROWS * LANES,))
     tl.store(target + at, v)
@@ -43,10 +45,9 @@ def fwht(source: Tensor, target: Tensor) -> None:
     done, total = 0, target.shape[-1].bit_length() - 1
     with on(target):
         while done < total:
-            lanes = _LANES if done else 0
-            # As many sweeps as are needed, of about as many stages.
-            sweeps = -(-(total - done) // (_TILE - lanes))
-            log2 = min(_TILE, total) if not done else -(-(total - done) // sweeps)
+            lanes, left = _LANES if done else 0, total - done
+            # As many sweeps as are needed, of about as many stages each.
+            log2 = -(-left // -(-left // (_TILE - lanes))) if done else total if total <= _WHOLE else _TILE
             stages_kernel[(target.numel() >> (log2 + lanes),)](
                 target if done else source,
                 target,
@@ -55,7 +56,7 @@ def fwht(source: Tensor, target: Tensor) -> None:
                 ROWS=1 << log2,
                 LANES=1 << lanes,
                 LOG=log2,
-                num_warps=8,
+                num_warps=max(1, 1 << (log2 + lanes) >> 9),
                 **OPTIONS,
             )
             done += log2

@@ -4,7 +4,6 @@ them, from the counts of all; then those above it, and the first that equal it, 
 Five readings of the vector, each in order, and one list written.
 """
 
-# ruff: noqa: ANN001, ANN202 (kernels: what a pointer's type is, its tensor says)
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
@@ -48,19 +47,24 @@ def above_kernel(x, found, above, equal, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def list_kernel(x, found, left, above, equal, out, n, BLOCK: tl.constexpr):
-    """Where they are, increasing: block b's come after the ``above[b]`` and the ``equal[b]`` of earlier blocks; of those
-    that equal the k-th only the first ``left``."""
+    """Where they are, increasing: block b's come after the ``above[b]`` and the ``equal[b]`` of earlier blocks; of what
+    equals the k-th only the first ``left``."""
     bits, i, there = _magnitudes(x, n, BLOCK)
     last, places = tl.load(found), tl.load(left)
     more, same = there & (bits > last), there & (bits == last)
-    tie = tl.load(equal + tl.program_id(0)) + tl.cumsum(same.to(tl.int64), 0)
+    tie = tl.load(equal + tl.program_id(0)) + tl.cumsum(same.to(tl.int32), 0).to(tl.int64)
     chosen = more | (same & (tie <= places))
-    at = tl.load(above + tl.program_id(0)) + tl.cumsum(more.to(tl.int64), 0) + tl.minimum(tie, places) - 1
+    at = (
+        tl.load(above + tl.program_id(0))
+        + tl.cumsum(more.to(tl.int32), 0).to(tl.int64)
+        + tl.minimum(tie, places)
+        - 1
+    )
     tl.store(out + at, i, mask=chosen)
 
 
 def top_k(g_CD: Tensor, k: int) -> Tensor:
-    """Indices of the k largest magnitudes of each float32 row, int64 ``(C, k)``, increasing; of equal ones the first."""
+    """Indices of the k largest magnitudes of each float32 row, int64 ``(C, k)``, increasing; the first of equals."""
     out_CK = torch.empty(len(g_CD), k, dtype=torch.int64, device=g_CD.device)
     with on(g_CD):
         for g_D, out_K in zip(g_CD, out_CK, strict=True):
@@ -84,4 +88,4 @@ def _top_k(x_D: Tensor, k: int, out_K: Tensor) -> None:
     above, equal = torch.empty(2, grid, dtype=torch.int32, device=device).unbind()
     above_kernel[(grid,)](x_D, found_1, above, equal, n, BLOCK=_BLOCK, **OPTIONS)
     before = [x.cumsum(0) - x for x in (above, equal)]
-    list_kernel[(grid,)](x_D, found_1, left_1, *before, out_K, n, BLOCK=_BLOCK, **OPTIONS)
+    list_kernel[(grid,)](x_D, found_1, left_1, *before, out_K, n, BLOCK=_BLOCK, num_warps=8, **OPTIONS)
