@@ -1,5 +1,5 @@
-"""Compiled kernels against their torch references: equal to the bit, over odd sizes, strides, types, threads. With --full
-Triton's as well, in its interpreter.
+"""Compiled kernels against their torch references: equal to the bit, over odd sizes, strides, types, threads. With
+--full Triton's as well, in its interpreter.
 """
 
 from __future__ import annotations

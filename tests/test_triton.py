@@ -41,6 +41,23 @@ def test_one_table_says_which_kernels_serve_a_device() -> None:
     assert fast.compiled("bits", torch.zeros(1 << 20, device="meta")) is None
 
 
+def test_where_no_kernel_can_be_launched_torch_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a GPU but without a C compiler; here, with neither."""
+    from fedmpi.ops import triton as package
+
+    if torch.cuda.is_available():
+        pytest.skip("kernels can be launched here")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    package.usable.cache_clear()
+    fast._module.cache_clear()
+    with pytest.warns(UserWarning, match="Triton's kernels do not work here, torch stands in: "):
+        assert fast.compiled("bits", on_cuda()) is None
+    monkeypatch.undo()
+    package.usable.cache_clear()
+    fast._module.cache_clear()
+    assert fast.compiled("bits", on_cuda()) is not None
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_both_packages_have_the_same_functions(name: str) -> None:
     """With the same arguments, so that callers need not know whose they are."""

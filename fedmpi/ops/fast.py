@@ -64,7 +64,8 @@ def _module(module: str, needs: str) -> ModuleType | None:
         import_module(needs)  # missing, or made for another numpy
     except ImportError:
         return None
-    return import_module(module) if find_spec(module) is not None else None
+    usable = getattr(import_module(module.rpartition(".")[0]), "usable", lambda: True)
+    return import_module(module) if find_spec(module) is not None and usable() else None
 
 
 class _Own(threading.local):

@@ -25,7 +25,7 @@ def blocks(count: int, size: int) -> int:
 
 
 @triton.jit
-def word(key, i):  # type: ignore[no-untyped-def]
+def word(key, i):
     """Words i (integers) of a key: SplitMix64, uint64."""
     x = key.to(tl.uint64, bitcast=False) + (i.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9

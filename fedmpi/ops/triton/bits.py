@@ -1,6 +1,5 @@
 """Packing, unpacking and votes, a byte and its eight entries at a time."""
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
 import triton

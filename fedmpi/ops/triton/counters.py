@@ -1,8 +1,7 @@
-"""Embeddings that draw their random parts where they use them: the integers of ``fedmpi.random``, the references' products
-in their order. What is added up is added by torch, whose order on CUDA ``torch.use_deterministic_algorithms`` fixes.
+"""Embeddings that draw their random parts where they use them: the integers of ``fedmpi.random``, the references'
+products. What is added up is added by torch, whose order on CUDA ``torch.use_deterministic_algorithms`` fixes.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
 from functools import lru_cache

@@ -5,7 +5,6 @@ tiles of 2^13 go through 13 stages, and then each sweep over memory takes up to 
 tile: 2^27 in three sweeps.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
 import triton

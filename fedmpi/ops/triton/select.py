@@ -4,7 +4,6 @@ them, from the counts of all; then those above it, and the first that equal it, 
 Five readings of the vector, each in order, and one list written.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
 import torch

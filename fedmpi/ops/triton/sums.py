@@ -1,6 +1,5 @@
 """Inner products and fixed-point sums in one pass; a program's 1024 products are added up as the references' tree."""
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
 import triton
@@ -50,7 +49,8 @@ def add_fixed_kernel(total, v, weight, one, largest, fits, n, BLOCK: tl.constexp
     outside = tl.max(((tl.abs(x) <= tl.load(largest)) == 0).to(tl.int32), 0)
     tl.store(fits + block, (outside == 0).to(tl.uint8))
     x = x * tl.load(one)
-    # To the nearest, ties to even: what is added and taken away again leaves no digit below 1. From 2^51 on there is none.
+    # To the nearest, ties to even: what is added and taken away again leaves no digit below 1. From 2^51 on none is
+    # looked at.
     rounded = tl.where(tl.abs(x) < 2251799813685248.0, (x + 6755399441055744.0) - 6755399441055744.0, x)
     there = i < tl.where(outside == 0, n, 0)
     tl.store(total + i, tl.load(total + i, mask=there, other=0) + rounded.to(tl.int64), mask=there)
