@@ -21,7 +21,7 @@ from torch import Tensor
 from fedmpi import methods
 from fedmpi.comm import Comm, run_ranks
 from fedmpi.comm.local import LocalComm
-from fedmpi.errors import MessageError
+from fedmpi.errors import MessageError, NumericalError
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.message import CPU, Message, equal, from_bytes, to_bytes
 from fedmpi.method import Context, Method, Round, State, placed
@@ -353,6 +353,21 @@ def test_a_question_of_a_step_is_noticed(device: torch.device, monkeypatch: pyte
         AssertionError, match=r"bf16: a step waits \{'copy': 1, 'item': 2\}, expected at most 1"
     ):
         run_ranks(2, averaged("bf16", device, device), timeout=60)
+
+
+def test_out_of_memory_in_a_step_ends_with_a_sentence(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Mean, *rest: Any) -> tuple[Tensor, State]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more")
+
+    monkeypatch.setattr(Mean, "direction", full)
+    with pytest.raises(NumericalError) as caught:
+        run_ranks(2, averaged("topk", device), timeout=60)
+    assert str(caught.value).startswith(
+        "device: pretend:0 ran out of memory while averaging 1,960 gradients by topk, which keeps 7.68e-06 GB there "
+        "between steps: CUDA out of memory. Tried to allocate 2.00 GiB.; ways out: a smaller batch"
+    )
 
 
 @pytest.mark.parametrize("wire", ["host", "device"])

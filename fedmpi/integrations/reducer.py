@@ -7,7 +7,8 @@ parameter name), when a step counts. Who fills the gradients in, and when, is th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from fedmpi import methods
 from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, Gathers
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, NumericalError
 from fedmpi.integrations.groups import Group
 from fedmpi.integrations.modules import sparse_gradient
 from fedmpi.integrations.settings import Settings, Shapes
@@ -127,8 +128,9 @@ class Reducer:
 
     def start(self, *indices: int) -> None:
         """Send these groups' gradients. All ranks in the same order, also of what they start and finish."""
-        for index in indices:
-            self.groups[index].start(self.step, self.step < self.settings.start_after)
+        with self._room():
+            for index in indices:
+                self.groups[index].start(self.step, self.step < self.settings.start_after)
 
     def finish(self, *indices: int) -> None:
         """Wait for what was sent, and decode it; with the last group :meth:`settle`."""
@@ -137,8 +139,26 @@ class Reducer:
 
     def decode(self, *indices: int) -> None:
         """:meth:`finish`, whose step is not over: no device is asked for anything."""
-        for index in indices:
-            self._results[index] = self.groups[index].finish()
+        with self._room():
+            for index in indices:
+                self._results[index] = self.groups[index].finish()
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """
+        Raises:
+          NumericalError: the device's memory has run out.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            kept = sum(group.kept_bytes for group in self.groups)
+            raise NumericalError(
+                f"device: {self.device} ran out of memory while averaging {self.size:,} gradients by "
+                f"{self.options.name}, which keeps {kept / 1e9:.3g} GB there between steps: "
+                f"{str(error).partition(chr(10))[0]}; ways out: a smaller batch, group_mb or "
+                "exact_below, feedback: false, a method that keeps less, exact parts"
+            ) from None
 
     def settle(self, *asked: Tensor) -> list[bool]:
         """The step is over, if all groups are decoded: it counts, or not. A device is asked once.
