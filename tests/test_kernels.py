@@ -73,9 +73,11 @@ def test_fwht_into_a_strided_tensor() -> None:
     assert same(by_torch(hadamard.fwht, x, out[:, ::2]).contiguous(), expected)
 
 
-def test_threads_that_play_ranks_may_be_in_kernels_at_once() -> None:
+def test_threads_that_play_ranks_may_be_in_kernels_at_once(package: str) -> None:
     from fedmpi.comm import run_ranks
 
+    if package == "triton":
+        pytest.skip("Triton's interpreter is one thread's at a time")
     x = normals(4, 4, 1 << 14)
     expected = hadamard.fwht_reference(x)
     with smallest(0, 2):

@@ -81,7 +81,7 @@ LAYERS = {
     "bench": BASE
     | {"analysis", "comm", "config", "engine", "integrations"}
     | {"message", "method", "methods", "ops", "spec", "tasks", "validation"},
-    "doctor": {"comm", "errors"},
+    "doctor": {"comm", "errors", "ops"},
     "tools": {
         "analysis",
         "comm",

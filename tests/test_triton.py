@@ -48,13 +48,13 @@ def test_where_no_kernel_can_be_launched_torch_stands_in(monkeypatch: pytest.Mon
     if torch.cuda.is_available():
         pytest.skip("kernels can be launched here")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    package.usable.cache_clear()
-    fast._module.cache_clear()
+    for cached in (package.problem, fast.lacking, fast._module):
+        cached.cache_clear()
     with pytest.warns(UserWarning, match="Triton's kernels do not work here, torch stands in: "):
         assert fast.compiled("bits", on_cuda()) is None
     monkeypatch.undo()
-    package.usable.cache_clear()
-    fast._module.cache_clear()
+    for cached in (package.problem, fast.lacking, fast._module):
+        cached.cache_clear()
     assert fast.compiled("bits", on_cuda()) is not None
 
 

@@ -39,7 +39,7 @@ def compiled(name: str, *tensors: Tensor, count: int | None = None, having: str 
     """The kernels of this name for the tensors' device; None where the torch reference has to do: for a device or a
     name that has none, without what they are compiled by, for tensors that need a gradient, and for too few numbers
     (``count``, else the first tensor's). ``having``: a function that not every package has."""
-    package, needs = KERNELS.get(tensors[0].device.type, ("", ""))
+    package, _ = KERNELS.get(tensors[0].device.type, ("", ""))
     if not package or any(t.device != tensors[0].device for t in tensors):
         return None
     module = f"{package}.{name}"
@@ -48,7 +48,7 @@ def compiled(name: str, *tensors: Tensor, count: int | None = None, having: str 
         return None
     if any(t.requires_grad for t in tensors):
         return None
-    kernels = _module(module, needs)
+    kernels = _module(module, tensors[0].device.type)
     return None if having and not hasattr(kernels, having) else kernels
 
 
@@ -59,13 +59,24 @@ def waits(x: Tensor) -> bool:
 
 
 @lru_cache
-def _module(module: str, needs: str) -> ModuleType | None:
+def lacking(device: str) -> str | None:
+    """Why no kernels serve this type of device; None where they do."""
+    package, needs = KERNELS.get(device, ("", ""))
+    if not package:
+        return "there are none for it"
     try:
         import_module(needs)  # missing, or made for another numpy
-    except ImportError:
+    except ImportError as error:
+        return f"{needs} cannot be imported ({error})"
+    problem = getattr(import_module(package), "problem", lambda: "")()
+    return problem or None
+
+
+@lru_cache
+def _module(module: str, device: str) -> ModuleType | None:
+    if lacking(device) is not None or find_spec(module) is None:
         return None
-    usable = getattr(import_module(module.rpartition(".")[0]), "usable", lambda: True)
-    return import_module(module) if find_spec(module) is not None and usable() else None
+    return import_module(module)
 
 
 class _Own(threading.local):

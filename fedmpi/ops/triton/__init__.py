@@ -14,11 +14,11 @@ import torch
 
 
 @lru_cache(maxsize=1)
-def usable() -> bool:
-    """Whether a kernel can be compiled and launched, and is right, here (Triton needs a C compiler, and a GPU that it
-    knows); tried once, and a warning says why not."""
+def problem() -> str:
+    """Why no kernel can be compiled, launched and be right here; "" where one was. Triton needs a C compiler, and a GPU
+    that it knows. Tried once; a warning says it, too."""
     if not torch.cuda.is_available():
-        return True  # nobody has a tensor to give one
+        return ""  # nobody has a tensor to give one
     from fedmpi.ops.triton import bits
 
     try:
@@ -29,4 +29,4 @@ def usable() -> bool:
         why = f"{type(error).__name__}: {str(error)[:200]}"
     if why:
         warnings.warn(f"fedmpi: Triton's kernels do not work here, torch stands in: {why}", stacklevel=2)
-    return not why
+    return why
