@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,6 +70,14 @@ def test_both_packages_have_the_same_functions(name: str) -> None:
         if inspect.isfunction(f) and f.__module__ == triton.__name__ and not n.startswith("_")
     }
     assert public
+    others = {
+        n
+        for n, f in vars(numba).items()
+        if callable(f) and not n.startswith("_") and getattr(f, "py_func", f).__module__ == numba.__name__
+    } - public.keys()
+    source = "".join(path.read_text() for path in Path(fast.__file__).parent.glob("*.py"))
+    for n in others - {"reach", "fold"}:  # top-k's, and a part of another
+        assert f'having="{n}"' in source, f"Triton has no {name}.{n}, and nobody asks whether it does"
     for n in public.keys() - {"top_k"}:  # numba's is given a threshold, by a sample
         assert list(inspect.signature(public[n]).parameters) == list(
             inspect.signature(getattr(numba, n)).parameters
