@@ -49,9 +49,10 @@ def add_fixed_kernel(total, v, weight, one, largest, fits, n, BLOCK: tl.constexp
     outside = tl.max(((tl.abs(x) <= tl.load(largest)) == 0).to(tl.int32), 0)
     tl.store(fits + block, (outside == 0).to(tl.uint8))
     x = x * tl.load(one)
-    # To the nearest, ties to even: what is added and taken away again leaves no digit below 1. From 2^51 on none is
-    # looked at.
-    rounded = tl.where(tl.abs(x) < 2251799813685248.0, (x + 6755399441055744.0) - 6755399441055744.0, x)
+    # To the nearest, ties to even: beside 2^52 no digit below 1 has a place, and from there on none is left.
+    size = tl.abs(x)
+    whole = tl.where(size < 4503599627370496.0, (size + 4503599627370496.0) - 4503599627370496.0, size)
+    rounded = tl.where(x < 0, -whole, whole)
     there = i < tl.where(outside == 0, n, 0)
     tl.store(total + i, tl.load(total + i, mask=there, other=0) + rounded.to(tl.int64), mask=there)
 
