@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -370,12 +372,25 @@ def parse(values: Any) -> Config:
     return checked(Config, mapping(values, "config"))
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """The configuration of a YAML file with ``key.path=value`` overrides, whose values are YAML too.
+def load(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] | None = None) -> Config:
+    """The configuration of a YAML file, or of a mapping, with ``key.path=value`` overrides, whose values are YAML too.
 
     A file may name another one whose keys it starts from: ``base: ../quickstart.yaml``, relative to itself.
     """
-    values = read(Path(path))
+    values = values_of(source)
     for text in overrides or []:
         override(values, text)
     return parse(values)
+
+
+def values_of(source: str | Path | Mapping[str, Any] | Config) -> Any:
+    """The keys and values of a configuration that is not checked yet; the caller may change them."""
+    if isinstance(source, Config):
+        return source.plain()
+    if isinstance(source, Mapping):
+        return copy.deepcopy(dict(source))
+    if isinstance(source, str | Path):
+        return mapping(read(Path(source)), "config")
+    raise ConfigError(
+        f"config: expected a YAML file's path, a mapping or a fedmpi.Config, got {type(source).__name__}"
+    )

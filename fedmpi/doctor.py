@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import fedmpi
 from fedmpi.comm.connect import connect, reason
 from fedmpi.comm.launcher import launcher
 from fedmpi.comm.placement import Seat, own_device, seats
 from fedmpi.errors import CommError
+from fedmpi.version import __version__
 
 
 def examine() -> int:
@@ -23,7 +23,7 @@ def examine() -> int:
 
     launch = launcher()
     facts = {
-        "fedmpi": fedmpi.__version__,
+        "fedmpi": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "GPUs": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",

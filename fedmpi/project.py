@@ -70,6 +70,12 @@ def _init(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def shelf() -> Path:
+    """The folder that holds configs/, launch/ and slurm/: in an installed wheel, or in the repository."""
+    inside = _PACKAGE / "share"
+    return inside if inside.is_dir() else _PACKAGE.parent
+
+
 def write(folder: Path, papers: bool = False) -> list[Path]:
     """Write the files and return their paths inside ``folder``, which is made if it is not there.
 
@@ -77,9 +83,8 @@ def write(folder: Path, papers: bool = False) -> list[Path]:
       ConfigError: one of them exists (then none is written), or ``folder`` cannot be written to.
     """
     rows = FILES | (PAPERS if papers else {})
-    shelf = _PACKAGE / "share"  # of an installed wheel; else this is the repository
-    shelf = shelf if shelf.is_dir() else _PACKAGE.parent
-    files = {path.relative_to(shelf): path for pattern in rows for path in sorted(shelf.glob(pattern))}
+    top = shelf()
+    files = {path.relative_to(top): path for pattern in rows for path in sorted(top.glob(pattern))}
     texts = {name: path.read_bytes() for name, path in files.items()}
     table = "".join(f"| `{pattern}` | {line} |\n" for pattern, line in rows.items())
     texts[Path("README.md")] = (_README + table).encode()

@@ -155,6 +155,19 @@ def test_vote(voters: int, size: int, threads: int, word: int, key: int) -> None
     assert torch.equal(bits.unpack_reference(got[None], 8 * size)[0], expected_N)
 
 
+@given(
+    st.sampled_from([torch.int8, torch.int16, torch.int32, torch.float32]),
+    st.integers(1, 3000),
+    st.integers(1, 3),
+    keys,
+)
+@quick
+def test_what_votes_came_to(dtype: torch.dtype, size: int, threads: int, key: int) -> None:
+    votes_N = normals(key, size).mul(2).round().to(dtype)
+    got = by_kernel(bits.pack_votes, votes_N, key, threads=threads)
+    assert same(got, bits.pack_votes_reference(votes_N, key))
+
+
 @pytest.mark.parametrize("voters", [1, 2, 3, 4, 255, 256, 257])
 def test_majority_at_its_edges(voters: int) -> None:
     """Every count of ones from none to all, against the definition; ties fall either way."""

@@ -13,8 +13,10 @@ DDP's buckets and so the same on all ranks; none is launched from a future's cal
 They use a process group of their own, of exactly the module's ranks, so that the job's own collectives may go on
 beside them.
 
-Where ``auto`` stays with bf16, nothing of this is worth its time: each bucket goes whole, rounded to bf16, into one
-all-reduce of the job's own group, as torch's ``bf16_compress_hook`` does it.
+For plain bf16, chosen or where ``auto`` stays with it, nothing of this is worth its time: each bucket goes whole,
+small tensors too, rounded to bf16, into one all-reduce of the job's own group, as torch's ``bf16_compress_hook`` does
+it. With a setting that says how tensors travel (``exact_below``, ``parts``, ``start_after``, ``exchange``), with
+feedback or over another ``comm`` it goes as every method does, and is summed in float32.
 """
 
 from __future__ import annotations

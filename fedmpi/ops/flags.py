@@ -45,9 +45,9 @@ def later(doubts: list[Doubt] | None) -> Iterator[None]:
         _noted.doubts = before
 
 
-def refuse(bad: Tensor, error: Callable[[], Exception]) -> None:
-    """Raise what ``error`` makes if ``bad`` (0-d bool): here, or, where that would make the host wait, later."""
-    if _noted.doubts is not None and fast.waits(bad):
+def refuse(bad: Flag, error: Callable[[], Exception]) -> None:
+    """Raise what ``error`` makes if ``bad``: here, or, where that would make the host wait, later."""
+    if _noted.doubts is not None and isinstance(bad, Tensor) and fast.waits(bad):
         _noted.doubts.append(Doubt(bad, error))
     elif bool(bad):
         raise error()

@@ -12,6 +12,10 @@ from fedmpi import random
 from fedmpi.ops import fast
 
 _SAMPLE, _ENOUGH = 1 << 16, 1 << 8  # the most that is sampled, and how many of the k are wanted among it
+_SOME, _WALK = (
+    64,
+    1 << 18,
+)  # up to D / 64 equal magnitudes are looked up, more are met on a walk in such steps
 _FEW = 16  # by sampling only up to D / 16 coordinates: of more, most of the time goes into sorting them
 
 
@@ -36,6 +40,45 @@ def top_k(g_CD: Tensor, k: int) -> Tensor:
         else:
             rows.append(candidates[top_k_reference(g_D[candidates][None], k)[0]])
     return torch.stack(rows)
+
+
+def top_by_key(x_D: Tensor, k: int, key: int) -> Tensor:
+    """Indices of the ``k`` entries of largest magnitude, int64 ``(k,)``, increasing. Among equal magnitudes those win
+    that come first in the key's :func:`fedmpi.random.permutation`. No entry is NaN."""
+    fit = x_D.dtype == torch.float32 and x_D.is_contiguous()
+    kernels = fast.compiled("select", x_D, having="kth") if fit else None
+    if kernels is None:
+        return top_by_key_reference(x_D, k, key)
+    least: float = kernels.kth(x_D, k)
+    reached_N: Tensor | None = kernels.reach(x_D, least, k, k + len(x_D) // _SOME) if least else None
+    if reached_N is None:  # many are equal: the first of them are soon met
+        chosen_D = x_D.abs() > least
+        chosen_D[_first_tied(x_D, least, k - int(chosen_D.sum()), key)] = True
+        return chosen_D.nonzero()[:, 0]
+    if len(reached_N) == k:
+        return reached_N
+    keep_N = x_D[reached_N].abs() > least
+    tied = (~keep_N).nonzero()[:, 0]
+    ranks = random.ranks(key, len(x_D), reached_N[tied])
+    keep_N[tied[ranks.topk(k - int(keep_N.sum()), largest=False).indices]] = True
+    return reached_N[keep_N]
+
+
+def top_by_key_reference(x_D: Tensor, k: int, key: int) -> Tensor:
+    """:func:`top_by_key` by torch."""
+    order_D = random.permutation(key, len(x_D), x_D.device)  # top_k takes the first of equals
+    return order_D[top_k_reference(x_D[order_D][None], k)[0]].sort().values
+
+
+def _first_tied(x_D: Tensor, magnitude: float, count: int, key: int) -> Tensor:
+    """Of the entries of this magnitude the first ``count`` in the key's permutation."""
+    found = [torch.empty(0, dtype=torch.int64, device=x_D.device)]
+    for start in range(0, len(x_D), _WALK):
+        if not (left := count - sum(map(len, found))):
+            break
+        order = random.sample(key, len(x_D), min(_WALK, len(x_D) - start), x_D.device, start)
+        found.append(order[x_D[order].abs() == magnitude][:left])
+    return torch.cat(found)
 
 
 def _threshold(g_D: Tensor, k: int) -> float:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fedmpi
@@ -270,7 +271,7 @@ def interrupted_is_uninterrupted() -> None:
 
 @check
 def sync_is_the_hook_without_overlap() -> None:
-    method = {"name": "fetchsgd", "rows": 3, "columns": 2000, "k": 500}
+    method = {"name": "intrinsic", "dim": 200, "schedule": "time_varying"}
     expected = steps(hooked(method)[0], 4)
     module = DDP(Net().to(DEVICE))
     average = fedmpi.sync(module, method, comm=COMM, exact_below=100)
@@ -349,6 +350,10 @@ def modules_that_no_hook_fits_are_named() -> None:
     refuses(ConfigError, "one process has nothing to average", lambda: attach(nn.Linear(2, 2)))
     frozen = nn.Linear(4, 4).requires_grad_(False)
     refuses(ConfigError, "with requires_grad, got none", lambda: fedmpi.sync(frozen, "bf16", comm=COMM))
+    early = nn.Linear(4, 4)
+    _apply_optimizer_in_backward(torch.optim.SGD, early.parameters(), {"lr": 0.1})
+    for make in (lambda: attach(DDP(early)), lambda: fedmpi.sync(early, "bf16", comm=COMM)):
+        refuses(ConfigError, "parameter weight steps during backward", make)
     with pytest.warns(UserWarning, match=r"signsgd compresses nothing.*the largest is weight, .6, 5..*=30"):
         attach(DDP(nn.Linear(5, 6)), "signsgd")
 

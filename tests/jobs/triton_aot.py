@@ -30,6 +30,10 @@ KERNELS: dict[str, list[tuple[str, str, dict[str, int], int]]] = {
     "bits": [
         ("pack_kernel", "*u8 *u8 i32 i32 i32", BITS, 4),
         ("pack_signs_kernel", "*fp32 *i64 *u8 *u8 i32 i32 i32", BITS, 4),
+        *(
+            ("pack_votes_kernel", f"*{votes} i64 *u8 i32 i32", BITS, 4)
+            for votes in ("i8", "i16", "i32", "fp32")
+        ),
         ("unpack_kernel", "*u8 *fp32 *fp32 *fp32 i32 i32 i32", BITS, 4),
         ("unpack_kernel", "*u8 *i8 *i8 *i8 i32 i32 i32", BITS, 4),
         ("majority_kernel", "*u8 *u8 *u8 i32 i32", BITS, 4),

@@ -51,6 +51,14 @@ def pack_signs_kernel(x, keys, out, odd, n, size, per_row, BYTES: tl.constexpr):
     tl.store(odd, 1, mask=strange != 0)
 
 
+@triton.jit(do_not_specialize=["key"])
+def pack_votes_kernel(votes, key, out, n, size, BYTES: tl.constexpr):
+    _, byte, i, there = _place(size, tl.cdiv(size, BYTES), BYTES)
+    v = tl.load(votes + i, mask=i < n, other=-1)
+    coins = _coins(key.to(tl.int64), 0, byte)
+    tl.store(out + byte, (_together(v > 0) | (_together(v == 0) & coins)).to(tl.uint8), mask=there)
+
+
 @triton.jit
 def unpack_kernel(packed, yes, no, out, n, size, per_row, BYTES: tl.constexpr):
     row, byte, i, there = _place(size, per_row, BYTES)
@@ -141,6 +149,14 @@ def pack_signs(g_CN: Tensor, keys_C: Tensor, mixing: Tensor, out_CB: Tensor, odd
         pack_signs_kernel[(len(g_CN) * each,)](
             g_CN, keys_C, out_CB, odd_1, n, size, each, BYTES=_BYTES, **OPTIONS
         )
+
+
+def pack_votes(votes_N: Tensor, key: int, mixing: Tensor, out_B: Tensor) -> None:
+    if len(votes_N):
+        with on(votes_N):
+            pack_votes_kernel[(blocks(len(out_B), _BYTES),)](
+                votes_N, key, out_B, len(votes_N), len(out_B), BYTES=_BYTES, **OPTIONS
+            )
 
 
 def unpack(packed_CB: Tensor, yes_C: Tensor, no_C: Tensor, out_CN: Tensor) -> None:

@@ -1,0 +1,158 @@
+"""What long vectors are quantised, rounded, stepped and counted with, against its references: equal to the bit."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedmpi.methods.base import pack_changes, shape_of_changes
+from fedmpi.methods.blocks import Blocks
+from fedmpi.ops import halves, pages, quantize, sketch, steps
+
+from .kernels import by_kernel, by_torch, keys, normals, quick, same
+
+pytest.importorskip("numba")
+
+sizes = st.one_of(st.integers(1, 300), st.sampled_from([1023, 1024, 1025, 4095, 4097, 9000]))
+threads = st.integers(1, 3)
+
+
+def sparse(key: int, *shape: int) -> Tensor:
+    """Normals with stretches of zeros, and strides."""
+    x = normals(key, *shape[:-1], 2 * shape[-1])[..., ::2]
+    return x * (torch.arange(shape[-1]) % 37 > 9)
+
+
+# --- levels in bit planes, codes in records -----------------------------------------------------------
+
+
+@given(sizes, st.sampled_from([1, 7, 64, 512, 1024, 3000, 1 << 20]), st.integers(2, 8), threads, keys)
+@quick
+def test_planes(size: int, bucket: int, width: int, threads: int, key: int) -> None:
+    g, ks, bucket = sparse(key, 2, size), torch.tensor([key, 3]), min(bucket, size)
+    squares = quantize.bucket_squares_reference(g, bucket)
+    assert same(by_kernel(quantize.bucket_squares, g, bucket, threads=threads), squares)
+    assert squares.sum(1).tolist() == pytest.approx((g.double() ** 2).sum(1).tolist())
+    largest = quantize.bucket_largest_reference(g, bucket)
+    assert same(by_kernel(quantize.bucket_largest, g, bucket, threads=threads), largest)
+    for norms in (squares.sqrt().float(), largest):
+        planes = quantize.to_planes_reference(g, norms, bucket, width, ks)
+        assert same(by_kernel(quantize.to_planes, g, norms, bucket, width, ks, threads=threads), planes)
+        v = quantize.from_planes_reference(planes, norms, bucket, size)
+        assert same(by_kernel(quantize.from_planes, planes, norms, bucket, size, threads=threads), v)
+
+
+@given(
+    sizes,
+    st.sampled_from([2, 38, 64, 256]),
+    st.sampled_from([(8, False), (4, False), (4, True)]),
+    st.booleans(),
+    threads,
+    keys,
+)
+@quick
+def test_records(size: int, block: int, kind: tuple[int, bool], draws: bool, threads: int, key: int) -> None:
+    x, blocks, start = sparse(key, 2, size), Blocks(kind[0], block, kind[1]), 7 * block
+    x[1, ::5], x[1, ::3], x[1, 1::11] = math.nan, math.inf, -math.inf
+    ks = torch.tensor([key, 3]) if draws else None
+    records = by_torch(blocks.encode, x, ks, start)
+    assert same(by_kernel(blocks.encode, x, ks, start, threads=threads), records)
+    v = by_torch(blocks.decode, records, size)
+    assert v.isfinite().all()
+    assert same(by_kernel(blocks.decode, records, size, threads=threads), v)
+
+
+@pytest.mark.parametrize("how", [by_kernel, by_torch])
+def test_records_that_nobody_wrote(how: object) -> None:
+    levels = Blocks(4, 4, False)._levels(torch.device("cpu"))
+    good = quantize.to_records_reference(torch.ones(1, 8), 4, 4, levels, True, None)
+    for at, byte in ((3, 0x7F), (3, 0xBF), (4, 0xF0), (11, 0x0F)):  # infinite, negative, and codes of 15
+        bad = good.clone().view(-1)
+        bad[at] = byte
+        bad[at - 1] = 0x80 if byte == 0x7F else bad[at - 1]
+        assert how(quantize.from_records, bad.view(good.shape), 4, levels, 8)[1] is False  # type: ignore[operator]
+
+
+# --- halves -------------------------------------------------------------------------------------------
+
+
+@given(sizes, st.sampled_from([torch.bfloat16, torch.float16]), st.booleans(), keys)
+@quick
+def test_halves(size: int, dtype: torch.dtype, odd: bool, key: int) -> None:
+    x = normals(key, 2, size) * 10.0 ** normals(key + 1, 2, size).mul(12).clamp(-44, 38)
+    x[0, 0] = math.inf if odd else -3.4e38
+    flags = torch.zeros(2, 1, dtype=torch.uint8)
+    half = halves.narrow(x, dtype, flags[0])
+    assert same(half.view(torch.int16), halves.narrow_reference(x, dtype, flags[1]).view(torch.int16))
+    assert flags.flatten().tolist() == [odd, odd]
+    assert half.isfinite().all()
+    wide, good = halves.widen(half)
+    assert good
+    assert same(wide, half.float())
+    total = normals(key + 2, size)
+    expected = total.clone().add_(wide[0], alpha=0.3)
+    assert halves.add(total, half[0], 0.3)
+    assert same(total, expected)
+
+
+@pytest.mark.parametrize("size", [1, 1 << 18])
+def test_halves_that_are_not_finite(size: int) -> None:
+    half = torch.ones(1, size, dtype=torch.bfloat16)
+    half[0, -1] = math.nan
+    assert not halves.widen(half)[1]
+    assert not halves.add(torch.zeros(size), half[0], 1.0)
+
+
+# --- servers' steps, and downloads that are only counted ------------------------------------------------
+
+
+@given(sizes, threads, keys)
+@quick
+def test_steps(size: int, threads: int, key: int) -> None:
+    theta, u = normals(key, size), sparse(key + 1, size)
+    changed, version = normals(key + 2, size).mul(3).abs().int(), torch.tensor(9)
+    theta[-1] = math.nan
+    after = theta.add(u, alpha=-0.1)
+    marked = steps.mark_reference(theta, after, changed, version)
+    got = by_kernel(steps.step_and_mark, theta, u, -0.1, changed, version, threads=threads)
+    assert same(got[0], after)
+    assert same(got[1], marked)
+    assert same(by_kernel(steps.mark, theta, after, changed, version, threads=threads), marked)
+    versions = [0, 2, 3, 8, 9, 30]
+    counts = steps.changed_since_reference(marked, versions)
+    assert by_kernel(steps.changed_since, marked, versions) == counts
+    assert by_torch(steps.changed_since, marked, versions) == counts
+
+
+@given(st.integers(1, 400), st.floats(0, 1), keys)
+@quick
+def test_shapes_of_changes(size: int, share: float, key: int) -> None:
+    changed = torch.arange(size) < round(share * size)
+    arrays = pack_changes(normals(key, size), changed)
+    shapes = shape_of_changes(int(changed.sum()), size)
+    assert list(arrays) == list(shapes)
+    assert [(a.shape, a.dtype) for a in arrays.values()] == [(a.shape, a.dtype) for a in shapes.values()]
+
+
+# --- sketches -------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 5000), st.integers(1, 5), st.integers(1, 90), keys)
+@quick
+def test_places_of_a_few_coordinates(size: int, rows: int, columns: int, key: int) -> None:
+    count_sketch, index = sketch.CountSketch(size, rows, columns, key), torch.randperm(size)[:40]
+    everywhere = sketch._draw(size, rows, columns, count_sketch.key, torch.device("cpu"))
+    assert torch.equal(count_sketch._places_at(index), everywhere[:, index].long())
+
+
+def test_memory_in_huge_pages_is_memory() -> None:
+    x = pages.zeros(3 << 20)
+    assert x.shape == (3 << 20,)
+    assert not x.any()
+    assert pages.empty_like(x[::3]).shape == (1 << 20,)
+    assert pages.empty(0).shape == (0,)
