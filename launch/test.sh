@@ -11,7 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [[ " $* " != *" --full "* ]] || export FEDMPI_FULL=1 # tests/conftest.py knows --full too
 
 cd "$ROOT"
-ensure_venv mpi,test,dev,hf,lightning
+ensure_venv mpi,test,dev,docs,hf,lightning
 ensure_mpich || echo "warning: no MPICH here; the tests that need it will be skipped" >&2
 ensure_slurm || echo "warning: no Slurm here; the tests that need it will be skipped" >&2
 "$ROOT/launch/install-horovod.sh" || echo "warning: no Horovod here; its tests will be skipped (with CI=true: fail)" >&2
