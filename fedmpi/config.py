@@ -220,7 +220,7 @@ class Config(_Section):
         0.0,
         ge=0,
         lt=1,
-        description="share of its samples that each client holds out. The model (with local parts, the client's own) is "
+        description="share of its samples that each client holds out. The model (with local parts, its own) is "
         "tested on them, and the mean, median, worst tenth and spread of the clients' accuracies are reported",
     )
     evaluate_every: int = Field(1, ge=1, le=_MOST, description="rounds between evaluations on the test set")

@@ -92,5 +92,7 @@ def test_what_cannot_be_ordered_is_named(name: str) -> None:
 
 @pytest.mark.parametrize("changes", [{"topology": "allreduce"}, {"mode": "data_parallel", "cohort": None}])
 def test_ranks_that_add_up_before_they_meet_cannot_order(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"server.aggregate: expected mean with topology: allreduce, whose"):
+    with pytest.raises(
+        ConfigError, match=r"server.aggregate: expected mean with topology: allreduce, got median"
+    ):
         config.parse({**SMALL, "local": {"lr": 1.0}, **changes, "server": {"aggregate": "median"}})
