@@ -296,6 +296,10 @@ class Server(ABC):
     def download(self, state: State, seen: int) -> Message:
         """The message that brings a client of version ``seen`` up to date."""
 
+    def sizes(self, state: State, seen: Sequence[int]) -> list[Message]:
+        """For each version :meth:`download`'s message, to be measured only: its arrays may lie on the device meta."""
+        return [self.download(state, version) for version in seen]
+
     def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
         """The arrays that a download may have, by name: dtype and shape, -1 for any length; None if not declared."""
         return None
@@ -393,8 +397,3 @@ def unnest(state: Mapping[str, Tensor], prefix: str = "inner.") -> State:
 def believed(up: Compressor, state: State) -> State:
     """The sender's copy of the receiver's state."""
     return {name: state[name] for name in up.init_peer()}
-
-
-def stack(states: list[State]) -> State:
-    """States of single clients as one with the leading axis C."""
-    return {name: torch.stack([s[name] for s in states]) for name in states[0]}

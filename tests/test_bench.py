@@ -150,10 +150,10 @@ def test_bench_methods_for_real(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_bench_methods_of_your_own_options(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bench", "methods", "--size", "17", "--clients", "1", "--repeats", "1"]
-    assert cli.main([*command, "{name: qsgd, bits: 2}", "dense"]) == 0
+    assert cli.main([*command, "{name: topk, ratio: 0.2}", "dense"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["method", "bytes", "smaller", "compress", "decompress", "finish"]
-    assert lines[2].startswith("{name: qsgd, bits: 2}")
+    assert lines[2].startswith("{name: topk, ratio: 0.2}")
     assert "1.0x" in lines[3]
     assert len(lines) == 4
 

@@ -125,12 +125,12 @@ class Checkpoints:
                 if comm.rank == 0:
                     self._clean(aside)
             written: dict[str, File] = {}
-            with together(comm, "saving a checkpoint"):
+            with together(comm, "saving a checkpoint"), files.writing(aside):
                 for name, kept in simulation.kept().items():
                     written |= self._write_store(aside, name, kept)
             offer = {name: file.model_dump() for name, file in written.items()}
             offers = [json.loads(part) for part in comm.gather(json.dumps(offer).encode())]
-            with together(comm, "saving a checkpoint"):
+            with together(comm, "saving a checkpoint"), files.writing(aside):
                 if comm.rank == 0:
                     shards = {
                         name: File.model_validate(file) for part in offers for name, file in part.items()

@@ -21,8 +21,8 @@ from fedmpi.meet.base import Held, Roster, Way
 from fedmpi.meet.by_part import PartWays
 from fedmpi.meet.sums import Sums
 from fedmpi.meet.ways import OwnerWay, SumWay
-from fedmpi.message import CPU, Message, from_bytes, to_bytes
-from fedmpi.method import Compressor, Method, Round, State
+from fedmpi.message import CPU, Message, concat, from_bytes, to_bytes
+from fedmpi.method import Compressor, Method, Round, State, believed
 from fedmpi.methods.joint import Joint
 from fedmpi.phases import phased
 
@@ -115,6 +115,15 @@ class Replica:
         """Hold again what was :meth:`held` earlier."""
         for name, value in held.items():
             setattr(self, name, value)
+
+    def believe(self, own: State) -> None:
+        """In data-parallel mode: keep of all ranks what their ``own`` states say of it. Called by all ranks."""
+        up = self.method.up
+        if up.init_peer():
+            frames = self.comm.allgather(to_bytes(Message(believed(up, own))))
+            held = self._ways[up].peers
+            assert isinstance(held, Held)
+            held.load(concat([from_bytes(frame, device=self.device) for frame in frames]).arrays)
 
     def crew(self) -> list[int]:
         """The ranks that train clients, of those that there are."""

@@ -209,7 +209,7 @@ class SubspaceServer(Server):
         return self._turned(state | {"version": state["version"] + 1})
 
     def _theta(self, base_D: Tensor, sigma_S: Tensor, epoch: int) -> Tensor:
-        return base_D + self.subspaces.lift(sigma_S[None], epoch)[0]
+        return self.subspaces.lift(sigma_S[None], epoch)[0].add_(base_D)
 
     def download(self, state: State, seen: int) -> Message:
         last = int(torch.searchsorted(state["starts"], seen, right=True)) - 1

@@ -21,6 +21,7 @@ from fedmpi.method import Compressor, Context, Round, State, believed, nest, unn
 from fedmpi.methods import table
 from fedmpi.methods.base import FeedbackOptions, Options
 from fedmpi.methods.dense import DenseOptions
+from fedmpi.ops import pages
 from fedmpi.ops.sums import dots
 from fedmpi.validation import Strict
 
@@ -199,7 +200,9 @@ class LookBack(Compressor):
         if len(full) == len(scalar_C):
             return v_FS, new
         l_CS = self._load(peer, ctx)
-        v_CS = l_CS * rho_C[:, None]
+        v_CS = pages.empty_like(l_CS)
+        for v_S, l_S, rho in zip(v_CS, l_CS, rho_C, strict=True):
+            torch.mul(l_S, rho, out=v_S)
         v_CS[:, self._vector :] = l_CS[:, self._vector :]  # who had a gradient, not how often
         return v_CS.index_copy_(0, there_F, v_FS), new
 

@@ -16,7 +16,7 @@ from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Decoder, Merge, Method, Round, Server, State
 from fedmpi.methods.base import Entry, FeedbackOptions, Mean, MeanServer, Setup, missed_rounds, remember
 from fedmpi.methods.feedback import Feedback
-from fedmpi.ops import bits, fast
+from fedmpi.ops import bits, fast, pages
 from fedmpi.ops.sums import absolute
 from fedmpi.spec import Spec
 
@@ -124,13 +124,13 @@ class Sign(Compressor):
         if self.scaled:
             arrays["scale"] = (absolute(g_CD) / self.spec.size).float()
         if not self.skip:
-            return Message(arrays, finite=_none(odd_1)), state
+            return Message(arrays, finite=fast.none(odd_1)), state
         empty_CR = bits.empty_rows(g_CD, self.spec.rows_on(g_CD.device))
         some_C = empty_CR.any(1)
         arrays["signs"] = _tagged(arrays["signs"], self.spec.size, some_C)
         some_C = some_C.cpu()
         arrays["rows"] = bits.pack(empty_CR[_where(some_C, g_CD.device)])
-        return Message(arrays, {"rows": some_C.long()}, finite=_none(odd_1)), state
+        return Message(arrays, {"rows": some_C.long()}, finite=fast.none(odd_1)), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         size, signs_CB = self.spec.size, message.arrays["signs"]
@@ -183,11 +183,6 @@ class Sign(Compressor):
             self._abstain(v_1D, None if empty_CR is None else empty_CR[c : c + 1])
             total_S.add_(v_1D[0], alpha=weight)
         return peer
-
-
-def _none(odd_1: Tensor) -> bool | Tensor:
-    """Whether there was nothing odd, for whoever asks to wait for."""
-    return odd_1[0] == 0 if fast.waits(odd_1) else not odd_1
 
 
 def _where(some_C: Tensor, device: torch.device) -> Tensor:
@@ -270,8 +265,7 @@ class VoteServer(Server):
         return super().shapes(theta_D, state) | {"lr": (len(state["signs"]),)}
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
-        positive_D = majority(mean_S[: self.size], round)
-        packed_1B = bits.pack(positive_D[None])
+        packed_1B = bits.pack_votes(mean_S[: self.size], round.key("tie"))[None]
         lr = torch.tensor(round.lr, dtype=torch.float32, device=mean_S.device)
         history, rows_B = {}, None
         if self.skips:
@@ -292,7 +286,7 @@ class VoteServer(Server):
         if rows_B is not None and (fast.waits(rows_B) or bool(rows_B.any())):
             still_1R = bits.unpack(rows_B[None], len(self.spec.rows) - 1)
             bits.clear_rows(step_1D, still_1R, self.spec.rows_on(theta_D.device))
-        return theta_D - step_1D[0]
+        return torch.sub(theta_D, step_1D[0], out=pages.empty_like(theta_D))
 
     def view(self, theta_D: Tensor) -> State:
         return {"theta": theta_D, "version": torch.tensor(0)}

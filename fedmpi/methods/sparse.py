@@ -24,7 +24,7 @@ from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, State
 from fedmpi.methods.base import FeedbackOptions
 from fedmpi.methods.values import Kind, Values
-from fedmpi.ops import bits, fast
+from fedmpi.ops import bits, fast, pages
 from fedmpi.ops.select import places
 from fedmpi.spec import Spec
 
@@ -37,7 +37,7 @@ class SparseOptions(FeedbackOptions):
     ratio: float = Option(0.01, gt=0, le=1, description="k as a share of the parameters")
     k: int | None = Option(None, description="number of values sent; overrides ratio")
     values: Kind = Option(
-        "float32", description="how values travel; int8, int4: with a scale of 4 bytes for each 64"
+        "float32", description="how values travel; int8, int4, int2: with scales of 4 bytes for each 64"
     )
 
     @property
@@ -131,7 +131,8 @@ class Sparse(Compressor):
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         values_CK, index_CK = self._decoded(message)
-        return values_CK.new_zeros(len(values_CK), self.size).scatter_(1, index_CK, values_CK), peer
+        v_CD = pages.zeros(len(values_CK), self.size, device=values_CK.device)
+        return v_CD.scatter_(1, index_CK, values_CK), peer
 
     def add(
         self, total_CS: Tensor, message: Message, peer: State, ctx: Context, weights: Sequence[float]

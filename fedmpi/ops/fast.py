@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmpi.ops import pages
+
 # Below so many numbers torch stays: importing numba and loading a kernel takes a second, compiling some seconds.
 SMALLEST = 1 << 16
 LOADED = 1  # where the kernels of a kind are there already
@@ -54,6 +56,11 @@ def waits(x: Tensor) -> bool:
     """A question about its numbers makes the host wait for a device, which costs more than work that can be saved
     by the answer."""
     return x.device.type != "cpu"
+
+
+def none(odd_1: Tensor) -> bool | Tensor:
+    """Whether a kernel, which sets ``odd_1`` to 1, met nothing odd: of a device for whoever asks to wait for."""
+    return odd_1[0] == 0 if waits(odd_1) else not odd_1
 
 
 @lru_cache
@@ -88,7 +95,7 @@ def scratch(name: str, rows: int, size: int, device: torch.device) -> Tensor:
     buffer = _own.buffers.pop(key, None)
     if buffer is None or len(buffer) < count:
         del buffer  # freed before a larger one is asked for
-        buffer = torch.empty(count, device=device)
+        buffer = pages.empty(count, device=device)
     if 4 * len(buffer) <= KEPT:
         _own.buffers[key] = buffer
     return buffer[:count].view(rows, size)
@@ -97,7 +104,7 @@ def scratch(name: str, rows: int, size: int, device: torch.device) -> Tensor:
 def fresh(like: Tensor) -> Tensor:
     """An uninitialised tensor of this shape and type: one that this thread was given back, if one fits."""
     spare = _own.spare.pop((like.shape, like.dtype, like.device), None)
-    return torch.empty_like(like, memory_format=torch.contiguous_format) if spare is None else spare
+    return pages.empty_like(like) if spare is None else spare
 
 
 def give_back(x: Tensor) -> None:

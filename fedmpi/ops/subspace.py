@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedmpi import random
-from fedmpi.ops import fast
+from fedmpi.ops import fast, pages
 from fedmpi.ops.hadamard import fwht
 
 
@@ -32,7 +32,7 @@ class Embedding(ABC):
             raise ValueError(f"v: expected rows of d = {self.dim} numbers, got {v_Cd.shape[1]}")
         if out is not None and (out.shape != (len(v_Cd), self.size) or not out.is_contiguous()):
             raise ValueError(f"out: expected {(len(v_Cd), self.size)}, contiguous, got {tuple(out.shape)}")
-        result_CD = v_Cd.new_empty(len(v_Cd), self.size) if out is None else out
+        result_CD = pages.huge(v_Cd.new_empty(len(v_Cd), self.size)) if out is None else out
         self._lift(v_Cd, result_CD)
         return result_CD
 

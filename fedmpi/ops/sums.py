@@ -57,6 +57,13 @@ def absolute_reference(v_CS: Tensor) -> Tensor:
     return _tree(_tree(v.unflatten(-1, (-1, _BLOCK))))
 
 
+def squares_reference(x: Tensor) -> Tensor:
+    """Σ x² over the last axis, float64, added up as :func:`dots` does."""
+    x = x.double()
+    products = torch.nn.functional.pad(x * x, (0, -x.shape[-1] % _BLOCK))
+    return _tree(_tree(products.unflatten(-1, (-1, _BLOCK))))
+
+
 def _tree(x: Tensor) -> Tensor:
     """The sum over the last axis: filled with zeros to a power of two, then the upper half added to the lower."""
     x = torch.nn.functional.pad(x, (0, (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]))
