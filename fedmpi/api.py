@@ -233,9 +233,10 @@ def train(
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         model = dict(keeper.model)
         if comm.size > 1:
-            rows = json.loads(comm.broadcast(json.dumps(rows).encode()))
+            rows, names = json.loads(comm.broadcast(json.dumps([rows, list(model)]).encode()))
             if ranks == 1:  # threads share rank 0's
-                model = tensors_of(comm.broadcast(bytes_of(model) if comm.rank == 0 else b""))
+                loaded = tensors_of(comm.broadcast(bytes_of(model) if comm.rank == 0 else b""))
+                model = {name: loaded[name] for name in names}  # in the module's order
         return Result(asked, summary, History(rows), model, folder)
 
     connecting = ("auto", None) if isinstance(asked, FedMPIError) else (asked.comm, asked.timeout)

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import fedmpi
+from fedmpi import demo
+from fedmpi.cli import main
 from fedmpi.comm import solo
 from fedmpi.config import load
 from fedmpi.engine.run import run
@@ -21,7 +23,7 @@ from fedmpi.errors import ConfigError, FedMPIError
 from fedmpi.tasks.data import load as data
 from fedmpi.tasks.models import build
 
-from .conftest import SMALL
+from .conftest import SMALL, Mpi
 
 ROOT = Path(__file__).parent.parent
 
@@ -197,6 +199,34 @@ def test_the_readmes_script_draws_three_methods(tmp_path: Path, monkeypatch: pyt
     assert sent[0] == 2 * 20 * 4 * 3760
     assert sent[2] == 2 * 20 * 4 * 640
     assert Path("accuracy-by-bytes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_compares_five_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["demo", "rounds=1", "evaluate_every=1", "--out", str(tmp_path / "demo")]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    for name, changes in demo.METHODS.items():
+        assert (
+            f"$ fedmpi train configs/quickstart.yaml --out {tmp_path}/demo/{name} {' '.join(changes)}" in said
+        )
+        summary = json.loads((tmp_path / "demo" / name / "summary.json").read_text())
+        assert (summary["method"], summary["rounds"], summary["ranks"]) == (name, 1, 4)
+    assert (tmp_path / "demo" / "report" / "report.png").is_file()
+
+
+@pytest.mark.mpi
+@pytest.mark.slow
+def test_every_rank_has_the_same_result_and_its_errors(tmp_path: Path, openmpi: Mpi) -> None:
+    done = openmpi(2, str(ROOT / "tests" / "jobs" / "from_python.py"), str(tmp_path / "sweep"))
+    assert done.returncode == 0, done.stderr
+    one, other = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert {**one, "errors": 0} == {**other, "errors": 0}
+    assert len(set(one["digests"])) == 1, "both topologies come to the same model"
+    assert one["seeds"] == [[0, 1]]
+    for callback, key, ranks in (one["errors"], other["errors"]):
+        assert callback.endswith("callbacks: Fails.round_end raised ValueError: enough")
+        assert key.startswith("nothing: unknown key; valid: data, ")
+        assert ranks == "ranks: expected 1 under a launcher that starts 2 ranks, got 2"
 
 
 def test_names_are_listed_and_loaded_where_the_types_say() -> None:

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedmpi.methods.base import pack_changes, shape_of_changes
+from fedmpi import random
+from fedmpi.methods.base import pack_changes, remember, shape_of_changes
 from fedmpi.methods.blocks import Blocks
-from fedmpi.ops import halves, pages, quantize, sketch, steps
+from fedmpi.ops import bits, halves, pages, quantize, select, sketch, steps
 
 from .kernels import by_kernel, by_torch, keys, normals, quick, same
 
@@ -156,3 +157,78 @@ def test_memory_in_huge_pages_is_memory() -> None:
     assert not x.any()
     assert pages.empty_like(x[::3]).shape == (1 << 20,)
     assert pages.empty(0).shape == (0,)
+
+
+# --- Prune's mask, votes, histories ---------------------------------------------------------------------
+
+
+@given(st.integers(1, 3000), st.sampled_from(["different", "rounded", "zeros"]), st.floats(0, 1), keys)
+@quick
+def test_the_largest_with_ties_by_a_key(size: int, kind: str, share: float, key: int) -> None:
+    x, k = normals(key, size), max(1, round(share * size))
+    if kind != "different":
+        x = (2 * x).round() if kind == "rounded" else x * (torch.arange(size) % 19 == 0)
+    expected = select.top_by_key_reference(x, k, key)
+    assert torch.equal(by_kernel(select.top_by_key, x, k, key), expected)
+    assert torch.equal(by_torch(select.top_by_key, x, k, key), expected)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5])
+def test_the_largest_of_a_long_vector_with_ties_by_a_key(share: float) -> None:
+    """Where a permutation is a bijection that nobody sorts."""
+    x = torch.where(torch.arange(100_003) % 3 == 0, 1.0, normals(5, 100_003).abs().clamp(max=0.99))
+    for k in (5, 33_000, 40_000):
+        few = torch.where(torch.rand(100_003, generator=torch.Generator().manual_seed(1)) < share, x, 0.5 * x)
+        expected = select.top_by_key_reference(few, k, 11)
+        assert torch.equal(by_kernel(select.top_by_key, few, k, 11), expected)
+
+
+@pytest.mark.parametrize("size", [1, 700, 1 << 16, 100_003])
+def test_ranks_are_the_inverse_of_a_permutation(size: int) -> None:
+    order = random.permutation(17, size)
+    places = torch.arange(size)[:: max(1, size // 300)]
+    assert torch.equal(random.ranks(17, size, order[places]), places)
+
+
+@given(sizes, st.sampled_from([torch.int8, torch.int16, torch.int32, torch.float32]), threads, keys)
+@quick
+def test_votes(size: int, dtype: torch.dtype, threads: int, key: int) -> None:
+    votes = normals(key, size).mul(2).round().to(dtype)
+    expected = bits.pack_votes_reference(votes, key)
+    assert torch.equal(by_kernel(bits.pack_votes, votes, key, threads=threads), expected)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2, 9])
+def test_a_history_grows_in_place_and_none_changes(keep: int) -> None:
+    """Also where two go on from the same one: a round that is repeated after a rewind."""
+    now, expected = torch.zeros(0, 3), torch.zeros(0, 3)
+    before: list[tuple[Tensor, Tensor]] = []
+    for t in range(50):
+        for row in (torch.full((3,), -1.0 - t), torch.full((3,), float(t))):
+            rows = torch.cat([expected, row[None]])
+            after, rows = remember(now, row, keep), rows[max(0, len(rows) - keep) :]
+            assert torch.equal(after, rows)
+            before.append((after, rows))
+        now, expected = after, rows
+        assert all(torch.equal(old, was) for old, was in before)
+
+
+def test_most_rounds_write_one_row_of_a_history() -> None:
+    now = remember(torch.zeros(0, 3), torch.ones(3), 64)
+    memory = [now.untyped_storage().data_ptr()]
+    for _ in range(70):
+        now = remember(now, torch.ones(3), 64)
+        memory.append(now.untyped_storage().data_ptr())
+    assert len(set(memory)) == 1
+
+
+@given(sizes, keys)
+@quick
+def test_steps_at_a_few_places(size: int, key: int) -> None:
+    theta, changed, version = normals(key, size), normals(key + 2, size).abs().int(), torch.tensor(9)
+    index = random.permutation(key, size)[: -(-size // 3)].sort().values
+    u = sparse(key + 1, len(index))
+    after = steps.add_at(theta, index, u, -0.3)
+    assert same(after, theta.index_add(0, index, u, alpha=-0.3))
+    marked = steps.mark_reference(theta, after, changed, version)
+    assert same(steps.mark_at(theta, after, changed, version, index), marked)

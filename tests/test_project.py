@@ -137,9 +137,23 @@ def test_init_writes_files_that_fit_and_says_what_each_is(
         for base in re.findall(r"^base: (.+)$", path.read_text(), re.MULTILINE):
             assert (path.parent / base).exists()
     config.load("configs/own.yaml")
+    config.load("configs/csv.yaml")
+    pointed = {
+        path: found for path in Path().rglob("*") if path.is_file() and (found := _pointers(path.read_text()))
+    }
+    assert pointed == {}, "no pointer to files that are not there"
     script = Path("launch/mpirun.sh")
     assert script.read_text() == (ROOT / script).read_text()
     assert os.access(script, os.X_OK)
+
+
+def _pointers(text: str) -> list[str]:
+    """Files named in a text and missing here, but for those that it says are the repository's."""
+    lines = " ".join(line for line in text.splitlines() if "of the repository" not in line)
+    named = re.findall(r"(?<![\w./{-])(?:configs|docs|examples|launch|slurm|tests)/[\w./-]*\w", lines)
+    return sorted(
+        path for path in set(named) if not Path(path).exists() and not Path(f"slurm/{path}").exists()
+    )
 
 
 def test_init_overwrites_nothing(tmp_path: Path) -> None:
@@ -179,7 +193,9 @@ def missing(page: Path) -> list[str]:
     code = "\n".join(code_of(text))
     named = {
         ROOT / path
-        for path in re.findall(r"(?<![\w./-])(?:configs|docs|launch|slurm|tests|fedmpi)/[\w./-]*\w", code)
+        for path in re.findall(
+            r"(?<![\w./-])(?:configs|docs|examples|launch|slurm|tests|fedmpi)/[\w./-]*\w", code
+        )
     }
     linked = {page.parent / path for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)}
     return sorted(str(path) for path in named | linked if "yours" not in path.name and not path.exists())

@@ -166,10 +166,10 @@ def test_a_legend_says_what_differs() -> None:
         "seed": 0,
     }
     one, two, three = (
-        {**base, "method": m, "server": {"lr": lr}} for m, lr in ((topk, 0.1), (over, 0.1), (over, 0.2))
+        {**base, "method": m, "server": {"lr": lr}} for m, lr in ((topk, None), (over, None), (over, 0.2))
     )
     assert apart([one, two], ["a", "b"]) == ["topk(ratio=0.05, feedback=True)", "lookback(threshold=0.5)"]
-    assert apart([two, three], ["a", "b"]) == ["server.lr=0.1", "server.lr=0.2"]
+    assert apart([two, three], ["a", "b"]) == ["a", "server.lr=0.2"]
     assert apart([one, {**one, "seed": 5}], ["a", "b"]) == ["a", "b"]
     assert apart([one, one, two], ["a", "b", "c"])[:2] == [
         f"topk(ratio=0.05, feedback=True) [{n}]" for n in "ab"

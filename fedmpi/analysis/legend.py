@@ -14,7 +14,8 @@ _APART = ("seed", "comm", "threads", "timeout", "checkpoint", "store", "store_fo
 
 def named(name: str, options: Mapping[str, Any]) -> str:
     """``topk(ratio=0.05, feedback=True)``: a method, model or partition and what was chosen of it."""
-    inside = [f"{key}={_value(value)}" for key, value in options.items() if key != "name"]
+    given = {key: value for key, value in options.items() if key != "name" and value is not None}
+    inside = [f"{key}={_value(value)}" for key, value in given.items()]
     return f"{name}({', '.join(inside)})" if inside else name
 
 
@@ -35,9 +36,8 @@ def method(options: Mapping[str, Any]) -> str:
         if key not in fields or value != default:
             inner = isinstance(value, Mapping) and value.get("name") in METHODS
             chosen[key] = method(value) if inner else value
-    return named(
-        name, dict(sorted(chosen.items(), key=lambda one: isinstance(one[1], bool)))
-    )  # numbers first
+    switches_last = sorted(chosen.items(), key=lambda one: isinstance(one[1], bool))
+    return named(name, dict(switches_last))
 
 
 def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, str]:
@@ -48,7 +48,7 @@ def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, str]:
             found[key] = method(value)
         elif isinstance(value, Mapping) and not isinstance(value.get("name"), str):
             found |= _flat(value, f"{before}{key}.")
-        else:
+        elif value is not None:
             found[before + key] = _value(value)
     return found
 
@@ -65,7 +65,7 @@ def apart(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[st
     if not differ:
         return list(names)
     return [
-        label if label and words.count(label) == 1 else f"{label} [{name}]".strip()
+        label if label and words.count(label) == 1 else f"{label} [{name}]" if label else name
         for label, name in zip(words, names, strict=True)
     ]
 

@@ -160,9 +160,29 @@ def _rounds(arguments: argparse.Namespace) -> Outcome:
     return rounds.run(arguments.repeats, arguments.device)
 
 
+def _size_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=_log2, default=27, metavar="LOG2", help="of 2^LOG2 parameters (27)")
+    parser.add_argument(
+        "--part",
+        action="append",
+        choices=["codings", "downloads", "rounds", "hooks", "start"],
+        help="only this one; may be given more than once",
+    )
+    repeats(parser)
+
+
+def _size(arguments: argparse.Namespace) -> Outcome:
+    from fedmpi.bench import size
+
+    return size.run(arguments.size, arguments.repeats, tuple(arguments.part or size.PARTS))
+
+
 BENCHES: dict[str, Bench] = {
     "kernels": Bench("the kernels, against copying the vector they work on", _kernels_arguments, _kernels),
     "methods": Bench("each method's coding, against copying the gradients", _methods_arguments, _methods),
+    "size": Bench(
+        "methods, rounds, hooks and start-up at users' sizes, by hand or by torch", _size_arguments, _size
+    ),
     "rounds": Bench(
         "rounds of small models, against a bare loop and single clients", _rounds_arguments, _rounds
     ),

@@ -175,7 +175,7 @@ def _coding(options: dict[str, Any], spec: Spec, g_CD: Tensor, repeats: int) -> 
         4 * spec.size / third.nbytes,
         timed(compress, len(g_CD)),
         timed(decompress, len(g_CD)),
-        timed(partial(_finish, method, passes), 1),
+        timed(partial(finished, method, passes), 1),
     )
 
 
@@ -190,11 +190,11 @@ def third_round(options: dict[str, Any], spec: Spec, g_CD: Tensor) -> Third:
     )
     for t in range(_ROUNDS):
         passes = play(method, g_CD, senders, state, Round(0, t, 0.1))
-        senders, state = passes[-1].after, _finish(method, passes)
+        senders, state = passes[-1].after, finished(method, passes)
     return Third(method, senders, play(method, g_CD, senders, state, Round(0, _ROUNDS, 0.1)))
 
 
-def _finish(method: Method, passes: list[Pass]) -> State:
+def finished(method: Method, passes: list[Pass]) -> State:
     """What the server makes of the passes' means."""
     state, now = passes[0].state, passes[0].ctx.round
     for index, one in enumerate(passes[:-1]):

@@ -10,6 +10,7 @@ Shape suffixes: N samples.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -79,9 +80,16 @@ class Engine:
             self.done += 1
 
 
-def simulation(clients: int, samples: int, cohort: int, local: dict[str, Any], **values: Any) -> Simulation:
+def simulation(
+    clients: int,
+    samples: int,
+    cohort: int,
+    local: dict[str, Any],
+    shape: Sequence[int] = (1, 28, 28),
+    **values: Any,
+) -> Simulation:
     """The engine, with ``clients`` of so many random images each."""
-    data = {"name": synthetic.PATH, "samples": clients * samples, "shape": [1, 28, 28]}
+    data = {"name": synthetic.PATH, "samples": clients * samples, "shape": list(shape)}
     base = {"data": data, "clients": clients, "cohort": cohort, "rounds": 1 << 20, "evaluate_every": 1 << 20}
     base |= {"device": "cpu", "threads": 1}
     return Simulation(config.parse({**base, "local": {"lr": _LR, **local}, **values}), solo())

@@ -199,7 +199,9 @@ class LookBack(Compressor):
         if len(full) == len(scalar_C):
             return v_FS, new
         l_CS = self._load(peer, ctx)
-        v_CS = torch.mul(l_CS, rho_C[:, None], out=pages.empty_like(l_CS))
+        v_CS = pages.empty_like(l_CS)
+        for v_S, l_S, rho in zip(v_CS, l_CS, rho_C, strict=True):
+            torch.mul(l_S, rho, out=v_S)
         v_CS[:, self._vector :] = l_CS[:, self._vector :]  # who had a gradient, not how often
         return v_CS.index_copy_(0, there_F, v_FS), new
 

@@ -225,7 +225,7 @@ class PruneServer(MeanServer):
 
     def sizes(self, state: State, seen: Sequence[int]) -> list[Message]:
         kept_M = state["kept"]
-        if not len(kept_M):
+        if not (len(kept_M) and seen):  # who keeps only a view is asked for none
             return super().sizes(state, seen)
         counts, masks = changed_since(state["changed"][kept_M], list(seen)), self._mask(kept_M)
         return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ _SOME, _WALK = (
     64,
     1 << 18,
 )  # up to D / 64 equal magnitudes are looked up, more are met on a walk in such steps
-_FEW = 16  # by sampling only up to D / 16 coordinates: of more, most of the time goes into sorting them
+_FEW = 16  # by sampling only up to D / 16 coordinates: of more, most of the time would go into sorting them
 
 
 def top_k(g_CD: Tensor, k: int) -> Tensor:
@@ -30,16 +31,29 @@ def top_k(g_CD: Tensor, k: int) -> Tensor:
     if exact := getattr(kernels, "top_k", None):  # where a sample would have to be asked for
         chosen_CK: Tensor = exact(g_CD.contiguous(), k)
         return chosen_CK
-    if k > g_CD.shape[1] // _FEW:
-        return top_k_reference(g_CD, k)
     rows = []
     for g_D in g_CD.contiguous():
+        if k > len(g_D) // _FEW:
+            rows.append(_many(kernels, g_D, k))
+            continue
         candidates = kernels.reach(g_D, _threshold(g_D, k), k, len(g_D) // 2)
         if candidates is None:  # the sample was misleading, or most numbers are equal
             rows.append(top_k_reference(g_D[None], k)[0])
         else:
             rows.append(candidates[top_k_reference(g_D[candidates][None], k)[0]])
     return torch.stack(rows)
+
+
+def _many(kernels: ModuleType, g_D: Tensor, k: int) -> Tensor:
+    """:func:`top_k` of one row, where a sample would leave too much to sort."""
+    least: float = kernels.kth(g_D, k)
+    # Nothing says how many are 0, or are as large as something that is no number.
+    reached_N = kernels.reach(g_D, least, k, k + len(g_D) // _SOME) if 0 < least < math.inf else None
+    if reached_N is None:
+        return top_k_reference(g_D[None], k)[0]
+    tied_N = g_D[reached_N].abs() == least
+    keep_N = ~tied_N | (tied_N.cumsum(0) <= k - len(reached_N) + tied_N.sum())
+    return torch.masked_select(reached_N, keep_N)
 
 
 def top_by_key(x_D: Tensor, k: int, key: int) -> Tensor:
