@@ -86,7 +86,10 @@ def _report_arguments(commands: _Commands) -> None:
     )
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     report.add_argument(
-        "--out", type=Path, metavar="DIR", help="where report.md and report.png go (report, beside the runs)"
+        "--out", type=Path, metavar="DIR", help="where report.md and its files go (report, beside the runs)"
+    )
+    report.add_argument(
+        "--format", choices=("png", "svg", "pdf"), default="png", help="also write the picture as svg or pdf"
     )
     report.set_defaults(run=_report)
 
@@ -94,7 +97,7 @@ def _report_arguments(commands: _Commands) -> None:
 def _report(arguments: argparse.Namespace) -> int:
     from fedmpi.analysis.report import report
 
-    print(report(arguments.runs, arguments.out))
+    print(report(arguments.runs, arguments.out, arguments.format))
     return 0
 
 

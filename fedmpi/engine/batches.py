@@ -5,6 +5,7 @@ Shape suffixes: C clients, B samples of a step, N samples of the largest client.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -136,3 +137,31 @@ class Orders:
         for client, key, order_N in zip(clients.tolist(), keys.tolist(), order_CN, strict=True):
             index = partition.of(client)
             self._orders[client] = key, index[order_N[: len(index)]]
+
+
+def alike(batch_C: Tensor, samples: int, pads: bool) -> Iterator[Tensor]:
+    """Positions of clients whose steps take equally many samples, all of them, in parts of about ``samples``; with
+    ``pads`` (samples can be left out) also of those that come to as many when they are padded."""
+    order = batch_C.argsort(stable=True)
+    while len(order):
+        least = int(batch_C[order[0]])
+        rows = order[: max(1, samples // least)]
+        rows = rows[batch_C[rows] <= (padded(least) if pads else least)]
+        yield rows
+        order = order[len(rows) :]
+
+
+def local_steps(local: Local, sizes: Tensor) -> Tensor:
+    """τ of clients with so many samples (int64), the same shape; 0 for none."""
+    if local.steps or not local.epochs:
+        steps = torch.full_like(sizes, local.steps or 1)
+    else:
+        batch = sizes.clamp(min=1) if local.batch is None else local.batch
+        steps = local.epochs * -(-sizes // batch)
+    return steps.where(sizes > 0, 0)
+
+
+def work(local: Local, sizes: Tensor) -> Tensor:
+    """Samples that clients of these sizes (int64) go through in a round, the same shape."""
+    batch = sizes if local.batch is None else sizes.clamp(max=local.batch)
+    return batch * local_steps(local, sizes)

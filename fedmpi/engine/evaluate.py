@@ -1,4 +1,4 @@
-"""What a model comes to on a test set, for all clients or for each, and how it is saved.
+"""What every client's model comes to on what the client holds out, and how a model is saved.
 
 Shape suffixes: X numbers that all share, K clients.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -26,28 +26,6 @@ def of_clients(measured: Measures) -> tuple[str, ...]:
     """Of the first metric of clients on what they held out: the mean, the median, the mean of the worst tenth, the
     standard deviation. Each client counts once; one where it is not defined does not."""
     return f"client_{measured.first}", "client_median", "client_worst", "client_spread"
-
-
-def _agreed(measured: Measures, comm: Comm) -> AbstractContextManager[None]:
-    """An error of the user's code on one rank ends all."""
-    return together(comm, "evaluating") if measured.own else nullcontext()
-
-
-@torch.no_grad()
-@phased("evaluate")
-def evaluate(
-    trainer: Trainer, measured: Measures, x_X: Tensor, test: Split, batch: int, comm: Comm
-) -> dict[str, float | None]:
-    """Metrics and mean loss of ``x_X`` on a test set, whose batches the ranks share out."""
-    model = trainer.load(x_X).eval()
-    batches = torch.arange(len(test.y)).split(batch)
-    tally, samples = Tally(measured, len(batches), len(test.y)), trainer.samples(test)
-    with _agreed(measured, comm):
-        for b in range(comm.rank, len(batches), comm.size):
-            x, y = samples.take(batches[b])
-            tally.add(b, batches[b], model(x), y)
-    comm.sum(tally.tensors)
-    return tally.values()
 
 
 @torch.no_grad()
@@ -87,7 +65,7 @@ def by_client(
     value_K = torch.zeros(held.clients, dtype=torch.float64)
     if not personal:
         model = trainer.load(x_X).eval()
-    with _agreed(measured, comm):
+    with together(comm, "evaluating") if measured.own else nullcontext():
         for client in clients[ranks == comm.rank].tolist():
             if personal:
                 kept = own.get(torch.tensor([client]))

@@ -30,17 +30,17 @@ Kind = Literal["allreduce", "aggregator", "data_parallel"]
 
 
 def sums_of(config: Config, method: Method, device: torch.device = CPU) -> Sums:
-    """How a configuration adds up, on the ``device``.
+    """How the messages of a run are added up, on ``device``.
 
     Raises:
-      ConfigError: ``server.aggregate`` and a method whose vectors' coordinates are not the parameters.
+      ConfigError: ``server.aggregate`` does not work with the method.
     """
     aggregate, up = config.server.aggregate, method.up
     means = all(kind == "mean" for _, kind in up.segments)
     if aggregate != "mean" and (not means or up.size != up.spec.size or len(method.passes) > 1):
         raise ConfigError(
-            f"server.aggregate: {aggregate} needs a method whose message decodes to a gradient of D numbers and that "
-            f"has one pass (dense, bf16, topk, …); {config.method.name}'s does not, expected mean"
+            f"server.aggregate: {aggregate} does not work with {config.method.name}, whose message does not decode to "
+            f"a gradient of D numbers in one pass; expected mean, or a method like dense, bf16 or topk"
         )
     return Sums(config.reproducible, aggregate, config.server.trim, device)
 

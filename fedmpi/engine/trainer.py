@@ -5,7 +5,7 @@ Shape suffixes: C clients of a chunk, O of them that go on, D parameters, B samp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from time import perf_counter
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedmpi import random
 from fedmpi.comm.base import Comm, together
 from fedmpi.engine.apart import Apart, forward
-from fedmpi.engine.batches import Batches, Orders, padded
+from fedmpi.engine.batches import Batches, Orders, alike, local_steps
 from fedmpi.engine.device import Place, Samples, synchronize
 from fedmpi.engine.draws import generators, seed_all
 from fedmpi.engine.layout import Layout
@@ -30,6 +30,7 @@ from fedmpi.method import State, nest, placed, unnest
 from fedmpi.phases import phase, phased
 from fedmpi.plan import Plan
 from fedmpi.tasks.data import Split
+from fedmpi.tasks.metrics import Measures, Tally
 from fedmpi.tasks.objectives import Objective
 from fedmpi.tasks.partitions import Partition
 
@@ -124,20 +125,6 @@ class Trainer:
                 seconds.append(perf_counter() - started)
         return min(seconds)
 
-    def work(self, sizes: Tensor) -> Tensor:
-        """Samples that clients of these sizes (int64) go through in a round, the same shape."""
-        batch = sizes if self.local.batch is None else sizes.clamp(max=self.local.batch)
-        return batch * self.steps(sizes)
-
-    def steps(self, sizes: Tensor) -> Tensor:
-        """τ for clients with so many samples, the same shape; 0 for none."""
-        if self.local.steps or not self.local.epochs:
-            steps = torch.full_like(sizes, self.local.steps or 1)
-        else:
-            batch = sizes.clamp(min=1) if self.local.batch is None else self.local.batch
-            steps = self.local.epochs * -(-sizes // batch)
-        return steps.where(sizes > 0, 0)
-
     def keeps(self) -> State:
         """What a client keeps for itself before its first round, without the axis C; {} for nothing."""
         kept = {"local": self._apart.kept_L} if self.plan.local.size else {}
@@ -166,7 +153,7 @@ class Trainer:
           kept: what these clients keep for themselves, by :meth:`keeps`.
         """
         sizes_C = partition.sizes_of(clients_C)
-        steps_C = self.steps(sizes_C)
+        steps_C = local_steps(self.local, sizes_C)
         if self._stacks(x_X, data, sizes_C):
             assert self._stacked is not None
             lr = self.local.lr * self.local.schedule.factor(round, self._rounds)
@@ -247,7 +234,10 @@ class Trainer:
         with together(comm, "the server's own training"):
             if comm.rank == 0:
                 index = random.sample(random.key(self.seed, stream="server data"), len(data.y), samples)
-                steps, g_O = int(self.steps(torch.tensor(samples))), torch.zeros_like(self.grad_D)
+                steps, g_O = (
+                    int(local_steps(self.local, torch.tensor(samples))),
+                    torch.zeros_like(self.grad_D),
+                )
                 start_O = self._laid.inside(self._apart.begin(x_X))
                 with generators(self._draws, self.device):
                     self._one(start_O, g_O, self.samples(data), index, steps, -1, 0, None)
@@ -264,6 +254,26 @@ class Trainer:
         kept = placed(kept or {}, self.device)
         self.theta_D.copy_(self._laid.inside(self._apart.begin(x_X, kept.get("local"))))
         return self.model
+
+    @torch.no_grad()
+    @phased("evaluate")
+    def evaluate(
+        self, measured: Measures, x_X: Tensor, test: Split, batch: int, comm: Comm
+    ) -> dict[str, float | None]:
+        """Metrics and mean loss of ``x_X`` on a test set, whose batches the ranks share out.
+
+        Raises:
+          FedMPIError: on every rank; the user's loss or metric failed on one.
+        """
+        model, samples = self.load(x_X).eval(), self.samples(test)
+        batches = torch.arange(len(test.y)).split(batch)
+        tally = Tally(measured, len(batches), len(test.y))
+        with together(comm, "evaluating") if measured.own else nullcontext():
+            for b in range(comm.rank, len(batches), comm.size):
+                x, y = samples.take(batches[b])
+                tally.add(b, batches[b], model(x), y)
+        comm.sum(tally.tensors)
+        return tally.values()
 
     @phased("compute")
     def pool(
@@ -287,7 +297,9 @@ class Trainer:
         parts, losses = [], []
         self._begin(self._laid.inside(theta_D))
         self.grad_D.zero_()
-        for rows in self._alike(partition.sizes_of(clients_C), samples):
+        batch_C = partition.sizes_of(clients_C)
+        batch_C = batch_C.clamp(max=self.local.batch or int(batch_C.max()))
+        for rows in alike(batch_C, samples, self._pads):
             with phase("load"):
                 batches = Batches(self.seed, partition, clients_C[rows], round, self.local.batch)
                 x_CB, y_CB = batches.step(0, len(rows)).of(self.samples(data))
@@ -303,18 +315,6 @@ class Trainer:
             g_D.add_(theta_D, alpha=self.local.weight_decay * float(weights_C.sum()))
         g_D.mul_(self.local.schedule.factor(round, self._rounds))
         return (g_D if frozen_D is None else g_D.masked_fill(frozen_D, 0)), loss_C
-
-    def _alike(self, sizes_C: Tensor, samples: int) -> Iterator[Tensor]:
-        """Positions of clients whose steps take equally many samples, or nearly so where samples can be left out: all
-        of them, in parts of about ``samples``."""
-        batch_C = sizes_C.clamp(max=self.local.batch or int(sizes_C.max()))
-        order = batch_C.argsort(stable=True)
-        while len(order):
-            least = int(batch_C[order[0]])
-            rows = order[: max(1, samples // least)]
-            rows = rows[batch_C[rows] <= (padded(least) if self._pads else least)]
-            yield rows
-            order = order[len(rows) :]
 
     def _begin(self, theta_D: Tensor) -> None:
         self.theta_D.copy_(theta_D)

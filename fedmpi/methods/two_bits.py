@@ -5,7 +5,7 @@ ones. Here the magnitudes below the block's mean are sent as their mean, and tho
 algorithm), so that the error is the deviation from a mean: never larger than what was to be sent, and a residual cannot
 grow. Rounded stochastically, the magnitudes are the block's largest and a third of it.
 
-Shape suffixes: C clients, N blocks, n entries of a block, R bytes of its record.
+Shape suffixes: C clients, D numbers, N blocks, n entries of a block, R bytes of its record.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedmpi import random
 from fedmpi.errors import MessageError
 from fedmpi.ops import bits
+from fedmpi.ops.flags import refuse
 
 _SCALES = 4  # bytes: two of bf16
 _LARGEST = torch.finfo(torch.bfloat16).max
@@ -27,8 +29,20 @@ class TwoBits:
         self.block, self._bytes = block, bits.nbytes(block)
         self.record = _SCALES + 2 * self._bytes
 
-    def encode(self, x_CNn: Tensor, u_CNn: Tensor | None) -> Tensor:
-        """As :meth:`fedmpi.methods.blocks.Blocks.encode`."""
+    def number(self, size: int) -> int:
+        """N, of so many numbers."""
+        return -(-size // self.block)
+
+    def encode(self, x_CD: Tensor, keys_C: Tensor | None = None) -> Tensor:
+        """Numbers as records, uint8 ``(C, N, R)``, the last of which is filled with zeros; ``keys_C`` round
+        stochastically."""
+        shape = (len(x_CD), self.number(x_CD.shape[1]), self.block)
+        size = shape[1] * self.block
+        x_CNn = torch.nn.functional.pad(x_CD, (0, size - x_CD.shape[1])).view(shape)
+        u_CNn = None if keys_C is None else random.uniform(keys_C, size, x_CD.device).view(shape)
+        return self._encode(x_CNn, u_CNn)
+
+    def _encode(self, x_CNn: Tensor, u_CNn: Tensor | None) -> Tensor:
         x_CNn = x_CNn.nan_to_num(0.0).clamp(-_LARGEST, _LARGEST)
         negative_CNn, size_CNn = x_CNn < 0, x_CNn.abs()
         if u_CNn is None:
@@ -54,8 +68,8 @@ class TwoBits:
         ]
         return torch.cat([scales_CN2.contiguous().view(torch.uint8), *rows], -1)
 
-    def decode(self, records_CNR: Tensor) -> Tensor:
-        """The numbers ``(C, N, n)``.
+    def decode(self, records_CNR: Tensor, size: int) -> Tensor:
+        """The first ``size`` numbers ``(C, size)``.
 
         Raises:
           MessageError: magnitudes that are none, or in the wrong order.
@@ -67,15 +81,17 @@ class TwoBits:
             .float()
         )
         low_CN1, high_CN1 = scales_CN2.split(1, -1)
-        if not bool(((low_CN1 >= 0) & (high_CN1 >= low_CN1) & high_CN1.isfinite()).all()):
-            raise MessageError("message: expected two finite magnitudes of a block, 0 ≤ lower ≤ upper")
+        refuse(
+            ~((low_CN1 >= 0) & (high_CN1 >= low_CN1) & high_CN1.isfinite()).all(),
+            lambda: MessageError("message: expected two finite magnitudes of a block, 0 ≤ lower ≤ upper"),
+        )
         packed = records_CNR[..., _SCALES:].split(self._bytes, -1)
         negative_CNn, upper_CNn = (
             bits.unpack(part.flatten(0, 1).contiguous(), self.block).unflatten(0, part.shape[:2]).bool()
             for part in packed
         )
         size_CNn = torch.where(upper_CNn, high_CN1, low_CN1)
-        return torch.where(negative_CNn, -size_CNn, size_CNn)
+        return torch.where(negative_CNn, -size_CNn, size_CNn).flatten(1)[:, :size]
 
 
 def _mean(x_CNn: Tensor, where_CNn: Tensor) -> Tensor:
