@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from fedmpi.comm.connect import connect, reason
 from fedmpi.comm.launcher import launcher
@@ -60,11 +62,30 @@ def _cuda() -> dict[str, str]:
     if not torch.cuda.device_count():
         return {}
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"
-    facts = {"CUDA": f"{torch.version.cuda}, NCCL {nccl}"}
+    facts = {"CUDA": f"{torch.version.cuda}, driver {_driver()}, NCCL {nccl}", "kernels there": _kernels()}
     for i in range(torch.cuda.device_count()):
         free, whole = torch.cuda.mem_get_info(i)
         facts[f"GPU {i}"] = f"{free / 1e9:.1f} of {whole / 1e9:.1f} GB are free"
     return facts
+
+
+def _driver() -> str:
+    """The version that the driver tells the system."""
+    try:
+        said = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return "unknown"
+    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", said)
+    return found[0] if found else "unknown"
+
+
+def _kernels() -> str:
+    """Triton's, if one can be compiled, launched and is right."""
+    from fedmpi.ops import fast
+
+    if (why := fast.lacking("cuda")) is not None:
+        return f"torch's own, slower: {why}"
+    return "Triton's"
 
 
 def chart(places: Sequence[Seat]) -> list[str]:

@@ -91,7 +91,7 @@ LAYERS = {
     "optim": {"integrations"},
     "transformers": {"integrations"},
     "api": {"analysis", "callbacks", "comm", "config", "engine", "errors", "overrides"},
-    "doctor": {"comm", "errors", "version"},
+    "doctor": {"comm", "errors", "ops", "version"},
     "tools": {
         "analysis",
         "comm",

@@ -52,7 +52,7 @@ class Client:
         """
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None]
         self._calls = queue.SimpleQueue()
-        self._broken = ""
+        self._broken, self._made = "", None
         self._thread = threading.Thread(target=self._run, name="fedmpi store", daemon=True)
         self._thread.start()
         try:
@@ -63,9 +63,14 @@ class Client:
             raise Gone(str(error)) from None
 
         def connect() -> None:
-            self._store = TCPStore(host, port, None, False, timedelta(seconds=ANSWER), wait_for_workers=False)
+            self._made = TCPStore(host, port, None, False, timedelta(seconds=ANSWER), wait_for_workers=False)
 
         self.call(connect)
+
+    @property
+    def _store(self) -> TCPStore:
+        assert self._made is not None
+        return self._made
 
     def _run(self) -> None:
         while (todo := self._calls.get()) is not None:
@@ -75,7 +80,7 @@ class Client:
             except Exception as error:
                 answer.put((None, error))
             del todo, task, answer
-        del self._store  # in the thread that made it
+        self._made = None  # its connection ends in the thread that made it
 
     def call(self, task: Callable[[], T], seconds: float = ANSWER) -> T:
         """

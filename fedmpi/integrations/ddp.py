@@ -207,11 +207,12 @@ class State:
             self._reducer.start(*complete)
             due, self._sent = (self._sent + complete, []) if last else (self._sent, complete)
             for index in due:
-                self._reducer.finish(index)
+                self._reducer.decode(index)
                 for waiting in list(self._waiting):
                     waiting.groups.discard(index)
                     if not waiting.groups:
                         self._answer(waiting)
+            self._reducer.settle()  # may wait for a device, which goes on with the answers meanwhile
         except Exception as error:
             self._break(error)
 

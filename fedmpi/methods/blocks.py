@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedmpi.errors import MessageError
+from fedmpi.ops.flags import negated, refuse
 from fedmpi.ops.quantize import SCALE, from_records, to_records
 
 _NORMAL = (
@@ -47,17 +48,17 @@ class Blocks:
           MessageError: a scale that is no magnitude, or a code without a level.
         """
         levels_L = self._levels(records_CNR.device)
-        v_CD = from_records(records_CNR, self.block, levels_L, size)
-        if v_CD is not None:
-            return v_CD
+        v_CD, good = from_records(records_CNR, self.block, levels_L, size)
+        refuse(negated(good), lambda: self._error(records_CNR))
+        return v_CD
+
+    def _error(self, records_CNR: Tensor) -> MessageError:
         scale_CN1 = records_CNR[..., :SCALE].clone(memory_format=torch.contiguous_format).view(torch.float32)
         if not bool(((scale_CN1 >= 0) & scale_CN1.isfinite()).all()):
-            raise MessageError("message: expected finite scales ≥ 0, got a negative or infinite one or NaN")
-        code_CNn = records_CNR[..., SCALE:]
+            return MessageError("message: expected finite scales ≥ 0, got a negative or infinite one or NaN")
+        code_CNn, count = records_CNR[..., SCALE:], len(self._levels(records_CNR.device))
         highest = int(code_CNn.max() if self.bits == 8 else torch.maximum(code_CNn & 15, code_CNn >> 4).max())
-        raise MessageError(
-            f"message: code {highest}, expected less than {len(levels_L)}, the number of levels"
-        )
+        return MessageError(f"message: code {highest}, expected less than {count}, the number of levels")
 
     def _levels(self, device: torch.device) -> Tensor:
         return _levels(self.half, self._normal, device)

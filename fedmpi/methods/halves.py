@@ -19,6 +19,7 @@ from fedmpi.method import Compressor, Context, Merge, Method, Round, State
 from fedmpi.methods.base import Entry, FeedbackOptions, Mean, MeanServer, Setup
 from fedmpi.methods.feedback import Feedback
 from fedmpi.ops import fast, halves
+from fedmpi.ops.flags import negated, refuse
 from fedmpi.ops.sums import finite
 from fedmpi.spec import Spec
 
@@ -38,8 +39,10 @@ class Rounded(Merge):
         self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None
     ) -> Tensor:
         mean_N = rows_WN.float().mean(0)
-        if not finite(mean_N):  # bf16 reaches as far as float32, whose sums may overflow
-            mean_N = rows_WN.double().mean(0)
+        if fast.waits(mean_N) or not finite(mean_N):
+            # bf16 reaches as far as float32, whose sums may overflow. Of such numbers a 65536th is exact.
+            less_N = rows_WN.float().mul_(2.0**-16).mean(0).mul_(2.0**16)
+            mean_N = torch.where(mean_N.isfinite(), mean_N, less_N)
         return mean_N.to(rows_WN.dtype)
 
 
@@ -63,16 +66,14 @@ class Half(Compressor):
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         v_CD, good = halves.widen(message.arrays["gradient"])
-        if not good:
-            raise MessageError(_ODD)
+        refuse(negated(good), lambda: MessageError(_ODD))
         return v_CD, peer
 
     def add(
         self, total_CS: Tensor, message: Message, peer: State, ctx: Context, weights: Sequence[float]
     ) -> State:
         for total_S, half_S, weight in zip(total_CS, message.arrays["gradient"], weights, strict=True):
-            if not halves.add(total_S, half_S, weight):
-                raise MessageError(_ODD)
+            refuse(negated(halves.add(total_S, half_S, weight)), lambda: MessageError(_ODD))
         return peer
 
 

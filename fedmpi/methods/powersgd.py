@@ -32,7 +32,7 @@ from fedmpi.method import Compressor, Context, Decoder, Method, Round, Server, S
 from fedmpi.methods.base import Entry, FeedbackOptions, Setup, missed_rounds, remember
 from fedmpi.methods.lowrank import Layer, Layers, orthonormal, set_product, subtract_product
 from fedmpi.ops import fast, pages
-from fedmpi.ops.sums import finite
+from fedmpi.ops.sums import are_finite
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
 
@@ -155,7 +155,7 @@ class Left(_Pass):
         p_CD = self.corrected(g_CD, state)
         parts = [(layer.of(p_CD) @ q_MR).flatten(1) for layer, q_MR in self.factors.right(ctx.shared["q"])]
         message = torch.cat(parts, dim=1)
-        sound = finite(message, self.factors.layers.dense(p_CD))
+        sound = are_finite(message, self.factors.layers.dense(p_CD))
         return Message({"p": message}, finite=sound), state | ({"corrected": p_CD} if self.feedback else {})
 
 

@@ -28,6 +28,7 @@ from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, State
 from fedmpi.methods.base import Entry, Mean, MeanServer, Options, Setup
 from fedmpi.ops import bits
+from fedmpi.ops.flags import refuse
 from fedmpi.ops.quantize import bucket_largest, bucket_squares, from_planes, to_planes
 from fedmpi.spec import Spec
 
@@ -76,8 +77,10 @@ class Qsgd(Compressor):
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         norms_CN = message.arrays["norms"]
-        if not bool(((norms_CN >= 0) & (norms_CN <= _LARGEST)).all()):
-            raise MessageError("message: expected finite norms ≥ 0, got a negative or infinite one or NaN")
+        refuse(
+            ~((norms_CN >= 0) & (norms_CN <= _LARGEST)).all(),
+            lambda: MessageError("message: expected finite norms ≥ 0, got a negative or infinite one or NaN"),
+        )
         return from_planes(message.arrays["planes"], norms_CN, self.bucket, self.size), peer
 
     def _norms(self, g_CD: Tensor) -> Tensor:

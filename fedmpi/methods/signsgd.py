@@ -17,6 +17,7 @@ from fedmpi.method import Compressor, Context, Decoder, Merge, Method, Round, Se
 from fedmpi.methods.base import Entry, FeedbackOptions, Mean, MeanServer, Setup, missed_rounds, remember
 from fedmpi.methods.feedback import Feedback
 from fedmpi.ops import bits, fast, pages
+from fedmpi.ops.flags import refuse
 from fedmpi.ops.sums import absolute
 from fedmpi.spec import Spec
 
@@ -75,9 +76,10 @@ class Votes(Merge):
         if not self.skip:
             return Message({"signs": merged_1N})
         rows_EB = merged_1N.new_empty(0, bits.nbytes(self.count_rows), dtype=torch.uint8)
-        if optional_WB is not None:
-            empty_1R = bits.unpack(optional_WB, self.count_rows).all(0, keepdim=True)
-            rows_EB = bits.pack(empty_1R[_where(empty_1R.any(1).cpu(), empty_1R.device)])
+        if (
+            optional_WB is not None
+        ):  # where nobody abstains with everybody else, all zeros: no device is asked
+            rows_EB = bits.pack(bits.unpack(optional_WB, self.count_rows).all(0, keepdim=True))
         some_1 = torch.tensor([len(rows_EB) > 0])
         tag_1 = torch.full((1,), len(rows_EB) > 0, device=merged_1N.device)
         signs_1B = _tagged(merged_1N[:, : bits.nbytes(self.spec.size)], self.spec.size, tag_1)
@@ -155,12 +157,12 @@ class Sign(Compressor):
         """
         if not self.skip:
             return None
-        some_C, rows_EB = _tags(message.arrays["signs"], self.spec.size).cpu(), message.arrays["rows"]
-        if not torch.equal(message.lengths["rows"], some_C.long()):
-            raise MessageError(
-                f"message: {message.lengths['rows'].tolist()} arrays 'rows' of the clients, expected "
-                f"{some_C.long().tolist()} by their tags"
-            )
+        tags_C, rows_EB = _tags(message.arrays["signs"], self.spec.size), message.arrays["rows"]
+        lengths_C = message.lengths["rows"]
+        refuse((tags_C != lengths_C.to(tags_C.device)).any(), lambda: _mistagged(lengths_C, tags_C))
+        if bool((lengths_C > 1).any()):
+            raise _mistagged(lengths_C, tags_C)
+        some_C = lengths_C.bool()
         if not len(rows_EB):
             return None
         empty_CR = rows_EB.new_zeros(len(some_C), self.count_rows, dtype=torch.bool)
@@ -183,6 +185,12 @@ class Sign(Compressor):
             self._abstain(v_1D, None if empty_CR is None else empty_CR[c : c + 1])
             total_S.add_(v_1D[0], alpha=weight)
         return peer
+
+
+def _mistagged(lengths_C: Tensor, tags_C: Tensor) -> MessageError:
+    return MessageError(
+        f"message: {lengths_C.tolist()} arrays 'rows' of the clients, expected {tags_C.long().tolist()} by their tags"
+    )
 
 
 def _where(some_C: Tensor, device: torch.device) -> Tensor:

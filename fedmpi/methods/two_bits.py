@@ -16,6 +16,7 @@ from torch import Tensor
 from fedmpi import random
 from fedmpi.errors import MessageError
 from fedmpi.ops import bits
+from fedmpi.ops.flags import refuse
 
 _SCALES = 4  # bytes: two of bf16
 _LARGEST = torch.finfo(torch.bfloat16).max
@@ -80,8 +81,10 @@ class TwoBits:
             .float()
         )
         low_CN1, high_CN1 = scales_CN2.split(1, -1)
-        if not bool(((low_CN1 >= 0) & (high_CN1 >= low_CN1) & high_CN1.isfinite()).all()):
-            raise MessageError("message: expected two finite magnitudes of a block, 0 ≤ lower ≤ upper")
+        refuse(
+            ~((low_CN1 >= 0) & (high_CN1 >= low_CN1) & high_CN1.isfinite()).all(),
+            lambda: MessageError("message: expected two finite magnitudes of a block, 0 ≤ lower ≤ upper"),
+        )
         packed = records_CNR[..., _SCALES:].split(self._bytes, -1)
         negative_CNn, upper_CNn = (
             bits.unpack(part.flatten(0, 1).contiguous(), self.block).unflatten(0, part.shape[:2]).bool()

@@ -14,6 +14,7 @@ from fedmpi.errors import MessageError
 from fedmpi.message import Field, Layout
 from fedmpi.methods.blocks import Blocks
 from fedmpi.methods.two_bits import TwoBits
+from fedmpi.ops.flags import refuse
 
 Kind = Literal["float32", "bf16", "int8", "int4", "int2"]
 BLOCKED = ("int8", "int4", "int2")
@@ -60,7 +61,11 @@ class Values:
             return self._blocks.decode(records_CNR, self.count)
         if self.kind == "bf16":
             values_CK = array.float()
-            if not bool(values_CK.isfinite().all()):
-                raise MessageError("message: expected finite values (senders saturate), got infinity or NaN")
+            refuse(
+                ~values_CK.isfinite().all(),
+                lambda: MessageError(
+                    "message: expected finite values (senders saturate), got infinity or NaN"
+                ),
+            )
             return values_CK
         return array

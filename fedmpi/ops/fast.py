@@ -1,4 +1,4 @@
-"""When and how compiled kernels run in place of their torch references.
+"""When and how compiled kernels run in place of their torch references: numba's on the CPU, Triton's on CUDA.
 
 Every kernel returns the very bits of its reference, whatever the number of threads: both add up in the same fixed
 order. So it is no part of a result whether numba is installed, how many threads a rank has, or on which side of
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -32,16 +33,16 @@ KEPT = 1 << 30
 _PIECES = 4  # of the work, for each thread: a core that others use as well does fewer of them
 
 
-# Which package's kernels serve tensors of a kind of device; all others have the torch reference.
-_KERNELS = {"cpu": "fedmpi.ops.compiled"}
+# Which package's kernels serve tensors of a kind of device, and what it needs; all others have the torch reference.
+KERNELS = {"cpu": ("fedmpi.ops.compiled", "numba"), "cuda": ("fedmpi.ops.triton", "triton")}
 
 
-def compiled(name: str, *tensors: Tensor, count: int | None = None) -> ModuleType | None:
-    """The kernels of ``fedmpi.ops.compiled.<name>``; None where the torch reference has to do: without numba, for
-    tensors of a device that has no kernels, such as need a gradient, and for too few numbers (``count``, else the
-    first tensor's)."""
-    package = _KERNELS.get(tensors[0].device.type)
-    if package is None or any(t.device != tensors[0].device for t in tensors):
+def compiled(name: str, *tensors: Tensor, count: int | None = None, having: str = "") -> ModuleType | None:
+    """The kernels of this name for the tensors' device; None where the torch reference has to do: for a device or a
+    name that has none, without what they are compiled by, for tensors that need a gradient, and for too few numbers
+    (``count``, else the first tensor's). ``having``: a function that not every package has."""
+    package, _ = KERNELS.get(tensors[0].device.type, ("", ""))
+    if not package or any(t.device != tensors[0].device for t in tensors):
         return None
     module = f"{package}.{name}"
     least = LOADED if module in sys.modules else SMALLEST
@@ -49,7 +50,8 @@ def compiled(name: str, *tensors: Tensor, count: int | None = None) -> ModuleTyp
         return None
     if any(t.requires_grad for t in tensors):
         return None
-    return _module(module)
+    kernels = _module(module, tensors[0].device.type)
+    return None if having and not hasattr(kernels, having) else kernels
 
 
 def waits(x: Tensor) -> bool:
@@ -64,10 +66,22 @@ def none(odd_1: Tensor) -> bool | Tensor:
 
 
 @lru_cache
-def _module(module: str) -> ModuleType | None:
+def lacking(device: str) -> str | None:
+    """Why no kernels serve this type of device; None where they do."""
+    package, needs = KERNELS.get(device, ("", ""))
+    if not package:
+        return "there are none for it"
     try:
-        import_module("numba")  # missing, or made for another numpy
-    except ImportError:
+        import_module(needs)  # missing, or made for another numpy
+    except ImportError as error:
+        return f"{needs} cannot be imported ({error})"
+    problem = getattr(import_module(package), "problem", lambda: "")()
+    return problem or None
+
+
+@lru_cache
+def _module(module: str, device: str) -> ModuleType | None:
+    if lacking(device) is not None or find_spec(module) is None:
         return None
     return import_module(module)
 

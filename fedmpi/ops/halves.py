@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedmpi.ops import fast, pages
-from fedmpi.ops.sums import finite
+from fedmpi.ops.flags import Flag
+from fedmpi.ops.sums import are_finite, finite
 
 _BLOCK = 1 << 17  # numbers, for each thread
 
@@ -39,7 +40,7 @@ def narrow_reference(x_CD: Tensor, dtype: torch.dtype, odd_1: Tensor | None = No
     return x_CD.clamp(-largest, largest).to(dtype)
 
 
-def widen(half_CD: Tensor) -> tuple[Tensor, bool]:
+def widen(half_CD: Tensor) -> tuple[Tensor, Flag]:
     """As float32, and whether all are finite."""
     if fast.waits(half_CD):
         return widen_reference(half_CD)
@@ -49,13 +50,13 @@ def widen(half_CD: Tensor) -> tuple[Tensor, bool]:
     return out_CD, all(good)
 
 
-def widen_reference(half_CD: Tensor) -> tuple[Tensor, bool]:
-    """:func:`widen` at once."""
+def widen_reference(half_CD: Tensor) -> tuple[Tensor, Flag]:
+    """:func:`widen` at once; a device is not asked."""
     out_CD = half_CD.float()
-    return out_CD, bool(out_CD.isfinite().all())
+    return out_CD, are_finite(out_CD)
 
 
-def add(total_N: Tensor, half_N: Tensor, weight: float) -> bool:
+def add(total_N: Tensor, half_N: Tensor, weight: float) -> Flag:
     """total += weight · (as float32). False, and a total of no use, if some are not finite."""
     if fast.waits(half_N):
         return add_reference(total_N, half_N, weight)
@@ -68,7 +69,7 @@ def add(total_N: Tensor, half_N: Tensor, weight: float) -> bool:
     return True
 
 
-def add_reference(total_N: Tensor, half_N: Tensor, weight: float) -> bool:
+def add_reference(total_N: Tensor, half_N: Tensor, weight: float) -> Flag:
     """:func:`add` at once."""
     wide_N, good = widen_reference(half_N)
     total_N.add_(wide_N, alpha=weight)

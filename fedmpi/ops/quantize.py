@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedmpi import random
 from fedmpi.ops import bits, fast, pages
+from fedmpi.ops.flags import Flag
 from fedmpi.ops.sums import dots, squares_reference
 
 SCALE = 4  # bytes
@@ -171,9 +172,9 @@ def _uneven(x_CNn: Tensor, u_CNn: Tensor | None, levels_L: Tensor) -> Tensor:
     return low_CNn + (u_CNn < (x_CNn - below_CNn) / (levels_L[low_CNn + 1] - below_CNn))
 
 
-def from_records(records_CNR: Tensor, block: int, levels_L: Tensor, size: int) -> Tensor | None:
-    """The first ``size`` numbers ``(C, size)`` of :func:`to_records`; None where a scale is no magnitude or a code has
-    no level."""
+def from_records(records_CNR: Tensor, block: int, levels_L: Tensor, size: int) -> tuple[Tensor, Flag]:
+    """The first ``size`` numbers ``(C, size)`` of :func:`to_records`; False beside them, which are of no use, where a
+    scale is no magnitude or a code has no level."""
     kernels = fast.compiled("quantize", records_CNR, count=size * len(records_CNR))
     if kernels is None:
         return from_records_reference(records_CNR, block, levels_L, size)
@@ -182,17 +183,19 @@ def from_records(records_CNR: Tensor, block: int, levels_L: Tensor, size: int) -
     for records_NR, out_D in zip(records_CNR.contiguous(), out_CD, strict=True):
         arguments = records_NR.numpy(), block, levels_L.numpy(), out_D.numpy(), bad_1.numpy()
         fast.run(kernels.blocks_decode, len(records_NR), *arguments)
-    return None if bool(bad_1) else out_CD
+    return out_CD, not bool(bad_1)
 
 
-def from_records_reference(records_CNR: Tensor, block: int, levels_L: Tensor, size: int) -> Tensor | None:
+def from_records_reference(
+    records_CNR: Tensor, block: int, levels_L: Tensor, size: int
+) -> tuple[Tensor, Flag]:
     """:func:`from_records` by torch."""
     # A copy: of a single block the slice is contiguous as it is, with strides that no float32 has.
     scale_CN1 = records_CNR[..., :SCALE].clone(memory_format=torch.contiguous_format).view(torch.float32)
     code_CNn = records_CNR[..., SCALE:]
     if code_CNn.shape[-1] < block:
         code_CNn = torch.stack([code_CNn & 15, code_CNn >> 4], -1).flatten(-2)
-    good = ((scale_CN1 >= 0) & scale_CN1.isfinite()).all()
-    if not bool(good & (code_CNn < len(levels_L)).all()):
-        return None
-    return (levels_L[code_CNn.int()] * scale_CN1).flatten(1)[:, :size]
+    good = ((scale_CN1 >= 0) & scale_CN1.isfinite()).all() & (code_CNn < len(levels_L)).all()
+    code_CNn = code_CNn.clamp(max=len(levels_L) - 1)
+    v_CD = (levels_L[code_CNn.int()] * scale_CN1).flatten(1)[:, :size]
+    return v_CD, good if fast.waits(v_CD) else bool(good)

@@ -43,7 +43,11 @@ class CountSketch:
           g_CN: ``(C, D)``; with ``index_N``, the values at these coordinates, all others being zero.
           index_N: int64, different coordinates.
         """
-        kernels = fast.compiled("counters", g_CN) if index_N is None and g_CN.dtype == torch.float32 else None
+        kernels = (
+            fast.compiled("counters", g_CN, having="sketch_encode")
+            if index_N is None and g_CN.dtype == torch.float32
+            else None
+        )
         if index_N is None and g_CN.shape[1] != self.size:
             raise ValueError(f"g: expected rows of D = {self.size} numbers, got {g_CN.shape[1]}")
         if kernels is not None:
@@ -64,7 +68,7 @@ class CountSketch:
         """The estimates of all coordinates from each sketch, ``(C, D)``; of an even number of rows the median
         is the mean of the two in the middle."""
         count = len(v_CS) * self.size if v_CS.dtype == torch.float32 else 0
-        kernels = fast.compiled("counters", v_CS, count=count)
+        kernels = fast.compiled("counters", v_CS, count=count, having="sketch_estimate")
         if kernels is not None:
             out_CD, chunks = pages.empty(len(v_CS), self.size), -(-self.size // kernels.CHUNK)
             v_CRK = v_CS.reshape(len(v_CS), self.rows, self.columns).contiguous().numpy()

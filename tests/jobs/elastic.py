@@ -1,9 +1,9 @@
 """Ranks that come and go, and what each saw: elastic.py FOLDER SECONDS EVERY [SEED]
 
 Four ranks train with fedmpi.local_sgd(…, elastic=…) for SECONDS. Every EVERY seconds one is killed, or stopped and
-continued 4 seconds later, and another one is started. EVERY 0 is a fixed plan instead: one is killed, one comes, the
-coordinator is killed and another one takes its place; and nobody is disturbed in SECONDS that are negative, in which
-the job ends after so many steps.
+continued 4 seconds later, and another one is started. EVERY 0 is a plan instead, whatever time it takes: one is killed,
+one comes, the coordinator is killed and another one takes its place; and nobody is disturbed in SECONDS that are
+negative, in which the job ends after so many steps.
 
 Each rank writes FOLDER/<name>.jsonl: a line when it joins, one for each synchronisation, and its end. All are forks of
 this process, which imports once.
@@ -33,7 +33,8 @@ from fedmpi.comm.coordinated import serve
 from fedmpi.errors import FedMPIError
 from fedmpi.integrations.local_sgd import LocalSGD
 
-H, STEP, RANKS, AWAY = 40, 0.025, 4, 4.0
+H, SHORT, STEP, RANKS, AWAY = 40, 10, 0.025, 4, 4.0
+PATIENT = {"lease": 2.5, "late": 60.0, "collective": 30.0, "coordinator": 60.0, "join": 60.0}
 LIMITS = {"lease": 0.8, "late": 1.5, "collective": 2.0, "coordinator": 15.0, "join": 30.0}
 METHOD = {"name": "topk", "ratio": 0.1, "feedback": True}
 
@@ -51,15 +52,24 @@ def digest(net: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
-def worker(name: str, port: int, folder: Path, seed: int, steps: int, end: float, **how: Any) -> None:
-    """Trains until ``end``, or for so many ``steps`` without a pause."""
+def worker(
+    name: str,
+    port: int,
+    folder: Path,
+    seed: int,
+    steps: int,
+    end: float,
+    limits: dict[str, float],
+    **how: Any,
+) -> None:
+    """Trains until ``end`` or the file "enough" is there, or for so many ``steps`` without a pause."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     log = (folder / f"{name}.jsonl").open("a", buffering=1)
     net = nn.Sequential(nn.Linear(32, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4)
     generator, test = torch.Generator().manual_seed(seed), batch(torch.Generator().manual_seed(1), 2000)
-    at = {"at": f"127.0.0.1:{port}", "workers": RANKS, **LIMITS}
+    at = {"at": f"127.0.0.1:{port}", "workers": RANKS, **limits}
 
     def tell(what: str, **more: Any) -> None:
         log.write(json.dumps({"time": time.time(), "what": what, **more}) + "\n")
@@ -69,7 +79,7 @@ def worker(name: str, port: int, folder: Path, seed: int, steps: int, end: float
     outer = LocalSGD(net, optimizer, **how)
     tell("joined", step=outer.step, digest=digest(net), synchronisation=outer.stats()["synchronisations"])
     made, spent = 0, 0.0
-    while outer.step < steps if steps else time.time() < end:
+    while outer.step < steps if steps else time.time() < end and not (folder / "enough").exists():
         began = time.monotonic()
         x, y = batch(generator)
         optimizer.zero_grad()
@@ -150,7 +160,8 @@ def free_port() -> int:
 
 
 class Job:
-    def __init__(self, folder: Path, seconds: float, seed: int) -> None:
+    def __init__(self, folder: Path, seconds: float, seed: int, limits: dict[str, float]) -> None:
+        self.limits = limits
         self.children, self.folder, self.seed = Children(folder), folder, seed
         self.port, self.count, self.coordinators = free_port(), 0, 0
         self.began = time.time()
@@ -172,8 +183,10 @@ class Job:
 
     def start(self, **how: Any) -> str:
         self.count += 1
+        if self.limits is PATIENT and not self.steps:
+            how["every"] = SHORT
         name, seed = f"rank{self.count:03d}", 1000 * self.seed + self.count
-        plan = self.port, self.folder, seed, self.steps, self.end
+        plan = self.port, self.folder, seed, self.steps, self.end, self.limits
         self.children.fork(name, lambda: worker(name, *plan, **how))
         self.note("start", name)
         return name
@@ -208,22 +221,28 @@ class Job:
             time.sleep(0.02)
 
     def planned(self) -> None:
-        def at(seconds: float) -> None:
-            time.sleep(max(0.0, self.began + seconds - time.time()))
-
-        at(2.5)
+        self.wait_for("rank002", 2)
         self.note("kill", "rank002")
         self.children.kill("rank002")
         stranger = self.start(method="dense")
-        at(4.5)
-        self.start()
         self.note("refused", stranger)
-        self.children.wait(stranger, 5)
-        at(6.5)
+        newcomer = self.start()
+        self.wait_for(newcomer, 1)
+        self.children.wait(stranger, 60)
         self.children.kill("coordinator1")
         self.note("kill", "coordinator1")
-        at(7.0)
+        time.sleep(0.5)
         self.coordinate()
+        self.wait_for(newcomer, 4)
+        (self.folder / "enough").touch()
+
+    def wait_for(self, name: str, synchronisations: int) -> None:
+        """Until this rank has had so many; what has not come by the job's end is seen in what the ranks wrote."""
+        path = self.folder / f"{name}.jsonl"
+        while time.time() < self.end:
+            if path.exists() and path.read_text().count('"synchronised"') >= synchronisations:
+                return
+            time.sleep(0.02)
 
     def finish(self) -> None:
         for name in self.away:
@@ -240,7 +259,8 @@ class Job:
 def main() -> None:
     folder, seconds, every = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
     folder.mkdir(parents=True, exist_ok=True)
-    job = Job(folder, seconds, int(sys.argv[4]) if len(sys.argv) > 4 else 0)
+    limits = LIMITS if seconds > 0 and every else PATIENT
+    job = Job(folder, seconds, int(sys.argv[4]) if len(sys.argv) > 4 else 0, limits)
     if seconds > 0 and every:
         job.rolling(every)
     elif seconds > 0:

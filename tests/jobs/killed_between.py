@@ -21,7 +21,7 @@ import fedmpi
 from fedmpi.comm import connect
 from fedmpi.comm.base import Comm
 
-STEPS, H = 200, 10
+STEPS, H = 120, 10
 _SEED = threading.Lock()  # ranks may be threads, which share torch's generator
 
 
