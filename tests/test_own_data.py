@@ -30,7 +30,7 @@ from fedmpi.tasks.data import Data, Split
 
 rng = np.random.default_rng(2)
 x = rng.standard_normal((30, 2))
-y = (x[:, 0] > 0).astype(np.int32)
+y, z = (x[:, 0] > 0).astype(np.int32), x[:, 1].copy()
 
 class Pairs(Dataset):
     def __init__(self, n=20, noise=0.0, broken=None, ragged=None):
@@ -51,12 +51,20 @@ class Stream(IterableDataset):
     def __iter__(self):
         return ((torch.from_numpy(x[i]), torch.tensor(y[i])) for i in range(20))
 
+def frame(values):
+    import pandas
+    return pandas.DataFrame(values)
+
 def load(folder, kind="arrays"):
     test = (x[20:], y[20:])
     return {
         "arrays": lambda: ((x[:20], y[:20]), test),
         "splits": lambda: Data("mine", Split(x[:20], y[:20], np.arange(20, dtype=np.uint16) // 5), Split(*test), 2),
         "floats": lambda: ((x[:20].astype(np.float16), x[:20, 1]), (x[20:].astype(np.float16), x[20:, 1])),
+        "lists": lambda: ((x[:20].tolist(), y[:20].tolist()), (x[20:].tolist(), y[20:].tolist())),
+        "frames": lambda: ((frame(x[:20]), frame(y[:20])[0]), (frame(x[20:]), frame(y[20:])[0])),
+        "column": lambda: ((x[:20], z[:20, None]), (x[20:], z[20:, None])),
+        "labels": lambda: ((x[:20], x[:20] > 0), (x[20:], x[20:] > 0)),
         "dataset": lambda: (Pairs(), Pairs(10)),
         "stream": lambda: (Stream(), Pairs(10)),
         "noisy": lambda: (Pairs(noise=1.0), Pairs(10)),
@@ -111,6 +119,8 @@ def arrays(mine: str) -> Any:
         ("splits", ["train.groups converted from uint16 to int64"]),
         ("floats", ["train.x converted from float16 to float32", "1 values a sample"]),
         ("dataset", ["train.x converted from float64", "2 classes"]),
+        ("lists", ["train.x converted from float64", "2 classes"]),
+        ("frames", ["train.x converted from float64", "train.y converted from int32", "2 classes"]),
         ("stream", ["train.x converted from float64", "train.y converted from int32"]),
         ("noisy", ["train gives another sample 0 each time; each is read once"]),
     ],
@@ -133,6 +143,21 @@ def test_own_data_become_tensors_and_it_is_said(mine: str, kind: str, notes: lis
     if kind == "splits":
         assert found.train.groups is not None
         assert found.train.groups.tolist() == [i // 5 for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [("floats", "squared_error"), ("column", "squared_error"), ("labels", "binary_cross_entropy")],
+)
+def test_targets_of_values_and_of_several_labels_train(mine: str, kind: str, loss: str) -> None:
+    """(N,), (N, 1) as slices of arrays have it, and whether each of several labels is so."""
+    values = {**SMALL, "data": {"name": f"{mine}:load", "kind": kind}, "loss": loss, "partition": "iid"}
+    sim = Simulation(config.parse({**values, "rounds": 20, "evaluate_every": 1}), solo())
+    losses = []
+    for t in range(20):
+        sim.round(t)
+        losses.append(sim.measures["test_loss"])
+    assert losses[-1] < 0.7 * losses[0]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from fedmpi.comm.base import Comm, together
 from fedmpi.engine.apart import Apart, forward
 from fedmpi.engine.batches import Batches, Orders, padded
 from fedmpi.engine.device import Place, Samples, synchronize
-from fedmpi.engine.draws import generators, seed_all
+from fedmpi.engine.draws import generators, held, seed_all
 from fedmpi.engine.layout import Layout
 from fedmpi.engine.probe import Traits
 from fedmpi.engine.rules import Rule
@@ -43,8 +43,8 @@ class Trainer:
     The accumulated gradient is the sum of the local steps' directions, as in LBGM's Algorithm 1
     (lines 3 and 4); for plain SGD it is (θ₀ − θ_τ)/η, and for one step it is the gradient to the bit.
 
-    A client shuffles its samples afresh in every round, or, ``continuing`` (data-parallel training), goes on
-    where it was: it sees each sample once before it sees one again, and its rate changes from step to step.
+    A client shuffles its samples afresh in every round, or, ``continuing`` (data-parallel training), goes on where it
+    was: it sees each sample once before it sees one again, and its rate changes from step to step.
 
     Attributes:
       together: small models' clients train at once, which gives the same up to rounding.
@@ -71,15 +71,14 @@ class Trainer:
         """
         model = model.to(place.device)
         self._place, self.device = place, place.device
-        self._samples: dict[int, Samples] = {}  # those on a device, by their split
+        self._samples: dict[int, Samples] = {}  # those on a device
         self.model, self.plan, self.loss, self.local, self.seed = model, plan, objective.loss, local, seed
         self.spec = spec = plan.trained
         self.continuing, self.together = continuing, False
         self._objective, self._pads = objective, objective.pads
         self._orders = Orders(seed, local, continuing)
-        self._draws, self._apart = traits.draws, Apart(model, plan)
-        own = self._apart.trained
-        # In the order of their memory, which is not that of ``own`` where convolutions are laid out otherwise.
+        self._draws, self._held, self._apart = traits.draws, held(model), Apart(model, plan)
+        own = self._apart.trained  # what follows lies otherwise where convolutions do
         self.theta_D, self.grad_D = (torch.zeros(own.size, device=self.device) for _ in range(2))
         self._laid = Layout(model, own)
         self._laid.bind(self.theta_D, self.grad_D)
@@ -362,7 +361,8 @@ class Trainer:
             with phase("load"):
                 chosen = self._orders.batch(index, batch, client, round, step)
             if self._draws:
-                seed_all(random.key(self.seed, round, client, f"draws {step}"), self.device)
+                key = random.key(self.seed, round, client, f"draws {step}")
+                seed_all(key, self.device, self._held)
             loss, weight = self._backward(data, chosen)
             total += loss * weight
             seen += weight
