@@ -5,6 +5,7 @@ Shape suffixes: C clients, B samples of a step, N samples of the largest client.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,19 @@ def padded(n: int) -> int:
     """``n`` or up to a quarter more: four values an octave, so that there are few shapes."""
     step = 1 << max(0, n.bit_length() - 3)
     return -(-n // step) * step
+
+
+def alike(sizes_C: Tensor, samples: int, batch: int | None, pads: bool) -> Iterator[Tensor]:
+    """Positions of clients whose steps take equally many samples, or nearly so where samples can be left out
+    (``pads``): all of them, in parts of about ``samples``."""
+    batch_C = sizes_C.clamp(max=batch or int(sizes_C.max()))
+    order = batch_C.argsort(stable=True)
+    while len(order):
+        least = int(batch_C[order[0]])
+        rows = order[: max(1, samples // least)]
+        rows = rows[batch_C[rows] <= (padded(least) if pads else least)]
+        yield rows
+        order = order[len(rows) :]
 
 
 class Step(NamedTuple):

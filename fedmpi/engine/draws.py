@@ -86,7 +86,7 @@ def generators(taken: bool, device: torch.device = CPU) -> Iterator[None]:
 
 
 def seed_all(key: int, device: torch.device = CPU, own: Iterable[Any] = ()) -> None:
-    """Let all of them, and a model's ``own``, begin at ``key``, an int64. A device's numbers are others than the CPU's."""
+    """Let all of them, and a model's ``own``, begin at ``key``, an int64. A device's numbers are not the CPU's."""
     torch.default_generator.manual_seed(key & (1 << 63) - 1)
     if device.type == "cuda":  # this one's alone
         torch.cuda.default_generators[device.index].manual_seed(key & (1 << 63) - 1)

@@ -23,7 +23,7 @@ class Rule(NamedTuple):
     """One rule with its constants.
 
     Attributes:
-      name: sgd, nesterov, adam or adamw.
+      name: sgd, nesterov, adam or adamw; own: a class of torch's kind steps by the u that this one makes.
       mu: FedProx's μ: the gradient of μ/2 ‖θ − θ₀‖², with θ₀ what the client started from, is added.
       clip: the gradient of a step has at most this L2 norm; None: any.
     """
@@ -40,7 +40,7 @@ class Rule(NamedTuple):
     @classmethod
     def of(cls, local: Local) -> Rule:
         return cls(
-            local.optimizer,
+            local.optimizer if isinstance(local.optimizer, str) else "own",
             local.momentum,
             local.weight_decay,
             local.beta1,

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedmpi.engine.batches import Batches, padded
 from fedmpi.engine.device import Samples
+from fedmpi.engine.gradient import LEAST
 from fedmpi.engine.rules import Rule
 from fedmpi.message import CPU
 from fedmpi.phases import phase
@@ -28,8 +29,6 @@ from fedmpi.tasks.objectives import Objective
 
 _Program = Callable[[dict[str, Tensor], Tensor, Tensor], tuple[dict[str, Tensor], Tensor]]
 
-LEAST = 1e-9
-"""Of a sample; less counts only where nothing does."""
 _TRACING = threading.Lock()  # torch.fx patches modules for all threads meanwhile; ranks may be threads
 _WORTH = 1 << 22  # operations of a step; one with more takes longer than starting it does
 

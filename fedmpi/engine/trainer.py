@@ -5,7 +5,6 @@ Shape suffixes: C clients of a chunk, O of them that go on, D parameters, B samp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from time import perf_counter
 
@@ -14,17 +13,19 @@ from torch import Tensor, nn
 
 from fedmpi import random
 from fedmpi.comm.base import Comm, together
-from fedmpi.engine.apart import Apart, forward
-from fedmpi.engine.batches import Batches, Orders, padded
+from fedmpi.engine.apart import Apart
+from fedmpi.engine.batches import Batches, Orders, alike
 from fedmpi.engine.device import Place, Samples, synchronize
 from fedmpi.engine.draws import generators, held, seed_all
+from fedmpi.engine.gradient import LEAST, Gradient
 from fedmpi.engine.layout import Layout
+from fedmpi.engine.own_optimizer import TorchOptimizer
 from fedmpi.engine.probe import Traits
 from fedmpi.engine.rules import Rule
-from fedmpi.engine.stacked import LEAST, Stacked, at_once
+from fedmpi.engine.stacked import Stacked, at_once
 from fedmpi.engine.updates import Update, on_host
 from fedmpi.errors import NumericalError
-from fedmpi.local import Local
+from fedmpi.local import Local, OwnOptimizer
 from fedmpi.message import CPU, Message, from_bytes, to_bytes
 from fedmpi.method import State, nest, placed, unnest
 from fedmpi.phases import phase, phased
@@ -76,6 +77,7 @@ class Trainer:
         self.spec = spec = plan.trained
         self.continuing, self.together = continuing, False
         self._objective, self._pads = objective, objective.pads
+        self._gradient = Gradient(model, objective, local, place.device)
         self._orders = Orders(seed, local, continuing)
         self._draws, self._held, self._apart = traits.draws, held(model), Apart(model, plan)
         own = self._apart.trained  # what follows lies otherwise where convolutions do
@@ -84,13 +86,18 @@ class Trainer:
         self._laid.bind(self.theta_D, self.grad_D)
         self.rule, self._rounds = Rule.of(local), rounds
         self._parts = (local.steps or 1) if continuing else 1  # of a round, each with a rate of its own
-        remembers = bool(self.rule.init(self.theta_D[:0]))
-        self._keeps = remembers and (self._parts > 1 if local.keep is None else local.keep)
+        keep, self._foreign = self._parts > 1 if local.keep is None else local.keep, None
+        if isinstance(local.optimizer, OwnOptimizer):
+            stepped = {name: dict(model.named_parameters())[name] for name in own.names}
+            self._foreign = TorchOptimizer(local.optimizer, stepped, local.lr, bool(local.keep))
+            self._draws = self._draws or self._foreign.draws
+        self._keeps = keep and bool(self._memory(self.theta_D[:0]))
         self._plain = traits.plain and self._apart.empty and not (self._keeps or plan.control)
         # θ_s = θ₀ − η Σ g then, and the sum is what is wanted: no pass over the parameters but this one.
         self._sums = self.rule.plain and own is spec and not plan.control and self._parts == 1
         plain = self._plain and local.accumulate == 1 and local.precision == "float32"
-        self._stacked = Stacked(model, spec, self.loss) if plain and not continuing else None
+        plain = plain and not continuing and self._foreign is None
+        self._stacked = Stacked(model, spec, self.loss) if plain else None
         self._worth: bool | None = None  # to train several clients so
 
     @property
@@ -141,10 +148,14 @@ class Trainer:
         """What a client keeps for itself before its first round, without the axis C; {} for nothing."""
         kept = {"local": self._apart.kept_L} if self.plan.local.size else {}
         if self._keeps:
-            kept |= nest(self.rule.init(self.theta_D), "optimizer.")
+            kept |= nest(self._memory(self.theta_D), "optimizer.")
         if self.plan.control:
             kept["control"] = torch.zeros(self.spec.size, device=self.device)
         return kept
+
+    def _memory(self, like: Tensor) -> State:
+        """The rule's, of vectors of this length, or the own optimizer's, before a client's first step."""
+        return self._foreign.fresh if self._foreign else self.rule.init(like)
 
     @phased("compute")
     def train(
@@ -286,11 +297,11 @@ class Trainer:
         parts, losses = [], []
         self._begin(self._laid.inside(theta_D))
         self.grad_D.zero_()
-        for rows in self._alike(partition.sizes_of(clients_C), samples):
+        for rows in alike(partition.sizes_of(clients_C), samples, self.local.batch, self._pads):
             with phase("load"):
                 batches = Batches(self.seed, partition, clients_C[rows], round, self.local.batch)
                 x_CB, y_CB = batches.step(0, len(rows)).of(self.samples(data))
-            with self._autocast():
+            with self._gradient.autocast():
                 output = self.model(x_CB.flatten(0, 1))
                 losses_C = self._objective.losses(output.unflatten(0, x_CB.shape[:2]), y_CB)
             (losses_C * weights_C[rows].to(losses_C)).sum().backward()
@@ -303,25 +314,9 @@ class Trainer:
         g_D.mul_(self.local.schedule.factor(round, self._rounds))
         return (g_D if frozen_D is None else g_D.masked_fill(frozen_D, 0)), loss_C
 
-    def _alike(self, sizes_C: Tensor, samples: int) -> Iterator[Tensor]:
-        """Positions of clients whose steps take equally many samples, or nearly so where samples can be left out: all
-        of them, in parts of about ``samples``."""
-        batch_C = sizes_C.clamp(max=self.local.batch or int(sizes_C.max()))
-        order = batch_C.argsort(stable=True)
-        while len(order):
-            least = int(batch_C[order[0]])
-            rows = order[: max(1, samples // least)]
-            rows = rows[batch_C[rows] <= (padded(least) if self._pads else least)]
-            yield rows
-            order = order[len(rows) :]
-
     def _begin(self, theta_D: Tensor) -> None:
         self.theta_D.copy_(theta_D)
         self.model.train()
-
-    def _autocast(self) -> torch.autocast:
-        mixed = self.local.precision == "bfloat16"
-        return torch.autocast(self.theta_D.device.type, torch.bfloat16, enabled=mixed)
 
     def _stacks(self, theta_D: Tensor, data: Split, sizes_C: Tensor) -> bool:
         """These clients train at once."""
@@ -353,7 +348,10 @@ class Trainer:
         self.grad_D.zero_()
         factor, parts = partial(self.local.schedule.factor, round, self._rounds), self._parts
         lr = self.local.lr * (factor() if parts == 1 else 1)
+        foreign, kept = self._foreign, memory
         memory = self.rule.init(self.theta_D) if memory is None else memory
+        if foreign:
+            foreign.begin(kept)
         sum_D = self.grad_D if self._sums else torch.zeros_like(self.theta_D)
         total: float | Tensor = 0.0
         seen = 0.0
@@ -363,7 +361,7 @@ class Trainer:
             if self._draws:
                 key = random.key(self.seed, round, client, f"draws {step}")
                 seed_all(key, self.device, self._held)
-            loss, weight = self._backward(data, chosen)
+            loss, weight = self._gradient.add(data, chosen)
             total += loss * weight
             seen += weight
             if self._sums:  # backward adds to what there is
@@ -376,25 +374,18 @@ class Trainer:
                 self.grad_D.add_(shift_D)
             direction_D = self.rule.direction(memory, self.grad_D, self.theta_D, theta_D, frozen_D)
             share = factor(step, parts) if parts > 1 else 1.0
+            if foreign:
+                self.grad_D.copy_(direction_D)
+                foreign.step(lr * share)
+                if frozen_D is not None:
+                    self.theta_D.copy_(torch.where(frozen_D, theta_D, self.theta_D))
+                self.grad_D.zero_()
+                continue
             sum_D.add_(direction_D, alpha=share)
             self.theta_D.add_(direction_D, alpha=-lr * share)
             self.grad_D.zero_()
+        if foreign:
+            foreign.end(kept)
+            torch.sub(theta_D, self.theta_D, out=sum_D).div_(lr)
         self._laid.outside(sum_D, g_D)
         return total / max(seen, LEAST)
-
-    def _backward(self, data: Samples, chosen: Tensor) -> tuple[float | Tensor, float]:
-        """Add the gradient of the mean loss over what counts of the samples, in so many parts as asked for; returns the
-        loss (of a device, which nobody waits for, as float64 there) and how many samples' worth that is."""
-        parts = chosen.chunk(self.local.accumulate)
-        weights = [float(self._objective.weights(data.host.y[part][None])) for part in parts]
-        total: float | Tensor = 0.0
-        whole = sum(weights)
-        for part, weight in zip(parts, weights, strict=True):
-            with phase("load"):
-                x, y = data.take(part)
-            with self._autocast():
-                loss = self.loss(forward(self.model, x), y)
-            share = weight / max(whole, LEAST)
-            (loss if share == 1 else loss * share).backward()
-            total += (loss.item() if self.device == CPU else loss.detach().double()) * share
-        return total, whole
