@@ -17,7 +17,15 @@ from pydantic import (
 )
 
 from fedmpi import methods
-from fedmpi.choice import DataChoice, LossChoice, MetricChoice, ModelChoice, PartitionChoice
+from fedmpi.choice import (
+    Choice,
+    DataChoice,
+    LossChoice,
+    MetricChoice,
+    ModelChoice,
+    PartitionChoice,
+    SamplingChoice,
+)
 from fedmpi.errors import ConfigError
 from fedmpi.local import MOST as _MOST
 from fedmpi.local import Local, Schedule
@@ -141,11 +149,11 @@ class Config(_Section):
     cohort: StrictInt | StrictFloat | None = Field(
         None, description="clients a round: a number, or a fraction as a float (default: all)"
     )
-    sampling: Literal["uniform", "weighted", "poisson", "round_robin", "epoch_shuffle"] = Field(
+    sampling: SamplingChoice = Field(
         "uniform",
         description="uniform: a fresh draw a round; weighted: by number of samples (messages then count "
         "alike); poisson: each client for itself, with the chance cohort / clients, so that rounds differ in size; "
-        "round_robin: in order; epoch_shuffle: each client exactly once an epoch",
+        "round_robin: in order; epoch_shuffle: each client exactly once an epoch; or your own function by import path",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="chance that a called client's message is lost")
     time: TimeConfig | None = Field(
@@ -235,6 +243,11 @@ class Config(_Section):
             str, tuple[Any, Any, str]
         ] = {  # key → value, the only one that goes, why or what instead
             "cohort": (self.cohort, None, " (every rank trains in every round)"),
+            "sampling": (
+                self.own_sampling and self.own_sampling.name,
+                None,
+                " of your own (every rank trains in every round)",
+            ),
             "dropout": (self.dropout, 0, ""),
             "topology": (self.topology, "allreduce", ""),
             "local.epochs": (local.epochs, None, " (use local.steps: H for local updates)"),
@@ -309,9 +322,14 @@ class Config(_Section):
         return max(1, round(self.cohort * self.clients))
 
     @property
+    def own_sampling(self) -> Choice | None:
+        """The user's function that draws cohorts."""
+        return self.sampling if isinstance(self.sampling, Choice) else None
+
+    @property
     def largest_cohort(self) -> int:
         """So many clients a round at the most."""
-        return self.clients if self.sampling == "poisson" else self.cohort_size
+        return self.clients if self.sampling == "poisson" or self.own_sampling else self.cohort_size
 
     @property
     def rounds_per_epoch(self) -> int:

@@ -44,6 +44,7 @@ LAYERS = {
     "config": {"choice", "errors", "local", "methods", "optimizers", "overrides", "plan", "validation"},
     "engine": BASE
     | {
+        "choice",
         "comm",
         "config",
         "local",

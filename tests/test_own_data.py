@@ -15,14 +15,15 @@ from fedmpi.cli import main
 from fedmpi.comm import solo
 from fedmpi.engine.clients import cohort
 from fedmpi.engine.rounds import Simulation
-from fedmpi.errors import ConfigError, DataError
+from fedmpi.errors import CommError, ConfigError, DataError
 from fedmpi.tasks.data import DATA, load
 from fedmpi.tasks.partitions import divide
 
 from .conftest import SMALL, metrics, write_config
-from .interrupted import SAVED, outcome, rounds_saved, train
+from .interrupted import SAVED, only, outcome, rounds_saved, train
 
 MODULE = """
+import threading
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
@@ -83,6 +84,23 @@ def none(folder, **rest):
 
 def divide(targets, clients, seed, groups, step=1):
     return (np.arange(len(targets)) * step + seed) % clients
+
+def large(round, clients, cohort, sizes, seed, least=1):
+    # Random ones of those that hold enough.
+    return np.random.permutation(np.flatnonzero(sizes.numpy() >= least))[:cohort]
+
+calls, idents = [], {}
+
+def turns(round, clients, cohort, sizes, seed):
+    calls.append(round)
+    return [len(calls) % clients]
+
+def apart(round, clients, cohort, sizes, seed):
+    # Another client on each rank (which are threads here), once the run has begun.
+    return [0] if round == 0 else [idents.setdefault(threading.get_ident(), len(idents))]
+
+def odd(round, clients, cohort, sizes, seed, kind="twice"):
+    return {"twice": [1, 1], "beyond": [clients], "halves": [0.5], "word": "ab", "none": None}[kind]
 
 def beyond(targets, clients, seed, groups):
     return torch.full((len(targets),), clients)
@@ -352,6 +370,51 @@ def test_poisson_sampling_calls_each_client_for_itself() -> None:
     assert float(sizes.double().var()) == pytest.approx(40 * 3 / 16, rel=0.25)
     whole = config.parse({**values, "cohort": None})
     assert cohort(whole, made.partition, 3).tolist() == list(range(40))
+
+
+def test_an_own_sampling(mine: str, tmp_path: Path) -> None:
+    """Its draws are the round's, whoever draws: three ranks and a resume call the same clients."""
+    sampling = {"name": f"{mine}:large", "least": 200}
+    values = {**SAVED, "sampling": sampling, "checkpoint": {"rounds": 2, "keep": 9}, "cohort": 2}
+    parsed = config.parse(values)
+    assert parsed.plain()["sampling"] == sampling
+    assert config.parse(parsed.plain()) == parsed
+    made = Simulation(parsed, solo())
+    called = [cohort(parsed, made.partition, t) for t in range(20)]
+    assert all(int(made.partition.sizes_of(c).min()) >= 200 and len(c) == 2 for c in called)
+    assert len({tuple(c.tolist()) for c in called}) > 1
+    train(values, tmp_path / "1")
+    train(values, tmp_path / "3", ranks=3)
+    expected = outcome(tmp_path / "1")
+    assert outcome(tmp_path / "3") == expected
+    only(tmp_path / "3", 2)
+    train(values, tmp_path / "3", ranks=2, resume=True)
+    assert outcome(tmp_path / "3") == expected
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ("turns", "turns gives another cohort when it is asked for round 0 again"),
+        ({"kind": "twice"}, "odd: expected each client once, got 1 2 times"),
+        ({"kind": "beyond"}, "odd: expected clients from 0 to 5, got 6"),
+        ({"kind": "halves"}, r"odd returned shape \(1,\) of torch.float64, expected sample\(round"),
+        ({"kind": "word"}, "odd returned a str, expected sample"),
+        ({"kind": "none"}, "odd returned a NoneType, expected sample"),
+        ({"kinds": "none"}, "does not take what it is given .*'kinds'"),
+        ({"kind": "what"}, "odd failed: KeyError: 'what'"),
+    ],
+    ids=str,
+)
+def test_an_own_sampling_that_fails_is_named(mine: str, sampling: Any, message: str) -> None:
+    sampling = f"{mine}:{sampling}" if isinstance(sampling, str) else {"name": f"{mine}:odd", **sampling}
+    with pytest.raises(ConfigError, match=message):
+        Simulation(config.parse({**SMALL, "sampling": sampling}), solo())
+
+
+def test_ranks_that_sample_apart_end(mine: str, tmp_path: Path) -> None:
+    with pytest.raises(CommError, match="ranks disagree on the clients of round 1: rank 0 has"):
+        train({**SMALL, "sampling": f"{mine}:apart", "clients": 5}, tmp_path, ranks=2)
 
 
 @pytest.mark.parametrize("method", ["signsgd", {"name": "lookback", "threshold": 0.5}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmpi.comm.agree import agree
 from fedmpi.comm.base import Comm, together
 from fedmpi.comm.placement import own_cpus
 from fedmpi.config import Config
 from fedmpi.engine import updates
-from fedmpi.engine.clients import cohort, place, survivors
+from fedmpi.engine.clients import check_sampling, cohort, place, survivors
 from fedmpi.engine.device import Place, explained, repeatable
 from fedmpi.engine.evaluate import by_client, evaluate, of_clients
 from fedmpi.engine.fingerprint import fingerprint
@@ -58,6 +60,7 @@ class Simulation:
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext
         parts = load(config)
         self.data, self.measured, self.partition = parts.data, parts.measured, parts.partition
+        check_sampling(config, self.partition)
         self.plan, self.spec, self.method = parts.plan, parts.plan.spec, parts.plan.method
         of_file = config.model.options.get("init") is not None
         self.fingerprint = fingerprint(self.data, self.partition, parts.start_X if of_file else None)
@@ -175,7 +178,7 @@ class Simulation:
 
     def _round(self, t: int) -> dict[str, Any]:
         started = time.monotonic()
-        call, status = self.call(t), Status(self.counters, self.error)
+        call, status = self._called(t), Status(self.counters, self.error)
         if t == 0 and self.method.server.samples:
             theta_D, samples = self.replica.parameters(), self.method.server.samples
             self.replica.prepare(self.trainer.servers_own(theta_D, self.data.train, samples, self.comm))
@@ -210,6 +213,24 @@ class Simulation:
         self.peaks, self.ended = self.goals.after(t, self.measures, self.peaks)
         if (best := self.config.best) in self.peaks and self.peaks[str(best)].round == t:
             self.best_X = x_X.clone()
+
+    def _called(self, t: int) -> Call:
+        """The round's call. A user's own sampling may fail, or do otherwise, on one rank alone.
+
+        Raises:
+          ConfigError: it failed.
+          CommError: ranks have different cohorts.
+        """
+        if self.config.own_sampling is None:
+            return self.call(t)
+        with together(self.comm, "sampling clients"):
+            call = self.call(t)
+        digest = hashlib.blake2b(call.called.numpy().tobytes(), digest_size=6).hexdigest()
+        agree(
+            self.comm,
+            {f"the clients of round {t}": f"{call.called[:8].tolist()} of {len(call.called)}, {digest}"},
+        )
+        return call
 
     def call(self, t: int) -> Call:
         """Who takes part in round t, with what weight, and where."""
