@@ -216,12 +216,11 @@ class Config(_Section):
         False, description="the same bits at any number of ranks: one thread a rank, fixed-point sums"
     )
     seed: int = Field(0, ge=0, lt=2**63)
-    client_test: float = Field(
+    client_test: Annotated[float, Field(ge=0, lt=1)] | Literal["groups"] = Field(
         0.0,
-        ge=0,
-        lt=1,
-        description="share of each client's samples that it holds out: the model (with parts that are local, its own) "
-        "is tested on them client by client, and the mean, median, worst tenth and spread of accuracies are reported",
+        description="share of each client's samples that it holds out, or groups: the test set's samples of its own "
+        "groups (users, with partition: natural). The model (with parts that are local, its own) is tested on them "
+        "client by client, and the mean, median, worst tenth and spread of accuracies are reported",
     )
     evaluate_every: int = Field(1, ge=1, le=_MOST, description="rounds between evaluations on the test set")
     test_batch: int = Field(512, ge=1, le=_MOST, description="test samples that are held at a time")

@@ -16,6 +16,7 @@ from fedmpi.methods.base import Setup
 from fedmpi.plan import Plan
 from fedmpi.tasks import data, metrics, models, objectives, partitions
 from fedmpi.tasks.data import Data
+from fedmpi.tasks.held import by_group, hold_out
 from fedmpi.tasks.metrics import Measures
 from fedmpi.tasks.partitions import Partition
 
@@ -24,7 +25,9 @@ class Parts(NamedTuple):
     data: Data
     measured: Measures
     partition: Partition
-    held: Partition | None  # what clients keep for their own tests
+    held: (
+        Partition | None
+    )  # what clients keep for their own tests: of the training set, or (groups) of the test set
     model: nn.Module
     traits: Traits
     plan: Plan
@@ -46,8 +49,10 @@ def load(config: Config) -> Parts:
         config.partition.name, found.train, config.clients, config.seed, **config.partition.options
     )
     held = None
-    if config.client_test:
-        partition, held = partitions.hold_out(partition, config.client_test)
+    if config.client_test == "groups":
+        held = by_group(partition, found)
+    elif config.client_test:
+        partition, held = hold_out(partition, config.client_test)
         if not len(held.index_N):
             raise ConfigError(
                 f"client_test: expected a share that leaves some client a sample, got {config.client_test}: the "

@@ -206,7 +206,8 @@ class Simulation:
         x_X, of = self.replica.parameters(), (self.trainer, self.measured)
         clients: dict[str, float | None] = {}
         if self.held is not None:
-            clients, found = by_client(*of, x_X, self.data.train, self.held, self.own, self.home, self.comm)
+            split = self.data.test if self.config.client_test == "groups" else self.data.train
+            clients, found = by_client(*of, x_X, split, self.held, self.own, self.home, self.comm)
         if self.held is None or not self.plan.local.names:
             found = evaluate(*of, x_X, self.data.test, self.config.test_batch, self.comm)
         self.measures = found | clients
