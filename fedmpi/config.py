@@ -28,7 +28,7 @@ from fedmpi.choice import (
 )
 from fedmpi.errors import ConfigError
 from fedmpi.local import MOST as _MOST
-from fedmpi.local import Local, Schedule
+from fedmpi.local import ClientTest, ClientTesting, Local, Schedule
 from fedmpi.methods.base import Options
 from fedmpi.optimizers import Name, Optimizer
 from fedmpi.overrides import override, read
@@ -216,11 +216,10 @@ class Config(_Section):
         False, description="the same bits at any number of ranks: one thread a rank, fixed-point sums"
     )
     seed: int = Field(0, ge=0, lt=2**63)
-    client_test: Annotated[float, Field(ge=0, lt=1)] | Literal["groups"] = Field(
-        0.0,
-        description="share of each client's samples that it holds out, or groups: the test set's samples of its own "
-        "groups (users, with partition: natural). The model (with parts that are local, its own) is tested on them "
-        "client by client, and the mean, median, worst tenth and spread of accuracies are reported",
+    client_test: ClientTesting = Field(
+        ClientTest.model_validate({"of": 0.0}),
+        description="what each client's model is tested on: the share of its samples that it holds out, or groups, or "
+        "{of: 0.2, after: true, save: true}. Mean, median, worst tenth and spread of accuracies are reported",
     )
     evaluate_every: int = Field(1, ge=1, le=_MOST, description="rounds between evaluations on the test set")
     test_batch: int = Field(512, ge=1, le=_MOST, description="test samples that are held at a time")

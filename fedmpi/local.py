@@ -71,6 +71,44 @@ class Schedule(_Section):
         return self.final + (1 - self.final) * left
 
 
+def _client_test(value: Any) -> Any:
+    return value if isinstance(value, dict | ClientTest) else {"of": value}
+
+
+class ClientTest(_Section):
+    """What every client's model is tested on, client by client; false where there is nothing."""
+
+    of: Annotated[float, Field(ge=0, lt=1)] | Literal["groups"] = Field(
+        description="share of its samples that a client holds out; groups: the test set's samples of its own groups "
+        "(users, with partition: natural)"
+    )
+    after: bool = Field(
+        False,
+        description="also after a round of local steps from the model that it has, which costs a round of all clients "
+        "an evaluation: client_after_accuracy beside client_accuracy, and so on",
+    )
+    save: bool = Field(
+        False,
+        description="write what each client keeps of the model (parts that are local): clients.safetensors",
+    )
+
+    def __bool__(self) -> bool:
+        return bool(self.of)
+
+    @model_validator(mode="after")
+    def _something(self) -> ClientTest:
+        if (self.after or self.save) and not self.of:
+            raise ValueError("of: expected a share above 0, or groups, with after or save, got 0")
+        return self
+
+
+ClientTesting = Annotated[
+    ClientTest,
+    BeforeValidator(_client_test),
+    PlainSerializer(lambda one: one.model_dump() if one.after or one.save else one.of),
+]
+
+
 class Local(_Section):
     """What a client does in a round."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fedmpi import config
 from fedmpi.errors import ConfigError
@@ -94,6 +95,19 @@ def test_the_same_at_any_number_of_ranks_and_after_a_resume(local: dict[str, Any
     only(tmp_path / "3", 2)
     train(values, tmp_path / "3", ranks=2, resume=True)
     assert outcome(tmp_path / "3") == whole
+
+
+def test_a_rank_s_own_optimizer_goes_on_from_round_to_round(tmp_path: Path) -> None:
+    """Local updates by torch's AdamW are those by ours, at a rate that changes from step to step."""
+    values = {**RUN, "mode": "data_parallel", "partition": "iid", "rounds": 6, "clients": 0, "cohort": None}
+    models = {}
+    for name, of in (("ours", "adamw"), ("torch", {"name": "torch.optim:AdamW", "weight_decay": 0.1})):
+        local = {"lr": 0.01, "steps": 3, "batch": 10, "optimizer": of, "schedule": {"name": "linear"}}
+        local |= {"weight_decay": 0.1} if name == "ours" else {}
+        train({**values, "local": local}, tmp_path / name, ranks=2)
+        models[name] = load_file(tmp_path / name / "model.safetensors")
+    for name, value in models["torch"].items():
+        torch.testing.assert_close(value, models["ours"][name], rtol=1e-3, atol=1e-4)
 
 
 def test_pruned_parameters_stay_zero() -> None:

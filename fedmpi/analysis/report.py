@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fedmpi.analysis import plots
+from fedmpi.analysis import clients, plots
 from fedmpi.analysis.page import Table, markdown_table, text_table, write
 from fedmpi.analysis.plots import panels_for, score_picture
 from fedmpi.analysis.runs import Run, load, words
@@ -21,7 +21,7 @@ _NOTHING = "-"  # where a run has no such number: never evaluated, or nothing wa
 
 
 def report(runs: Sequence[Path], out: Path | None = None) -> str:
-    """Compare runs; writes ``report.md`` and ``report.png``.
+    """Compare runs; writes ``report.md`` and ``report.png``, and ``clients.png`` where clients were tested.
 
     Args:
       runs: the runs' folders. One given twice counts once; one that holds a report is passed over, so that
@@ -60,11 +60,17 @@ def report(runs: Sequence[Path], out: Path | None = None) -> str:
     out = _beside(list(folders)) if out is None else out
     document = _document(tables, loaded, f"fedmpi report {words(folders.values())} --out {words([out])}")
     picture = score_picture({label(group): group for group in groups.values()}, panels_for(loaded))
+    found = {run.name: of for run in loaded if (of := clients.load(run.folder)) is not None}
+    if found:
+        drawn = clients.picture({label(group): group for group in groups.values()}, found)
+        write(out / "clients.png", drawn, "--out")
+        document += "![Clients from the worst to the best](clients.png)\n"
     write(out / "report.png", picture, "--out")
     write(out / "report.md", document.encode(), "--out")
     parts = [(f"{title}:\n\n" if title else "") + text_table(rows, LEFT) for title, rows in tables.items()]
     text = "\n\n".join(parts)
-    return f"{text}\n\nWritten: {out / 'report.md'}, {out / 'report.png'}"
+    more = f", {out / 'clients.png'}" if found else ""
+    return f"{text}\n\nWritten: {out / 'report.md'}, {out / 'report.png'}{more}"
 
 
 def _is_report(folder: Path) -> bool:
@@ -150,11 +156,13 @@ def columns_for(runs: Iterable[Run]) -> list[Column]:
     runs = list(runs)
     names = dict.fromkeys(name for run in runs for name in run.summary.metrics)
     show = _percent if all(_is_share(run.summary.metric) for run in runs) else _number
-    clients = (
+    tested = (
         Column("clients' mean", lambda run: run.summary.client_score, show, always=False),
         Column("worst tenth", lambda run: run.summary.client_worst, show, always=False),
+        Column("mean after", lambda run: run.summary.client_after_score, show, always=False),
+        Column("worst after", lambda run: run.summary.client_after_worst, show, always=False),
     )
-    every = (*map(_measured, names), *clients, *_COLUMNS)
+    every = (*map(_measured, names), *tested, *_COLUMNS)
     return [c for c in every if c.always or any(c.value(run) is not None for run in runs)]
 
 

@@ -10,6 +10,7 @@ Shape suffix: D parameters.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from fedmpi import own
 from fedmpi.errors import ConfigError
-from fedmpi.local import OwnOptimizer
+from fedmpi.local import Local, OwnOptimizer
 from fedmpi.method import State
 
 USAGE = "optimizer(parameters, lr, **options) -> torch.optim.Optimizer"
@@ -47,6 +48,19 @@ class TorchOptimizer:
         self._kinds: dict[str, type] = {}
         self.draws = self._tried(keep)
         self._made = self._make(parameters)
+
+    @classmethod
+    def of(cls, local: Local, model: nn.Module, names: Sequence[str], keep: bool) -> TorchOptimizer | None:
+        """The one that ``local`` names, of these parameters; None where it names none."""
+        if not isinstance(local.optimizer, OwnOptimizer):
+            return None
+        named = dict(model.named_parameters())
+        made = cls(local.optimizer, {name: named[name] for name in names}, local.lr, keep)
+        if local.keep and not made.fresh:
+            raise ConfigError(
+                f"local.keep: expected an optimizer with a memory, got {local.optimizer.name} without one"
+            )
+        return made
 
     def begin(self, memory: State | None) -> None:
         """A client begins, with what it kept."""
@@ -140,10 +154,6 @@ class TorchOptimizer:
         if changed := next((name for name in after if before.get(name) != after[name]), None):
             raise ConfigError(
                 f"local.keep: {self._of.name} remembers {changed} outside its state, expected it there; {way_out}"
-            )
-        if not states[-1]:
-            raise ConfigError(
-                f"local.keep: expected an optimizer with a memory, got {self._of.name} without one"
             )
 
     @staticmethod

@@ -7,9 +7,12 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, LostError, together
 from fedmpi.config import Config
+from fedmpi.engine.by_client import personal_parts, table
 from fedmpi.engine.checkpoint import Checkpoints, unless_stopped
 from fedmpi.engine.device import Place, explained
 from fedmpi.engine.evaluate import state_dict
@@ -142,11 +145,14 @@ def _train(faults: Faults, lines: bytes | None, display: Display, claim: Claim) 
         with checkpoints.listening() if checkpoints else nullcontext():
             _rounds(faults, simulation, display, record)
         result = summary(simulation, faults.done)
+        clients, own = _of_clients(simulation, faults.done)
         with together(comm, "writing the results"):
             if simulation.error is not None:
                 raise simulation.error
             if record:
-                record.finish(result, state_dict(simulation.trainer, simulation.replica.parameters()))
+                record.finish(
+                    result, state_dict(simulation.trainer, simulation.replica.parameters()), clients, own
+                )
         comm.settle()  # from here on nobody is needed any more
     return result
 
@@ -171,6 +177,18 @@ def _rounds(faults: Faults, simulation: Simulation, display: Display, record: Re
                 simulation.error = error
         if faults.checkpoints:
             faults.checkpoints.after(simulation, t + 1)
+
+
+def _of_clients(simulation: Simulation, done: int) -> tuple[str, dict[str, Tensor]]:
+    """What clients.csv and clients.safetensors hold, on every rank; "" and {} where they are not asked for."""
+    test, comm = simulation.config.client_test, simulation.comm
+    if simulation.held is None or not done:
+        return "", {}
+    tested = simulation.tested or simulation.test_clients(done - 1)  # another process did the last evaluation
+    lines = table(tested, simulation.partition.sizes, simulation.measured.first)
+    return lines, personal_parts(
+        simulation.trainer, simulation.own, simulation.config.clients, comm
+    ) if test.save else {}
 
 
 def _keep_best(simulation: Simulation, record: Record) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fedmpi import random
-from fedmpi.comm.base import Comm, together
 from fedmpi.engine.apart import Apart
 from fedmpi.engine.batches import Batches, Orders, alike
 from fedmpi.engine.device import Place, Samples, synchronize
@@ -24,9 +23,8 @@ from fedmpi.engine.probe import Traits
 from fedmpi.engine.rules import Rule
 from fedmpi.engine.stacked import Stacked, at_once
 from fedmpi.engine.updates import Update, on_host
-from fedmpi.errors import NumericalError
-from fedmpi.local import Local, OwnOptimizer
-from fedmpi.message import CPU, Message, from_bytes, to_bytes
+from fedmpi.local import Local
+from fedmpi.message import CPU
 from fedmpi.method import State, nest, placed, unnest
 from fedmpi.phases import phase, phased
 from fedmpi.plan import Plan
@@ -86,11 +84,9 @@ class Trainer:
         self._laid.bind(self.theta_D, self.grad_D)
         self.rule, self._rounds = Rule.of(local), rounds
         self._parts = (local.steps or 1) if continuing else 1  # of a round, each with a rate of its own
-        keep, self._foreign = self._parts > 1 if local.keep is None else local.keep, None
-        if isinstance(local.optimizer, OwnOptimizer):
-            stepped = {name: dict(model.named_parameters())[name] for name in own.names}
-            self._foreign = TorchOptimizer(local.optimizer, stepped, local.lr, bool(local.keep))
-            self._draws = self._draws or self._foreign.draws
+        keep = self._parts > 1 if local.keep is None else local.keep
+        self._foreign = TorchOptimizer.of(local, model, own.names, keep)
+        self._draws = self._draws or (self._foreign is not None and self._foreign.draws)
         self._keeps = keep and bool(self._memory(self.theta_D[:0]))
         self._plain = traits.plain and self._apart.empty and not (self._keeps or plan.control)
         # θ_s = θ₀ − η Σ g then, and the sum is what is wanted: no pass over the parameters but this one.
@@ -153,6 +149,11 @@ class Trainer:
             kept["control"] = torch.zeros(self.spec.size, device=self.device)
         return kept
 
+    def _mask(self, frozen_X: Tensor | None) -> Tensor | None:
+        """Of what a client steps, as it lies, what stays as it is."""
+        frozen_O = self._apart.mask(frozen_X)
+        return None if frozen_O is None else self._laid.inside(frozen_O)
+
     def _memory(self, like: Tensor) -> State:
         """The rule's, of vectors of this length, or the own optimizer's, before a client's first step."""
         return self._foreign.fresh if self._foreign else self.rule.init(like)
@@ -187,9 +188,7 @@ class Trainer:
         self._orders.prepare(partition, clients_C, sizes_C, round)
         g_CX, losses = torch.zeros(len(clients_C), self.plan.spec.size, device=self.device), []
         after = {name: value.clone() for name, value in (kept or {}).items()}
-        frozen_O = self._apart.mask(frozen_X)
-        frozen_O = None if frozen_O is None else self._laid.inside(frozen_O)
-        theta_O = self._laid.inside(x_X) if self._plain else None
+        theta_O, frozen_O = self._laid.inside(x_X) if self._plain else None, self._mask(frozen_X)
         with generators(self._draws, self.device):
             for row, (client, steps) in enumerate(zip(clients_C.tolist(), steps_C.tolist(), strict=True)):
                 call = self.samples(data), partition.of(client), steps, client, round, frozen_O
@@ -245,34 +244,44 @@ class Trainer:
             g_CX[:, : self.spec.size] *= factor
         return g_CX
 
-    @phased("compute")
-    def servers_own(self, x_X: Tensor, data: Split, samples: int, comm: Comm) -> Tensor:
-        """The accumulated gradient ``(X,)`` of the server on so many samples of its own, drawn from the training set.
-        Rank 0 makes it for all: another rank's machine may differ in the last bits.
-
-        Raises:
-          NumericalError: on every rank; it is not finite.
-        """
-        g_X = torch.zeros_like(x_X)
-        with together(comm, "the server's own training"):
-            if comm.rank == 0:
-                index = random.sample(random.key(self.seed, stream="server data"), len(data.y), samples)
-                steps, g_O = int(self.steps(torch.tensor(samples))), torch.zeros_like(self.grad_D)
-                start_O = self._laid.inside(self._apart.begin(x_X))
-                with generators(self._draws, self.device):
-                    self._one(start_O, g_O, self.samples(data), index, steps, -1, 0, None)
-                if not bool(g_O.isfinite().all()):
-                    raise NumericalError(
-                        f"server: its own gradient is not finite; try a smaller local.lr than {self.local.lr:g}"
-                    )
-                g_X[: self.spec.size] = g_O[: self.spec.size]
-        sent = comm.broadcast(to_bytes(Message({"gradient": g_X[None]})))
-        return from_bytes(sent, device=self.device).arrays["gradient"][0]
+    def alone(self, x_X: Tensor, data: Split, index: Tensor) -> Tensor:
+        """The accumulated gradient ``(D,)`` of nobody's training on these samples."""
+        steps, g_O = int(self.steps(torch.tensor(len(index)))), torch.zeros_like(self.grad_D)
+        start_O = self._laid.inside(self._apart.begin(x_X))
+        with generators(self._draws, self.device):
+            self._one(start_O, g_O, self.samples(data), index, steps, -1, 0, None)
+        return g_O[: self.spec.size]
 
     def load(self, x_X: Tensor, kept: State | None = None) -> nn.Module:
         """The model with ``x_X``, and what one client keeps for itself (by default, what a new one starts with)."""
         kept = placed(kept or {}, self.device)
         self.theta_D.copy_(self._laid.inside(self._apart.begin(x_X, kept.get("local"))))
+        return self.model
+
+    @torch.enable_grad()
+    def after(
+        self,
+        x_X: Tensor,
+        data: Split,
+        partition: Partition,
+        round: int,
+        frozen_X: Tensor | None,
+        client: int,
+        kept: State,
+    ) -> nn.Module:
+        """The model as one client has it after its local steps of a round from ``x_X``; ``kept`` stays as it is."""
+        index = partition.of(client)
+        steps = int(self.steps(torch.tensor(len(index))))
+        if not steps:  # no sample
+            return self.load(x_X, kept)
+        own = {name: value.clone() for name, value in placed(kept, self.device).items()}
+        call = self.samples(data), index, steps, client, round
+        with generators(self._draws, self.device):
+            self._with_kept(x_X, torch.zeros_like(x_X), own, *call, self._mask(frozen_X))
+        if self._sums:  # which leaves out the last step
+            start_O = self._laid.inside(self._apart.begin(x_X, own.get("local")))
+            lr = self.local.lr * self.local.schedule.factor(round, self._rounds)
+            torch.add(start_O, self.grad_D, alpha=-lr, out=self.theta_D)
         return self.model
 
     @phased("compute")
