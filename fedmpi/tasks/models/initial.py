@@ -68,8 +68,8 @@ def load_initial(name: str, module: nn.Module, path: str) -> nn.Module:
     if path == "pretrained":
         raise ConfigError(
             f"model.init: expected a file, for there are no pretrained values of model {name} here; save those that "
-            "you have, safetensors.torch.save_file(model.state_dict(), FILE), and set model.init: FILE, or let your own "
-            "model (model: {name: 'package.module:build'}) load them; text models take pretrained: NAME instead"
+            "you have, safetensors.torch.save_file(model.state_dict(), FILE), and set model.init: FILE, or let your "
+            "own model (model: {name: 'package.module:build'}) load them; text models take pretrained: NAME instead"
         )
     file = Path(path).expanduser()
     title = f"model.init: {file}"
