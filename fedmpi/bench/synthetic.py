@@ -43,5 +43,11 @@ def norm_cnn(shape: tuple[int, ...], classes: int) -> nn.Module:
 def norm_mlp(shape: tuple[int, ...], classes: int) -> nn.Module:
     """A hidden layer with batch norm."""
     return nn.Sequential(
-        *(nn.Flatten(), nn.Linear(math.prod(shape), 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, classes))
+        *(
+            nn.Flatten(),
+            nn.Linear(math.prod(shape), 64),
+            nn.BatchNorm1d(64),
+            nn.ReLU(),
+            nn.Linear(64, classes),
+        )
     )

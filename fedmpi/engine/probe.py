@@ -45,11 +45,13 @@ class Traits(NamedTuple):
       changes: buffers that a pass in training changes.
       draws: it computes with random numbers.
       alone: a sample's row is the same whatever else is in the batch.
+      maps: its loss can be mapped over batches.
     """
 
     changes: tuple[str, ...] = ()
     draws: bool = False
     alone: bool = True
+    maps: bool = True
 
     @property
     def plain(self) -> bool:
@@ -126,13 +128,13 @@ class _Probe:
                 f"{self.title}: its output in evaluation is another after passes in training, without a step between; "
                 "expected no state but parameters and buffers: keep running statistics in buffers (register_buffer)"
             )
-        alone = self._takes_each_sample_alone()
+        alone, maps = self._takes_each_sample_alone(), True
         self._restore()
         if measured.own:
             found = _look_at_own(measured, evaluated, y_B)
-            draws, alone = draws or found.draws, alone and found.alone
+            draws, alone, maps = draws or found.draws, alone and found.alone, found.alone
         self._has_gradients(lambda output: measured.objective.loss(output, y_B))
-        return Traits(changes, draws, alone)
+        return Traits(changes, draws, alone, maps)
 
     def _restore(self) -> None:
         """Buffers as they were."""

@@ -21,7 +21,7 @@ from fedmpi.engine.layout import Layout
 from fedmpi.engine.own_optimizer import TorchOptimizer
 from fedmpi.engine.probe import Traits
 from fedmpi.engine.rules import Rule
-from fedmpi.engine.stacked import Stacked, at_once
+from fedmpi.engine.stacked import Stacked, at_once, suits
 from fedmpi.engine.updates import Update, on_host
 from fedmpi.local import Local
 from fedmpi.message import CPU
@@ -91,9 +91,9 @@ class Trainer:
         self._plain = traits.plain and self._apart.empty and not (self._keeps or plan.control)
         # θ_s = θ₀ − η Σ g then, and the sum is what is wanted: no pass over the parameters but this one.
         self._sums = self.rule.plain and own is spec and not plan.control and self._parts == 1
-        plain = self._plain and local.accumulate == 1 and local.precision == "float32"
-        plain = plain and not continuing and self._foreign is None
-        self._stacked = Stacked(model, spec, self.loss) if plain else None
+        self._alone, whole = traits.alone, local.accumulate == 1 and local.precision == "float32"
+        stacks = whole and traits.maps and not (traits.draws or plan.control or continuing or self._foreign)
+        self._stacked = Stacked(model, own, self.loss, self._apart.changing) if stacks else None
         self._worth: bool | None = None  # to train several clients so
 
     @property
@@ -178,13 +178,12 @@ class Trainer:
         """
         sizes_C = partition.sizes_of(clients_C)
         steps_C = self.steps(sizes_C)
-        if self._stacks(x_X, data, sizes_C):
-            assert self._stacked is not None
+        if stacked := self._stacks(x_X, data, sizes_C):
             lr = self.local.lr * self.local.schedule.factor(round, self._rounds)
             batches = partial(Batches, self.seed, partition, round=round, batch=self.local.batch)
-            how = self._stacked, self.rule, self._objective, lr
-            g_CX, loss_C = at_once(*how, x_X, self.samples(data), batches, clients_C, steps_C, frozen_X)
-            return Update(self._scaled(g_CX, steps_C, round), loss_C, steps_C)
+            how = stacked, self._apart, self.rule, self._objective, lr, x_X, self.samples(data), batches
+            update = at_once(*how, clients_C, steps_C, frozen_X, kept or {})
+            return update._replace(g_CD=self._scaled(update.g_CD, steps_C, round))
         self._orders.prepare(partition, clients_C, sizes_C, round)
         g_CX, losses = torch.zeros(len(clients_C), self.plan.spec.size, device=self.device), []
         after = {name: value.clone() for name, value in (kept or {}).items()}
@@ -327,15 +326,16 @@ class Trainer:
         self.theta_D.copy_(theta_D)
         self.model.train()
 
-    def _stacks(self, theta_D: Tensor, data: Split, sizes_C: Tensor) -> bool:
-        """These clients train at once."""
-        if not self.together or self._stacked is None or len(sizes_C) == 1:
-            return False
+    def _stacks(self, x_X: Tensor, data: Split, sizes_C: Tensor) -> Stacked | None:
+        """What trains these clients at once; None where they train one after the other."""
+        several = len(sizes_C) > 1 and suits(sizes_C, self.local.batch, self._pads, self._alone)
+        if not (self.together and several) or self._stacked is None:
+            return None
         if self._worth is None:
             batch = min(self.local.batch or int(sizes_C.double().mean()), len(data.y))
-            self._begin(self._laid.inside(theta_D))
+            self._begin(self._laid.inside(self._apart.begin(x_X)))
             self._worth = self._stacked.worth(*self.samples(data).take(torch.arange(batch)))
-        return self._worth and (self._pads or bool((sizes_C == sizes_C[0]).all()))
+        return self._stacked if self._worth else None
 
     def _one(
         self,
