@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import fedmpi
-from fedmpi import project, tools
+from fedmpi import demo, project, tools
 from fedmpi.analysis import commands as analysis
 from fedmpi.bench import commands as bench
 from fedmpi.errors import FedMPIError
+from fedmpi.version import __version__
 
 if TYPE_CHECKING:
     from fedmpi.comm import Comm
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _FIRST = """\
 first steps:
+  fedmpi demo                                       five methods, a table and a picture
   fedmpi init lab && cd lab                         a folder with configurations, Slurm jobs and a README
   fedmpi train configs/quickstart.yaml              a run of seconds, its data inside the package
   launch/mpirun.sh -n 4 fedmpi train configs/quickstart.yaml method=signsgd server.lr=0.003
@@ -52,9 +53,10 @@ def arguments_of() -> argparse.ArgumentParser:
         epilog=_FIRST,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {fedmpi.__version__}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     project.add(commands)
+    demo.add(commands)
     _train_arguments(commands)
     tools.add(commands)
     analysis.add(commands)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +30,7 @@ from fedmpi.choice import (
 )
 from fedmpi.errors import ConfigError
 from fedmpi.local import MOST as _MOST
-from fedmpi.local import ClientTest, ClientTesting, Local, Schedule
+from fedmpi.local import ClientTest, ClientTesting, Local, Schedule, TimeConfig
 from fedmpi.methods.base import Options
 from fedmpi.optimizers import Name, Optimizer
 from fedmpi.overrides import override, read
@@ -45,7 +47,7 @@ class _Section(Strict):
 
 class ServerConfig(_Section):
     lr: float | None = Field(
-        None, gt=0, description="the server's learning rate η (default: local.lr; adam and yogi need one)"
+        None, gt=0, description="the server's learning rate η (default: local.lr; required for adam and yogi)"
     )
     optimizer: Name = Field(
         "sgd",
@@ -59,8 +61,8 @@ class ServerConfig(_Section):
     schedule: Schedule = Schedule.model_validate({})
     aggregate: Literal["mean", "trimmed_mean", "median"] = Field(
         "mean",
-        description="how clients' vectors become one. trimmed_mean, median: coordinate by coordinate, one client "
-        "one vote, for methods that decode to D numbers, with topology: aggregator",
+        description="how clients' vectors are combined. trimmed_mean, median: for each coordinate, every client counts "
+        "once; for methods that decode to D numbers, with topology: aggregator",
     )
     trim: float = Field(0.1, ge=0, lt=0.5, description="trimmed_mean: the share left out at either end")
 
@@ -68,44 +70,26 @@ class ServerConfig(_Section):
     def _rate(self) -> ServerConfig:
         if self.lr is None and self.optimizer in ("adam", "yogi"):
             raise ValueError(
-                f"expected lr, the paper's η, with optimizer: {self.optimizer}, got none: local.lr, the default of "
-                f"the others, is no rate for normalised steps; set server.lr"
+                f"expected lr, the paper's η, with optimizer: {self.optimizer}, got none: their steps are "
+                f"normalised, so local.lr is no default; set server.lr"
             )
         return self
 
 
-class TimeConfig(_Section):
-    """Simulated seconds of clients, and who of them is waited for (:mod:`fedmpi.engine.timing`)."""
-
-    compute: float = Field(gt=0, description="seconds a sample, forward and backward (the median client's)")
-    compute_spread: float = Field(0.0, ge=0, le=5, description="σ of its logarithm over clients")
-    jitter: float = Field(0.0, ge=0, le=5, description="σ of its logarithm from round to round")
-    upload: float = Field(gt=0, description="Mb/s, 10^6 bits a second (the median client's)")
-    download: float = Field(gt=0, description="Mb/s")
-    bandwidth_spread: float = Field(0.0, ge=0, le=5, description="σ of both logarithms over clients")
-    first: int | None = Field(
-        None,
-        ge=1,
-        le=_MOST,
-        description="the round ends with so many messages; the cohort's others come too late",
-    )
-    deadline: float | None = Field(
-        None, gt=0, description="seconds that a round waits; the first to answer is waited for in any case"
-    )
-
-
 class ClipConfig(_Section):
-    """Norm clipping of what clients computed, before it is compressed."""
+    """Norm clipping of clients' accumulated gradients, before compression."""
 
     norm: float = Field(gt=0, description="a longer accumulated gradient is shortened to this L2 norm")
 
 
 class StopConfig(_Section):
-    """When a run is over before its last round."""
+    """When a run ends before its last round."""
 
-    metric: str = Field(description="what is measured: a metric, test_loss, client_worst, …")
-    target: float | None = Field(None, description="the value that is enough")
-    patience: int | None = Field(None, ge=1, le=_MOST, description="rounds without a better value")
+    metric: str = Field(description="a metric, test_loss, client_worst, …")
+    target: float | None = Field(None, description="end when the metric reaches this value")
+    patience: int | None = Field(
+        None, ge=1, le=_MOST, description="end after this many rounds without a better value"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> StopConfig:
@@ -117,16 +101,16 @@ class StopConfig(_Section):
 
 
 class CheckpointConfig(_Section):
-    """When a run saves all that it needs to continue (and always when a signal ends it)."""
+    """When a run writes a checkpoint. It always does when a signal ends it."""
 
-    rounds: int | None = Field(None, ge=1, le=_MOST, description="after every so many rounds")
+    rounds: int | None = Field(None, ge=1, le=_MOST, description="write one every this many rounds")
     minutes: float | None = Field(
         10.0,
         gt=0,
-        description="when the last one is so many minutes old (null: never by time), and has not cost a tenth of "
-        "the time since",
+        description="write one when the last is this many minutes old (null: never), and writing it took less than a "
+        "tenth of that time",
     )
-    keep: int = Field(2, ge=1, le=_MOST, description="the last so many are kept")
+    keep: int = Field(2, ge=1, le=_MOST, description="how many are kept, the last ones")
 
 
 class Config(_Section):
@@ -151,19 +135,21 @@ class Config(_Section):
     )
     sampling: SamplingChoice = Field(
         "uniform",
-        description="uniform: a fresh draw a round; weighted: by number of samples (messages then count "
-        "alike); poisson: each client for itself, with the chance cohort / clients, so that rounds differ in size; "
-        "round_robin: in order; epoch_shuffle: each client exactly once an epoch; or your own function by import path",
+        description="uniform: a new draw in each round; weighted: with probability proportional to their samples "
+        "(messages then have equal weights); poisson: each client independently with probability cohort / clients, so "
+        "rounds differ in size; round_robin: in order; epoch_shuffle: each client exactly once in an epoch; or your own "
+        "function by import path",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="chance that a called client's message is lost")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability that a called client's message is lost")
     time: TimeConfig | None = Field(
-        None, description="simulate clients' seconds, stragglers and deadlines (default: nobody is late)"
+        None,
+        description="simulate the time of clients, stragglers and deadlines (default: no client is late)",
     )
     rounds: int = Field(ge=1, le=_MOST)
     local: Local
     on_bad_update: Literal["stop", "reject"] = Field(
         "stop",
-        description="when a client's loss, gradient or message is NaN or infinite: stop the run, or go on without "
+        description="when a client's loss, gradient or message is NaN or infinite: stop the run, or continue without "
         "that client in this round, and count it",
     )
     clip: ClipConfig | None = None
@@ -171,21 +157,25 @@ class Config(_Section):
     loss: LossChoice = Field("cross_entropy", validate_default=True)
     metrics: tuple[MetricChoice, ...] = Field(
         (),
-        description="what is measured on the test set beside the loss's own metric, which comes first (with an own "
-        "loss, in its place)",
+        description="metrics on the test set besides the loss's own, which comes first (a loss of your own has "
+        "none)",
     )
     best: str | None = Field(
-        None, description="keep the model with the best value of this metric, too (model-best.safetensors)"
+        None, description="also keep the model with the best value of this metric (model-best.safetensors)"
     )
-    stop: StopConfig | None = Field(None, description="end the run before its last round")
+    stop: StopConfig | None = Field(None, description="end the run early")
     method: _Method
     parts: tuple[Rule, ...] = Field(
         (),
-        description="tensors that do not travel by method: [{match: ..., travels: exact | local | frozen | a method}], "
-        "of which the first that fits a tensor counts; buffers that training changes are averaged exactly without one",
+        description="rules for tensors that method does not compress: [{match: ..., travels: exact | local | frozen | "
+        "a method}]; the first rule that matches a tensor counts. Buffers that training changes are averaged exactly "
+        "without a rule",
     )
     exact_below: int = Field(
-        0, ge=0, le=_MOST, description="tensors of fewer numbers are averaged exactly; a last rule of parts"
+        0,
+        ge=0,
+        le=_MOST,
+        description="tensors of fewer numbers are averaged exactly; this is the last rule of parts",
     )
     comm: Literal["auto", "mpi", "gloo", "nccl"] = Field(
         "auto",
@@ -201,8 +191,7 @@ class Config(_Section):
     timeout: float = Field(
         300.0,
         gt=0,
-        description="seconds that ranks wait for one that does not answer; with Gloo and NCCL for one that does "
-        "not come, be it busy",
+        description="seconds that ranks wait for one that does not answer; with Gloo and NCCL also for a busy one",
     )
     topology: Literal["allreduce", "aggregator"] = Field(
         "allreduce", description="allreduce: ranks are peers; aggregator: rank 0 aggregates, the others train"
@@ -222,7 +211,7 @@ class Config(_Section):
         "{of: 0.2, after: true, save: true}. Mean, median, worst tenth and spread of accuracies are reported",
     )
     evaluate_every: int = Field(1, ge=1, le=_MOST, description="rounds between evaluations on the test set")
-    test_batch: int = Field(512, ge=1, le=_MOST, description="test samples that are held at a time")
+    test_batch: int = Field(512, ge=1, le=_MOST, description="test samples in a batch")
     threads: int | None = Field(
         None,
         ge=1,
@@ -263,8 +252,8 @@ class Config(_Section):
         local = self.local
         if local.fednova and self.on_bad_update == "reject":
             raise ValueError(
-                "local.fednova: expected on_bad_update: stop, got reject: what steps weigh is known before who is "
-                "rejected"
+                "local.fednova: expected on_bad_update: stop, got reject: FedNova's weights are computed before a "
+                "client can be rejected"
             )
         if self.mode != "data_parallel":
             return self
@@ -306,8 +295,8 @@ class Config(_Section):
     def _aggregate(self) -> Config:
         if self.server.aggregate != "mean" and self.topology != "aggregator":
             raise ValueError(
-                f"server.aggregate: expected mean with topology: {self.topology}, whose ranks add up their clients "
-                f"before they meet, got {self.server.aggregate}; it needs topology: aggregator"
+                f"server.aggregate: expected mean with topology: {self.topology}, got {self.server.aggregate}, which "
+                f"needs topology: aggregator, where one rank receives every client's vector"
             )
         return self
 
@@ -386,12 +375,25 @@ def parse(values: Any) -> Config:
     return checked(Config, mapping(values, "config"))
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """The configuration of a YAML file with ``key.path=value`` overrides, whose values are YAML too.
+def load(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] | None = None) -> Config:
+    """The configuration of a YAML file, or of a mapping, with ``key.path=value`` overrides, whose values are YAML too.
 
     A file may name another one whose keys it starts from: ``base: ../quickstart.yaml``, relative to itself.
     """
-    values = read(Path(path))
+    values = values_of(source)
     for text in overrides or []:
         override(values, text)
     return parse(values)
+
+
+def values_of(source: str | Path | Mapping[str, Any] | Config) -> Any:
+    """The keys and values of a configuration that is not checked yet; the caller may change them."""
+    if isinstance(source, Config):
+        return source.plain()
+    if isinstance(source, Mapping):
+        return copy.deepcopy(dict(source))
+    if isinstance(source, str | Path):
+        return mapping(read(Path(source)), "config")
+    raise ConfigError(
+        f"config: expected a YAML file's path, a mapping or a fedmpi.Config, got {type(source).__name__}"
+    )

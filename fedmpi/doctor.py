@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
-import fedmpi
 from fedmpi.comm.connect import connect, reason
 from fedmpi.comm.launcher import launcher
 from fedmpi.comm.placement import Seat, own_device, seats
 from fedmpi.errors import CommError
+from fedmpi.version import __version__
 
 
 def examine() -> int:
@@ -21,7 +23,7 @@ def examine() -> int:
 
     launch = launcher()
     facts = {
-        "fedmpi": fedmpi.__version__,
+        "fedmpi": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "GPUs": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
@@ -60,11 +62,30 @@ def _cuda() -> dict[str, str]:
     if not torch.cuda.device_count():
         return {}
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"
-    facts = {"CUDA": f"{torch.version.cuda}, NCCL {nccl}"}
+    facts = {"CUDA": f"{torch.version.cuda}, driver {_driver()}, NCCL {nccl}", "kernels there": _kernels()}
     for i in range(torch.cuda.device_count()):
         free, whole = torch.cuda.mem_get_info(i)
         facts[f"GPU {i}"] = f"{free / 1e9:.1f} of {whole / 1e9:.1f} GB are free"
     return facts
+
+
+def _driver() -> str:
+    """The version that the driver tells the system."""
+    try:
+        said = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return "unknown"
+    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", said)
+    return found[0] if found else "unknown"
+
+
+def _kernels() -> str:
+    """Triton's, if one can be compiled, launched and is right."""
+    from fedmpi.ops import fast
+
+    if (why := fast.lacking("cuda")) is not None:
+        return f"torch's own, slower: {why}"
+    return "Triton's"
 
 
 def chart(places: Sequence[Seat]) -> list[str]:

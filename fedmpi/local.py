@@ -1,4 +1,5 @@
-"""What a client does in a round: the keys of ``local`` in a configuration."""
+"""What a client does in a round, how long it takes and on what it is tested: ``local``, ``time`` and ``client_test`` in
+a configuration."""
 
 from __future__ import annotations
 
@@ -107,6 +108,26 @@ ClientTesting = Annotated[
     BeforeValidator(_client_test),
     PlainSerializer(lambda one: one.model_dump() if one.after or one.save else one.of),
 ]
+
+
+class TimeConfig(_Section):
+    """Simulated time of clients, and which of them a round waits for (:mod:`fedmpi.engine.timing`)."""
+
+    compute: float = Field(gt=0, description="seconds a sample, forward and backward (the median client's)")
+    compute_spread: float = Field(0.0, ge=0, le=5, description="σ of its logarithm over clients")
+    jitter: float = Field(0.0, ge=0, le=5, description="σ of its logarithm from round to round")
+    upload: float = Field(gt=0, description="Mb/s, 10^6 bits a second (the median client's)")
+    download: float = Field(gt=0, description="Mb/s")
+    bandwidth_spread: float = Field(0.0, ge=0, le=5, description="σ of both logarithms over clients")
+    first: int | None = Field(
+        None,
+        ge=1,
+        le=MOST,
+        description="a round ends after this many messages; later ones are dropped",
+    )
+    deadline: float | None = Field(
+        None, gt=0, description="seconds that a round waits; it always waits for the first message"
+    )
 
 
 class Local(_Section):

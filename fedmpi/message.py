@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -139,17 +140,37 @@ def _raw(array: Tensor) -> bytes:
     )
 
 
-def to_bytes(message: Message) -> bytes:
-    """The message as one self-describing frame (little-endian), of arrays on any device."""
+def _raws(arrays: Sequence[Tensor]) -> list[bytes]:
+    """What they hold, byte by byte: of those on a device in one copy."""
+    if len(arrays) < 2 or len({array.device for array in arrays}) > 1 or arrays[0].device.type == "cpu":
+        return [_raw(array) for array in arrays]
+    flat = [array.detach().reshape(-1) for array in arrays]
+    bytes_N = _raw(
+        torch.cat([x.clone(memory_format=torch.contiguous_format).view(torch.uint8) for x in flat])
+    )
+    ends = list(accumulate(array.nbytes for array in arrays))
+    return [bytes_N[end - array.nbytes : end] for end, array in zip(ends, arrays, strict=True)]
+
+
+def to_bytes(message: Message, usable: bool | Tensor = True) -> bytes:
+    """The message as one self-describing frame (little-endian), of arrays on any device.
+
+    Args:
+      usable: whether it is (0-d bool): if not the frame is empty. A device is asked for this and its arrays at once.
+    """
+    arrays = list(message.arrays.values())
+    *raws, said = _raws([*arrays, usable.reshape(1)]) if isinstance(usable, Tensor) else [*_raws(arrays), b""]
+    if usable is False or said == b"\0":
+        return b""
     parts = [_MAGIC, struct.pack("<IH", message.clients, len(message.arrays))]
-    for name, array in message.arrays.items():
+    for (name, array), raw in zip(message.arrays.items(), raws, strict=True):
         encoded, ragged, row = name.encode(), name in message.lengths, array.shape[1:]
         parts.append(struct.pack("<B", len(encoded)) + encoded)
         parts.append(struct.pack("<BBB", _CODE[array.dtype], ragged, len(row)))
         parts.append(struct.pack(f"<{len(row)}Q", *row))
         if ragged:
             parts.append(_raw(message.lengths[name].to(torch.int32)))
-        parts.append(_raw(array))
+        parts.append(raw)
     return b"".join(parts)
 
 

@@ -1,12 +1,12 @@
 """The protocol of a method: a compressor (client → server) and a server rule.
 
-Both are pure: state goes in and comes out, so that a step can be dropped, repeated or checkpointed without either
-noticing. The objects hold only constants (the layout, the options); nothing here or in ``methods/`` communicates.
+Both are pure: they take state and return new state, so that a step can be dropped, repeated or checkpointed. The
+objects hold only constants (the layout, the options); nothing here or in ``methods/`` communicates.
 
 A compressor turns gradients into messages, and messages into vectors of S numbers that *can be summed* over clients
 and ranks (S = D for sparse values or signs, d for subspace coordinates, R·C for a sketch). The engine sums them; the
-server turns the weighted mean into new parameters, once. So a wrapper (error feedback, look-back) deals with one end of
-the compressor only, and works over every method.
+server turns the weighted mean into new parameters, once. A wrapper (error feedback, look-back) therefore changes the
+compressor only, and works over every method.
 
 Shape suffixes: C clients, D parameters, S numbers that are summed for one client.
 """
@@ -39,7 +39,7 @@ class Round(NamedTuple):
     lr: float
     """The server's learning rate η in this round."""
     rounds_per_epoch: int = 1
-    """Rounds in which every client comes once: clients / cohort, rounded up."""
+    """Rounds in which every client takes part once: clients / cohort, rounded up."""
 
     @property
     def epoch(self) -> int:
@@ -57,7 +57,7 @@ class Round(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A stretch of what is summed: to clients' weighted mean, the sum of their votes or numbers, or the least and 0."""
+    """Consecutive numbers of a decoded vector, combined by weighted mean, sum of votes, sum, or minimum with 0."""
 
     size: int
     kind: Literal["mean", "votes", "total", "least"]
@@ -69,10 +69,10 @@ class Context:
 
     Attributes:
       round: the round.
-      clients_C: int64, their ids; on the CPU, wherever their gradients lie.
-      steps_C: int64, on the CPU, local steps τ that each gradient is the sum of.
-      shared: what the server has published to all (:meth:`Server.shared`).
-      part: the tensor that this call is about, where each is compressed by itself.
+      clients_C: int64, the clients' ids; always on the CPU.
+      steps_C: int64, on the CPU, the number τ of local steps that each gradient is the sum of.
+      shared: what the server has published to all clients (:meth:`Server.shared`).
+      part: the number of the tensor, where each tensor is compressed by itself.
     """
 
     round: Round
@@ -82,7 +82,7 @@ class Context:
     part: int | None = None
 
     def keys(self, stream: str) -> Tensor:
-        """One key a client, int64 ``(C,)``, on the CPU as the ids are: whoever draws says where."""
+        """One key for each client, int64 ``(C,)``, on the CPU."""
         stream = stream if self.part is None else f"{stream}, part {self.part}"
         return random.keys(self.round.seed, self.round.t, self.clients_C, stream)
 
@@ -90,17 +90,17 @@ class Context:
         return replace(self, clients_C=self.clients_C[index], steps_C=self.steps_C[index])
 
     def within(self, part: int) -> Context:
-        """The same clients' tensor ``part``: other keys."""
+        """The context of tensor ``part`` of the same clients; its keys differ."""
         return replace(self, part=part)
 
 
 class Merge(ABC):
-    """How parts of messages' only array (but for an optional one) become what stands in the mean's message: ranks then
-    average a part each, and nobody receives everybody's.
+    """Merges slices of several senders' messages, so that each rank averages one slice and none receives all messages.
+    A message has one array, and maybe an optional one.
 
     Attributes:
-      array: its name.
-      align: a part begins at a multiple of so many entries.
+      array: the array's name.
+      align: slices start at multiples of this many entries.
     """
 
     def __init__(self, array: str, align: int = 64) -> None:
@@ -110,13 +110,13 @@ class Merge(ABC):
     def __call__(
         self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None
     ) -> Tensor:
-        """What ``W`` senders' entries ``start`` … ``start + N`` come to ``(N,)``: what one sender would send for their
-        mean, as the server would have decided on it. Both are multiples of :attr:`align`.
+        """Merge entries ``start`` to ``start + N``, both multiples of :attr:`align`, of W senders into ``(N,)``: what a
+        single sender would send for their mean.
 
-        ``optional_WB``: the senders' :attr:`Compressor.optional` arrays, zeros for who has none; None: nobody has."""
+        ``optional_WB``: the senders' :attr:`Compressor.optional` arrays, zeros where one has none; None: none has."""
 
     def message(self, merged_1N: Tensor, optional_WB: Tensor | None = None) -> Message:
-        """The message of all entries that calls made."""
+        """The message that holds all merged entries."""
         return Message({self.array: merged_1N})
 
 
@@ -125,17 +125,18 @@ class Compressor(ABC):
 
     Attributes:
       spec: the parameters' layout.
-      size: S, how many numbers of a client are summed.
-      additive: decoded vectors fulfil v(a) + v(b) = v(a + b) whoever sends a, b and a + b (in a round, with the same
-        shared state): gradients of several clients may be summed before they are encoded.
-      replayable: a message decodes to the same vector whenever it is decoded, without any state.
-      integer: decoded values are small integers, summed as integers, one vote a client.
-      presence: the last of the S numbers, one a row (:attr:`~fedmpi.spec.Spec.rows`), that count who had a gradient
-        there instead of saying what it was.
-      optional: the ragged array, at most one row a client, that most messages lack.
-      merge: None, or how ranks can share out the averaging.
-      tells: messages say whether gradients were finite (:attr:`~fedmpi.message.Message.finite`): nobody else need look.
-      counters: names of what :meth:`count` counts, shown in every round's metrics.
+      size: S, the length of a decoded vector.
+      additive: True if v(a) + v(b) == v(a + b) for any senders of one round with the same shared state, where v is
+        compress, then decompress: gradients of several clients may then be summed before they are encoded.
+      replayable: True if a message decodes to the same vector at any time, without state.
+      integer: True if decoded values are small integers, which are summed as integers, one vote for each client.
+      presence: how many of the S numbers, the last ones, count the clients that had a gradient in a row
+        (:attr:`~fedmpi.spec.Spec.rows`).
+      optional: the name of a ragged array with at most one row for each client, which most messages lack.
+      merge: how ranks can divide the averaging; None if they cannot.
+      tells: True if ``compress`` accepts non-finite input and sets :attr:`~fedmpi.message.Message.finite`; callers need
+        not check.
+      counters: the names that :meth:`count` returns; they appear in every round's metrics.
     """
 
     additive: bool = False
@@ -153,7 +154,7 @@ class Compressor(ABC):
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """What the S numbers are. Votes beside others are ±1 in float32."""
+        """How the S numbers are combined over clients. Votes beside other kinds are ±1 in float32."""
         return (Segment(self.size, "votes" if self.integer else "mean"),)
 
     def init(self) -> State:
@@ -161,23 +162,23 @@ class Compressor(ABC):
         return {}
 
     def init_peer(self) -> State:
-        """What the receiver keeps of one client. The same names stand in :meth:`init`: the sender's copy
-        of an entry is what it believes the receiver to hold, and must stay equal to it."""
+        """What the receiver keeps for one client. :meth:`init` has the same names: the sender's copy of an entry must
+        stay equal to the receiver's."""
         return {}
 
     def verify(self, state: State) -> None:  # noqa: B027 (most states may hold any finite values)
-        """Look at values of clients' states from outside, whose types and shapes are right.
+        """Check the values of client states that were read from a file, whose types and shapes are right.
 
         Raises:
-          MessageError: some that no message could have left there.
+          MessageError: a value that no message could have left there.
         """
 
     @abstractmethod
     def layout(self) -> Layout:
-        """The arrays of a message, for the receiver to check."""
+        """The arrays of a message; the receiver checks messages against it."""
 
     def nbytes(self) -> int | None:
-        """Bytes of a client's message without its optional array, where every one has the same; else None."""
+        """Bytes of one client's message without its optional array; None if messages differ in size."""
         return row_nbytes({name: field for name, field in self.layout().items() if name != self.optional})
 
     @abstractmethod
@@ -191,23 +192,23 @@ class Compressor(ABC):
     def add(
         self, total_CS: Tensor, message: Message, peer: State, ctx: Context, weights: Sequence[float]
     ) -> State:
-        """Decode messages and add each, times its weight, to its row of float32 totals, which may be one and the same
-        row. Returns the new peer state."""
+        """Decode messages and add each, times its weight, to its row of float32 totals (rows may share memory).
+        Returns the new peer state."""
         v_CS, peer = self.decompress(message, peer, ctx)
         for total_S, v_S, weight in zip(total_CS, v_CS, weights, strict=True):
             total_S.add_(v_S, alpha=weight)
         return peer
 
     def lift(self, v_CS: Tensor, ctx: Context) -> Tensor:
-        """The gradients ``(C, D)`` that decoded vectors stand for (identity where S = D)."""
+        """Gradients ``(C, D)`` of decoded vectors; the identity where S = D."""
         return v_CS[:, : self.size - self.presence]
 
     def transpose(self, v_CS: Tensor, ctx: Context) -> Tensor:
-        """The transpose ``(C, D)`` of an additive method's encoding, which is linear: its lift, where that is."""
+        """The transpose ``(C, D)`` of an additive method's (linear) encoding; by default its lift."""
         return self.lift(v_CS, ctx)
 
     def count(self, message: Message) -> dict[str, int]:
-        """For the metrics; keys are :attr:`counters`."""
+        """Counts for the metrics, by the names of :attr:`counters`."""
         return {}
 
 
@@ -219,19 +220,19 @@ _RENAMED = {
 
 
 class Decoder(ABC):
-    """From means to directions, without parameters: all that a DDP hook needs of a method's far end. ``memory`` below
-    is what :meth:`memory` gave, or any state with the same entries (a server's, a view)."""
+    """Turns means into gradients without knowing the parameters; drop-ins need nothing else of a server. ``memory`` is
+    what :meth:`memory` returned, or any state with the same entries (a server's, a view)."""
 
     def memory(self) -> State:
-        """What is kept between rounds, before the first; {} where nothing is."""
+        """The memory before the first round; {} for none."""
         return {}
 
     def shared(self, memory: State) -> State:
-        """What senders need of it to compress."""
+        """What senders need of the memory to compress."""
         return {}
 
     def between(self, memory: State, index: int, mean_S: Tensor, round: Round) -> State:
-        """The memory after pass ``index``, which is not the last, whose senders' vectors have the mean ``mean_S``."""
+        """The memory after pass ``index``, not the last one, whose decoded vectors have the mean ``mean_S``."""
         return memory
 
     @abstractmethod
@@ -241,21 +242,21 @@ class Decoder(ABC):
         """The gradient ``(D,)`` that the last pass's mean stands for, and the new memory.
 
         Args:
-          mean_S: the mean; of an integer method the sum, or a majority, packed as :attr:`Merge.array` of a message.
-          out: ``(D,)``, contiguous, where the gradient may stand; None: nowhere given.
+          mean_S: the mean; for an integer method the sum, or the majority packed as in :attr:`Merge.array`.
+          out: ``(D,)``, contiguous, memory that the result may use; None: allocate.
         """
 
 
 class Server(ABC):
-    """What turns the sum of messages into new parameters, and what clients download.
+    """Turns the mean of messages into new parameters, and makes the clients' downloads.
 
     ``state`` holds at least ``theta`` (D,) and ``version``, the number of finished rounds that changed it. A *view* is
-    what somebody holds who knows only θ₀, the seed and the downloads it got: :meth:`view` then
-    :meth:`reconcile`. Ranks that do not aggregate keep a view, exactly as a client does.
+    the state of a client, which knows θ₀, the seed and its downloads: :meth:`view`, then :meth:`reconcile`. Ranks that
+    do not aggregate keep a view as well.
 
     Attributes:
-      weighted: clients count by their number of samples; else one client, one vote.
-      samples: training samples of its own, from which :meth:`prepare` gets a gradient; 0 for none.
+      weighted: True if clients count by their number of samples; else each counts once.
+      samples: the number of training samples of the server's own, for :meth:`prepare`; 0 for none.
     """
 
     weighted: bool = True
@@ -271,8 +272,8 @@ class Server(ABC):
     def init(self, theta_D: Tensor) -> State: ...
 
     def shapes(self, theta_D: Tensor, state: State) -> dict[str, tuple[int, ...]]:
-        """What shape each entry of a state that somebody else wrote must have: :meth:`init`'s, but that an entry that
-        starts without rows (a history) may have any number of them."""
+        """The shapes that the entries of a state from a file must have: those of :meth:`init`, but an entry that starts
+        without rows (a history) may have any number of rows."""
         fresh = {name: tuple(value.shape) for name, value in self.init(theta_D).items()}
         return {
             name: (len(state[name]), *shape[1:]) if shape and not shape[0] else shape
@@ -281,22 +282,26 @@ class Server(ABC):
 
     @abstractmethod
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
-        """The state after a round; ``mean_S`` is its clients' mean (of an integer method: their sum)."""
+        """The state after a round; ``mean_S`` is the mean of its clients (for an integer method their sum)."""
 
     def skip(self, state: State, round: Round) -> State:
-        """The state after a round without a message that counts; one version ahead if there is a download."""
+        """The state after a round without any valid message; its version is one higher if there is a download."""
         return state
 
     @abstractmethod
     def view(self, theta_D: Tensor) -> State:
-        """What a client holds that knows θ₀ and the seed: version 0."""
+        """The view of version 0, of a client that knows θ₀ and the seed."""
 
     @abstractmethod
     def download(self, state: State, seen: int) -> Message:
-        """What brings a client of version ``seen`` up to date, as the message of one client."""
+        """The message that brings a client of version ``seen`` up to date."""
+
+    def sizes(self, state: State, seen: Sequence[int]) -> list[Message]:
+        """For each version :meth:`download`'s message, to be measured only: its arrays may lie on the device meta."""
+        return [self.download(state, version) for version in seen]
 
     def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
-        """The arrays that a download may have: dtype and shape of one client's, -1 for any length; None: not said."""
+        """The arrays that a download may have, by name: dtype and shape, -1 for any length; None if not declared."""
         return None
 
     @abstractmethod
@@ -304,19 +309,19 @@ class Server(ABC):
         """The view after a download that brings it to ``version``: its parameters equal the server's to the bit."""
 
     def between(self, state: State, index: int, mean_S: Tensor, round: Round) -> State:
-        """As :meth:`Decoder.between`, of a state or a view."""
+        """:meth:`Decoder.between` for a state or a view."""
         return state
 
     def prepare(self, state: State, g_D: Tensor) -> State:
-        """The state before round 0 of a server with ``samples``, whose gradient is ``g_D``: a version of its own."""
+        """The state before round 0 of a server with ``samples``, whose gradient is ``g_D``, one version higher."""
         return state
 
     def facts(self, state: State) -> dict[str, float]:
-        """What a run's summary says of a state or a view."""
+        """Entries of a run's summary."""
         return {}
 
     def frozen(self, state: State) -> Tensor | None:
-        """Parameters that stay as they are while clients train, bool ``(D,)``, of a state or a view."""
+        """A bool mask ``(D,)`` of parameters that clients must not change; None for none."""
         return None
 
     def parameters(self, state: State) -> Tensor:
@@ -330,15 +335,14 @@ class Server(ABC):
 
 @dataclass(frozen=True)
 class Method:
-    """One way to send a vector, and what becomes of the mean.
+    """Compressors, and what makes parameters or gradients of the mean of their messages.
 
     Attributes:
-      passes: the compressors of a round, one after the other; all but few methods have one. Each compresses the same
-        gradients, once the vectors of the one before are averaged and :meth:`Server.between` (or
-        :meth:`Decoder.between`) has made of their mean what it then finds in ``shared``. What clients keep is the
-        last one's state; those before it only read that.
-      server: from the mean to new parameters, for `fedmpi train`.
-      decoder: from the mean to a direction, for drop-ins; None where the server changes parameters itself.
+      passes: the compressors of a round in their order; most methods have one. All compress the same gradients. Between
+        two passes the decoded vectors are averaged, and :meth:`Server.between` (or :meth:`Decoder.between`) turns the
+        mean into what the next pass finds in ``shared``. Clients keep the last pass's state; the others only read it.
+      server: turns the mean into new parameters, for `fedmpi train`.
+      decoder: turns the mean into a gradient, for drop-ins; None if the method cannot be a drop-in.
 
     Raises:
       ConfigError: passes are not a tuple of compressors.
@@ -362,10 +366,10 @@ class Method:
         return self.passes[-1]
 
     def directions(self) -> Decoder:
-        """The decoder, for a job that steps with an optimizer of its own.
+        """The decoder, for a job with an optimizer of its own.
 
         Raises:
-          ConfigError: there is none.
+          ConfigError: the method has none.
         """
         if self.decoder is None:
             raise ConfigError(
@@ -376,12 +380,12 @@ class Method:
 
 
 def placed(state: Mapping[str, Tensor], device: torch.device) -> State:
-    """A state there: what :meth:`Compressor.init` and :meth:`Decoder.memory` make lies on the CPU."""
+    """A copy of a state on ``device``; :meth:`Compressor.init` and :meth:`Decoder.memory` return states on the CPU."""
     return {name: value.to(device) for name, value in state.items()}
 
 
 def nest(state: Mapping[str, Tensor], prefix: str = "inner.") -> State:
-    """A wrapped part's state (or arrays) under a prefix."""
+    """The state (or arrays) of what is wrapped, with a prefix before every name."""
     return {prefix + name: value for name, value in state.items()}
 
 
@@ -391,10 +395,5 @@ def unnest(state: Mapping[str, Tensor], prefix: str = "inner.") -> State:
 
 
 def believed(up: Compressor, state: State) -> State:
-    """The peer state that a sender with ``state`` believes the receiver to hold."""
+    """The sender's copy of the receiver's state."""
     return {name: state[name] for name in up.init_peer()}
-
-
-def stack(states: list[State]) -> State:
-    """States of single clients as one with the leading axis C."""
-    return {name: torch.stack([s[name] for s in states]) for name in states[0]}

@@ -44,17 +44,17 @@ class Optimizer(NamedTuple):
         """u and the new state; the server then does θ ← θ − η u."""
         if self.name == "sgd":
             return g, state
-        if self.name == "momentum":
-            m = self.beta1 * state["momentum"] + g
-            return m, {"momentum": m}
-        if self.name == "nesterov":
-            m = self.beta1 * state["momentum"] + g
-            return g + self.beta1 * m, {"momentum": m}
+        # What is made here is worked on in place: of long vectors fresh memory takes longer than the sums.
+        if self.name in ("momentum", "nesterov"):
+            m = (self.beta1 * state["momentum"]).add_(g)
+            return (m if self.name == "momentum" else (self.beta1 * m).add_(g)), {"momentum": m}
         g = g if self.step == 1 else g * self.step
-        m = self.beta1 * state["momentum"] + (1 - self.beta1) * g
-        v, g2 = state["variance"], g * g
+        g2 = (1 - self.beta1) * g
+        m = (self.beta1 * state["momentum"]).add_(g2)
+        torch.mul(g, g, out=g2)
         if self.name == "adam":
-            v = self.beta2 * v + (1 - self.beta2) * g2
+            v = (self.beta2 * state["variance"]).add_(g2.mul_(1 - self.beta2))
         else:
-            v = v - (1 - self.beta2) * g2 * torch.sign(v - g2)
-        return m / (v.sqrt() + self.epsilon), {"momentum": m, "variance": v}
+            v = (state["variance"] - g2).sign_()
+            v = torch.sub(state["variance"], v.mul_(g2.mul_(1 - self.beta2)), out=v)
+        return torch.div(m, u := v.sqrt().add_(self.epsilon), out=u), {"momentum": m, "variance": v}

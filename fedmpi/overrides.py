@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,26 @@ def override(values: Any, text: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"override: expected key.path=value, got {got(text)}")
     value = yaml_value(after, f"override {path}=")
+    _put(values, keys, value, text)
+
+
+def lay(values: Any, changes: Mapping[str, Any]) -> None:
+    """Lay a mapping from Python over ``values``: keys may be paths (``"server.lr"``); what has a name replaces as a
+    whole, other mappings go key by key.
+
+    Raises:
+      ConfigError: a path leads through a value that has no keys.
+    """
+    for path, value in changes.items():
+        *outer, last = path.split(".")
+        if outer or not isinstance(value, Mapping) or not isinstance(values, dict):
+            _put(values, [*outer, last], value, f"{path}={value}")
+        else:
+            before = values.get(last)
+            values[last] = merge({"name": before} if isinstance(before, str) else before, dict(value))
+
+
+def _put(values: Any, keys: list[str], value: Any, text: str) -> None:
     for depth, key in enumerate(keys[:-1]):
         inner = values.get(key) if isinstance(values, dict) else None
         if inner is None:

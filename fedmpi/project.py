@@ -15,9 +15,14 @@ _PACKAGE = Path(__file__).parent
 FILES = {
     "configs/quickstart.yaml": "a run of seconds: data inside the package, 40 clients, every key explained",
     "configs/methods/*.yaml": "the same run with each method, a file each",
+    "configs/sweep.over.yaml": "a grid of methods, values and seeds, for fedmpi sweep",
+    "configs/csv.yaml": "a run on a table of your own, without code",
+    "configs/own.csv": "which is this one: put yours in its place",
     "configs/own.yaml": "the same with a data set, a model and a method of your own",
     "configs/own.py": "which are in this file: change it",
     "configs/kjv/*.yaml": "a language model byte by byte: across slow links (DiLoCo) in three sizes, and 1,189 clients",
+    "examples/ddp.py": "a DistributedDataParallel job with compressed gradients, two lines more than without",
+    "examples/trainer.py": "a transformers.Trainer job with compressed gradients, one callback more than without",
     "launch/mpirun.sh": "mpirun for one machine: more ranks than cores, root, threads",
     "launch/mpi.sh": "what it is made of",
     "slurm/*.sbatch": "Slurm jobs: one node, many, GPUs, MPICH, sweeps, requeueing",
@@ -28,7 +33,7 @@ PAPERS = {
     "configs/intrinsic/**/*.yaml": "intrinsic gradient compression: a file for each row and figure",
     "configs/lbgm/**/*.yaml": "look-back gradients: a file for each row and figure",
     "configs/crucial/**/*.yaml": "crucial gradients, Prune-m: a file for each row and figure",
-    "configs/claims/*": "what the papers claim, and the sweeps that check it on data that one can have",
+    "configs/claims/*-*.yaml": "the sweeps that check the papers' claims on data that one can have",
 }
 
 _README = """\
@@ -40,6 +45,9 @@ launch/mpirun.sh -n 4 fedmpi train configs/quickstart.yaml         # four, if th
 torchrun --nproc-per-node 4 -m fedmpi train configs/quickstart.yaml    # four without MPI
 sbatch slurm/cpu.sbatch configs/quickstart.yaml                    # on a cluster, after a look into slurm/README.md
 fedmpi train configs/own.yaml                                      # data, model and method of your own
+fedmpi train configs/csv.yaml                                      # a table of your own
+fedmpi sweep configs/quickstart.yaml configs/sweep.over.yaml       # a grid of values and seeds, with a report
+torchrun --nproc-per-node 2 examples/ddp.py                        # compressed gradients in a job of your own
 fedmpi report runs/*                                               # a table and plots of what was run
 ```
 
@@ -54,8 +62,9 @@ def add(commands: Any) -> None:
         "init",
         help="write a folder to start from: configurations, Slurm jobs, a launch script",
         description="Write a folder to start from: configs/quickstart.yaml and one file for each method, an example of "
-        "your own data, model and method, batch files for Slurm, an mpirun for one machine, and a README with a line "
-        "for each. Nothing is overwritten: if one of these files is there, nothing is written.",
+        "your own data, model and method, a sweep, jobs of DistributedDataParallel and transformers, batch files for "
+        "Slurm, an mpirun for one machine, and a README with a line for each. Nothing is overwritten: if one of these "
+        "files is there, nothing is written.",
     )
     init.add_argument("folder", nargs="?", type=Path, default=Path(), metavar="FOLDER", help="(here)")
     init.add_argument("--papers", action="store_true", help="the papers' experiments too, some hundred files")
@@ -70,6 +79,12 @@ def _init(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def shelf() -> Path:
+    """The folder that holds configs/, examples/, launch/ and slurm/: in an installed wheel, or in the repository."""
+    inside = _PACKAGE / "share"
+    return inside if inside.is_dir() else _PACKAGE.parent
+
+
 def write(folder: Path, papers: bool = False) -> list[Path]:
     """Write the files and return their paths inside ``folder``, which is made if it is not there.
 
@@ -77,9 +92,8 @@ def write(folder: Path, papers: bool = False) -> list[Path]:
       ConfigError: one of them exists (then none is written), or ``folder`` cannot be written to.
     """
     rows = FILES | (PAPERS if papers else {})
-    shelf = _PACKAGE / "share"  # of an installed wheel; else this is the repository
-    shelf = shelf if shelf.is_dir() else _PACKAGE.parent
-    files = {path.relative_to(shelf): path for pattern in rows for path in sorted(shelf.glob(pattern))}
+    top = shelf()
+    files = {path.relative_to(top): path for pattern in rows for path in sorted(top.glob(pattern))}
     texts = {name: path.read_bytes() for name, path in files.items()}
     table = "".join(f"| `{pattern}` | {line} |\n" for pattern, line in rows.items())
     texts[Path("README.md")] = (_README + table).encode()

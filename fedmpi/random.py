@@ -103,6 +103,11 @@ def bits(key: int | Tensor, n: int, start: int = 0, device: torch.device | None 
     return _mix_tensor(i_N * _signed(_GOLDEN) + key)
 
 
+def bits_at(key: int, index_N: Tensor) -> Tensor:
+    """The words of :func:`bits` at these places (int64) only, int64 ``(N,)``."""
+    return _mix_tensor((index_N + 1) * _signed(_GOLDEN) + key)
+
+
 def uniform(key: int | Tensor, n: int, device: torch.device | None = None) -> Tensor:
     """``n`` float32 values in [0, 1) with 24 random bits each; ``(C, n)`` for keys ``(C,)``."""
     return _shift(bits(key, n, device=device), 40).float() * 2.0**-24
@@ -110,9 +115,18 @@ def uniform(key: int | Tensor, n: int, device: torch.device | None = None) -> Te
 
 def integers(key: int | Tensor, n: int, high: int, device: torch.device | None = None) -> Tensor:
     """``n`` int64 values in [0, high), high ≤ 2^31; the bias of multiply-and-shift is below 2^-32 · high."""
+    return _below(bits(key, n, device=device), high)
+
+
+def integers_at(key: int, index_N: Tensor, high: int) -> Tensor:
+    """The values of :func:`integers` at these places (int64) only."""
+    return _below(bits_at(key, index_N), high)
+
+
+def _below(words: Tensor, high: int) -> Tensor:
     if not 1 <= high <= 1 << 31:
         raise ValueError(f"high: expected 1 to 2^31, got {high}")
-    return (_shift(bits(key, n, device=device), 32) * high) >> 32
+    return (_shift(words, 32) * high) >> 32
 
 
 def coins(key: int | Tensor, n: int, device: torch.device | None = None) -> Tensor:
@@ -120,6 +134,11 @@ def coins(key: int | Tensor, n: int, device: torch.device | None = None) -> Tens
     words = bits(key, -(-n // 64), device=device)
     shifts = torch.arange(64, device=words.device)
     return ((words[..., None] >> shifts) & 1).flatten(-2)[..., :n].bool()
+
+
+def coins_at(key: int, index_N: Tensor) -> Tensor:
+    """The coins of :func:`coins` at these places (int64) only."""
+    return ((bits_at(key, index_N >> 6) >> (index_N & 63)) & 1).bool()
 
 
 def signs(key: int | Tensor, n: int, device: torch.device | None = None) -> Tensor:
@@ -180,9 +199,31 @@ def _bijection(x: Tensor, key: int, log2: int) -> Tensor:
     return x
 
 
+def _inverse(x: Tensor, key: int, log2: int) -> Tensor:
+    """The inverse of :func:`_bijection`: the shift takes at least half of the bits, and so undoes itself."""
+    mask, shift, *rounds = bijection(key, log2).tolist()
+    for multiplier, offset in zip(rounds[-2::-2], rounds[::-2], strict=True):
+        x = x ^ (x >> shift)
+        x = ((x - offset) * pow(multiplier, -1, mask + 1)) & mask
+    return x
+
+
 def permutation(key: int, n: int, device: torch.device | None = None) -> Tensor:
     """A permutation of ``range(n)``, int64 ``(n,)``."""
     return sample(key, n, n, device)
+
+
+def ranks(key: int, n: int, values: Tensor) -> Tensor:
+    """Where these values (int64) stand in :func:`permutation`: its inverse, there only."""
+    if n < SORT_BELOW:
+        return permutation(key, n, values.device).argsort()[values]
+    log2 = (n - 1).bit_length()
+    x = _inverse(values, key, log2)
+    outside = x >= n
+    while bool(outside.any()):  # the way that sample() walked, back
+        x[outside] = _inverse(x[outside], key, log2)
+        outside = x >= n
+    return x
 
 
 def permutations(keys_C: Tensor, sizes_C: Tensor) -> Tensor:

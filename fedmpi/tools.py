@@ -1,4 +1,4 @@
-"""The command line around a run: ``fedmpi methods``, ``report``, ``data``, ``advise`` and ``doctor``."""
+"""The command line around a run: ``fedmpi methods``, ``report``, ``data``, ``advise``, ``coordinator``, ``doctor``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def add(commands: _Commands) -> None:
     _report_arguments(commands)
     _data_arguments(commands)
     _advise_arguments(commands)
+    _coordinator_arguments(commands)
     doctor = commands.add_parser(
         "doctor",
         help="show what MPI, torch, GPUs and launcher are here, and try them",
@@ -85,7 +86,10 @@ def _report_arguments(commands: _Commands) -> None:
     )
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     report.add_argument(
-        "--out", type=Path, metavar="DIR", help="where report.md and report.png go (report, beside the runs)"
+        "--out", type=Path, metavar="DIR", help="where report.md and its files go (report, beside the runs)"
+    )
+    report.add_argument(
+        "--format", choices=("png", "svg", "pdf"), default="png", help="also write the picture as svg or pdf"
     )
     report.set_defaults(run=_report)
 
@@ -93,7 +97,7 @@ def _report_arguments(commands: _Commands) -> None:
 def _report(arguments: argparse.Namespace) -> int:
     from fedmpi.analysis.report import report
 
-    print(report(arguments.runs, arguments.out))
+    print(report(arguments.runs, arguments.out, arguments.format))
     return 0
 
 
@@ -241,3 +245,29 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from fedmpi.doctor import examine
 
     return examine()
+
+
+def _coordinator_arguments(commands: _Commands) -> None:
+    coordinator = commands.add_parser(
+        "coordinator",
+        help="serve jobs whose ranks come and go",
+        description='The place where the ranks of fedmpi.local_sgd(…, elastic="HOST:PORT") meet: it keeps who is '
+        "there, and trains nothing. One a job; if it ends, another one may be started at the same address, and the "
+        "ranks go on. It asks for no password: whoever reaches the port can take part, so listen in a private network.",
+        epilog="example: fedmpi coordinator --host 10.0.0.1 --port 29400",
+    )
+    coordinator.add_argument(
+        "--host", default="0.0.0.0", metavar="ADDRESS", help="where it listens (0.0.0.0, on all interfaces)"
+    )
+    coordinator.add_argument(
+        "--port", type=int, default=29400, help="(29400; 0: one that is free, which the first line names)"
+    )
+    coordinator.set_defaults(run=_coordinator)
+
+
+def _coordinator(arguments: argparse.Namespace) -> int:
+    from fedmpi.comm.coordinated import serve
+
+    where = arguments.host
+    serve(arguments.host, arguments.port, lambda port: print(f"coordinator: {where}:{port}", flush=True))
+    return 0

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What only a machine with a GPU can show, in about four minutes, a JSON line a figure:
 #     launch/gpu-check.sh [--device cuda|cpu] [--small] [--out FILE] [PHASE ...]
-# Phases, the most telling first: facts, tests, train, kernels, hook (tests/jobs/gpu_check.py says what each does).
+# Phases, the most telling first: facts, tests, kernels, hook, ranks, train, rounds (tests/jobs/gpu_check.py says what
+# each does).
 # Each is a process of its own with a time limit; one that fails does not keep the others from running. The exit code
 # is 0 only if all said what was expected. --device cpu --small tries the script itself where there is no GPU.
 # PYTHON names the interpreter (default: .venv's, where there is one), which needs torch for the GPU's CUDA, fedmpi and
@@ -25,14 +26,14 @@ while (($#)); do
     esac
     shift
 done
-((${#phases[@]})) || phases=(facts tests train kernels hook)
+((${#phases[@]})) || phases=(facts tests kernels hook ranks train rounds)
 
 python=${PYTHON:-}
 [[ -n $python || ! -x .venv/bin/python ]] || python=.venv/bin/python
 python=${python:-python3}
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 
-declare -A limit=([facts]=30 [tests]=120 [train]=60 [kernels]=60 [hook]=150)
+declare -A limit=([facts]=30 [tests]=120 [train]=60 [kernels]=60 [hook]=150 [ranks]=120 [rounds]=60)
 : >"$out"
 failed=0 scale=1
 [[ $device == cuda* ]] || scale=5 # a CPU takes longer

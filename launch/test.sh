@@ -11,7 +11,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [[ " $* " != *" --full "* ]] || export FEDMPI_FULL=1 # tests/conftest.py knows --full too
 
 cd "$ROOT"
-ensure_venv mpi,test,dev,hf,lightning
+extras=mpi,test,dev,docs,hf,lightning
+[[ -z ${FEDMPI_FULL:-} ]] || extras+=,triton # 280 MB: kernels for GPUs, interpreted and compiled without one
+ensure_venv "$extras"
 ensure_mpich || echo "warning: no MPICH here; the tests that need it will be skipped" >&2
 ensure_slurm || echo "warning: no Slurm here; the tests that need it will be skipped" >&2
 "$ROOT/launch/install-horovod.sh" || echo "warning: no Horovod here; its tests will be skipped (with CI=true: fail)" >&2

@@ -20,6 +20,17 @@ keys = st.integers(-(2**63), 2**63 - 1)
 
 
 @contextmanager
+def served_by(package: str) -> Iterator[None]:
+    """Kernels of ``fedmpi.ops.compiled``, or those of ``fedmpi.ops.triton`` in Triton's interpreter, on the CPU."""
+    before = fast.KERNELS["cpu"]
+    fast.KERNELS["cpu"] = fast.KERNELS["cuda"] if package == "triton" else before
+    try:
+        yield
+    finally:
+        fast.KERNELS["cpu"] = before
+
+
+@contextmanager
 def smallest(size: int, threads: int = 1) -> Iterator[None]:
     """Kernels from ``size`` numbers on, in so many threads."""
     before = fast.SMALLEST, fast.LOADED

@@ -375,7 +375,7 @@ def test_the_same_bits_again_or_a_sentence(device: torch.device) -> None:
 def test_the_script_for_a_gpu(tmp_path: Path) -> None:
     """Its phases on the CPU: that it runs, not what it measures."""
     script, out = str(CONFIGS.parent / "launch" / "gpu-check.sh"), tmp_path / "found.json"
-    phases = ["facts", "train", "hook"]
+    phases = ["facts", "train", "hook", "ranks"]
     command = ["bash", script, "--device", "cpu", "--small", "--out", str(out), *phases]
     done = subprocess.run(
         command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True

@@ -89,7 +89,7 @@ def test_a_quarter_of_the_computing_hides_the_wire() -> None:
     signs = Row("signsgd", 0.005, 0.001, 0.006, 1e5)
     point = break_even(signs, BF16, 0.04)
     assert point == pytest.approx(2e6 / (0.009 + 0.01)), "all of its own wire is hidden there"
-    much = Row("qsgd", 0.005, 0.001, 0.006, 1.9e6)
+    much = Row("much", 0.005, 0.001, 0.006, 1.9e6)
     assert break_even(much, BF16, 0.004) == pytest.approx(1e5 / 0.009)
     local = Row("local", 0.0, 0.001, 0.0, 1e5, every=100)
     assert local.step(0.04) == pytest.approx(0.041), "nothing computes meanwhile"

@@ -73,7 +73,7 @@ def test_measure_takes_turns_with_the_reference(monkeypatch: pytest.MonkeyPatch)
     order: list[str] = []
     seconds = iter([1.0, 6.0, 3.0, 8.0, 1.0])
 
-    def clock(work: Any) -> float:
+    def clock(work: Any, device: Any) -> float:
         work()
         return next(seconds)
 
@@ -150,12 +150,28 @@ def test_bench_methods_for_real(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_bench_methods_of_your_own_options(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bench", "methods", "--size", "17", "--clients", "1", "--repeats", "1"]
-    assert cli.main([*command, "{name: qsgd, bits: 2}", "dense"]) == 0
+    assert cli.main([*command, "{name: topk, ratio: 0.2}", "dense"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["method", "bytes", "smaller", "compress", "decompress", "finish"]
-    assert lines[2].startswith("{name: qsgd, bits: 2}")
+    assert lines[2].startswith("{name: topk, ratio: 0.2}")
     assert "1.0x" in lines[3]
     assert len(lines) == 4
+
+
+def test_bench_on_a_device(device: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["--repeats", "1", "--device", "pretend", "--json"]
+    assert cli.main(["bench", "methods", "--size", "17", "--clients", "1", *few, "topk", "lookback"]) == 0
+    assert json.loads(capsys.readouterr().out)["device"] == "PRETEND"
+    assert cli.main(["bench", "kernels", "--size", "17", *few]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["device"], found["kernels"]) == ("PRETEND", "torch")
+    assert [r["case"] for r in found["rows"]] == list(kernels.CASES)
+
+
+@pytest.mark.parametrize("bench", ["kernels", "methods", "rounds"])
+def test_a_device_that_is_not_here_is_named(bench: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", bench, "--device", "cuda:77"]) == 2
+    assert "device: expected auto, cpu, cuda or cuda:N" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

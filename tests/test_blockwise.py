@@ -185,6 +185,6 @@ def test_bytes_of_a_large_model() -> None:
 
 def test_a_single_block_of_a_single_client() -> None:
     """Whose scale is a contiguous slice of bytes that cannot be looked at as a float32."""
-    x_11n = torch.linspace(-1, 1, 38)[None, None]
+    x_1n = torch.linspace(-1, 1, 38)[None]
     blocks = Blocks(4, 38, normal=False)
-    assert float((blocks.decode(blocks.encode(x_11n, None)) - x_11n).abs().max()) <= 1 / 14
+    assert float((blocks.decode(blocks.encode(x_1n), 38) - x_1n).abs().max()) <= 1 / 14

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from fedmpi import config
 from fedmpi.cli import main
 from fedmpi.comm import solo
-from fedmpi.engine.evaluate import evaluate
 from fedmpi.engine.rounds import Simulation
 from fedmpi.errors import CheckpointError
 
@@ -58,7 +57,7 @@ def test_the_best_model_is_that_of_its_round(whole: Path) -> None:
     made = Simulation(config.parse(BEST), solo())
     made.trainer.model.load_state_dict(load_file(whole / "model-best.safetensors"), strict=True)
     x_X = torch.cat([p.detach().flatten() for p in made.trainer.model.parameters()])
-    found = evaluate(made.trainer, made.measured, x_X, made.data.test, 512, solo())
+    found = made.trainer.evaluate(made.measured, x_X, made.data.test, 512, solo())
     assert found["accuracy"] == max(scores)
 
 

@@ -138,10 +138,13 @@ def test_ranks_that_were_saved_at_different_times_do_not_go_on(topk: list[dict[s
     skipped = copy.deepcopy(topk)
     skipped[1]["skipped"] = 1
     assert "skipped: rank 0's has 0, rank 1's has 1" in refused(TOPK, skipped, topk)
-    # The server's memory is the same on every rank, or the replicas drift.
-    early, late = states(FETCH, 2), states(FETCH, 3)
+
+
+@pytest.mark.parametrize("method", [FETCH], ids=["fetchsgd"])
+def test_a_server_memory_that_differs_is_refused_or_the_replicas_drift(method: dict[str, Any]) -> None:
+    early, late = states(method, 2), states(method, 3)
     late[1]["step"] = 2
-    assert "the server's memory: rank 0's has" in refused(FETCH, [early[0], late[1]], early)
+    assert "the server's memory: rank 0's has" in refused(method, [early[0], late[1]], early)
 
 
 def test_a_rank_loads_its_own_state(topk: list[dict[str, Any]]) -> None:

@@ -1,8 +1,10 @@
-"""Compiled kernels against their torch references: equal to the bit, over odd sizes, strides, types, threads."""
+"""Compiled kernels against their torch references: equal to the bit, over odd sizes, strides, types, threads. With
+--full Triton's as well, in its interpreter.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,9 +15,21 @@ from hypothesis import strategies as st
 from fedmpi import random
 from fedmpi.ops import bits, hadamard, select, sketch, subspace, sums
 
-from .kernels import by_kernel, by_torch, keys, normals, quick, same, smallest
+from .kernels import by_kernel, by_torch, keys, normals, quick, same, served_by, smallest
 
 pytest.importorskip("numba")
+
+
+@pytest.fixture(
+    scope="module", autouse=True, params=["compiled", pytest.param("triton", marks=pytest.mark.slow)]
+)
+def package(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="no Triton here: launch/test.sh --full installs it")
+        if torch.cuda.is_available():
+            pytest.skip("Triton has a GPU, and test_gpu.py looks at its kernels there")
+    with served_by(request.param):
+        yield request.param
 
 
 # --- Walsh–Hadamard ---------------------------------------------------------------------------------
@@ -59,9 +73,11 @@ def test_fwht_into_a_strided_tensor() -> None:
     assert same(by_torch(hadamard.fwht, x, out[:, ::2]).contiguous(), expected)
 
 
-def test_threads_that_play_ranks_may_be_in_kernels_at_once() -> None:
+def test_threads_that_play_ranks_may_be_in_kernels_at_once(package: str) -> None:
     from fedmpi.comm import run_ranks
 
+    if package == "triton":
+        pytest.skip("Triton's interpreter is one thread's at a time")
     x = normals(4, 4, 1 << 14)
     expected = hadamard.fwht_reference(x)
     with smallest(0, 2):
@@ -139,6 +155,19 @@ def test_vote(voters: int, size: int, threads: int, word: int, key: int) -> None
     assert torch.equal(bits.unpack_reference(got[None], 8 * size)[0], expected_N)
 
 
+@given(
+    st.sampled_from([torch.int8, torch.int16, torch.int32, torch.float32]),
+    st.integers(1, 3000),
+    st.integers(1, 3),
+    keys,
+)
+@quick
+def test_what_votes_came_to(dtype: torch.dtype, size: int, threads: int, key: int) -> None:
+    votes_N = normals(key, size).mul(2).round().to(dtype)
+    got = by_kernel(bits.pack_votes, votes_N, key, threads=threads)
+    assert same(got, bits.pack_votes_reference(votes_N, key))
+
+
 @pytest.mark.parametrize("voters", [1, 2, 3, 4, 255, 256, 257])
 def test_majority_at_its_edges(voters: int) -> None:
     """Every count of ones from none to all, against the definition; ties fall either way."""
@@ -206,11 +235,11 @@ def test_reach_finds_thresholds_and_nan() -> None:
     ("size", "dim", "clients"),
     [(1 << 16, 1, 1), (70_001, 300, 3), (1 << 17, 9000, 2), (40_000, 37_000, 1), (66_000, 66_000, 1)],
 )
-def test_fastfood(size: int, dim: int, clients: int) -> None:
+def test_fastfood(size: int, dim: int, clients: int, package: str) -> None:
     """From one block of sums to sixteen; D a power of two, just above one, just below; d up to D."""
     embedding = subspace.Fastfood(size, dim, random.key(5, client=dim), 0.3)
     v, g = normals(size, clients, 2 * dim)[:, ::2], normals(dim, clients, 2 * size)[:, ::2]
-    for threads in (1, 3):
+    for threads in (1, 3) if package == "compiled" else (1,):
         assert same(by_kernel(embedding.lift, v, threads=threads), by_torch(embedding.lift, v))
         assert same(by_kernel(embedding.project, g, threads=threads), by_torch(embedding.project, g))
 

@@ -1,6 +1,6 @@
 """Dependencies point one way: a part imports only from the parts listed for it (and from itself).
 
-``python -m tests.test_layers`` draws that into CONTRIBUTING.md.
+``python -m tests.test_layers`` draws that into docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fedmpi"
-CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
+ARCHITECTURE = PACKAGE.parent / "docs" / "architecture.md"
 _MARK = "<!-- drawn by python -m tests.test_layers -->"
 BASE = {"errors", "random"}
 LAYERS = {
@@ -22,6 +22,8 @@ LAYERS = {
     "message": {"errors"},
     "schema": set(),
     "phases": set(),
+    "version": set(),
+    "callbacks": {"errors"},
     "start": set(),  # nothing: it comes before everything
     "optimizers": set(),
     "own": {"errors"},
@@ -32,7 +34,7 @@ LAYERS = {
     "overrides": {"errors", "validation"},
     "validation": {"errors", "plain_file", "strict_yaml"},
     "ops": BASE,
-    "comm": {"errors", "phases"},  # and nothing of what it carries
+    "comm": {"errors", "phases", "version"},  # and nothing of what it carries
     "tasks": BASE | {"machine", "own", "validation"},
     "method": BASE | {"message", "spec"},
     "methods": BASE
@@ -44,6 +46,7 @@ LAYERS = {
     "config": {"choice", "errors", "local", "methods", "optimizers", "overrides", "plan", "validation"},
     "engine": BASE
     | {
+        "callbacks",
         "choice",
         "comm",
         "config",
@@ -59,7 +62,7 @@ LAYERS = {
         "start",
         "tasks",
     }
-    | {"machine", "phases", "plain_file", "strict_yaml"},
+    | {"machine", "phases", "plain_file", "strict_yaml", "version"},
     "analysis": BASE
     | {"comm", "config", "engine", "local", "method", "methods", "message", "ops", "plan", "spec", "tasks"}
     | {"strict_yaml", "validation"},
@@ -82,7 +85,14 @@ LAYERS = {
     "bench": BASE
     | {"analysis", "comm", "config", "engine", "integrations"}
     | {"message", "method", "methods", "ops", "spec", "tasks", "validation"},
-    "doctor": {"comm", "errors"},
+    "accelerate": {"integrations"},  # short names
+    "ddp": {"integrations"},
+    "horovod": {"integrations"},
+    "lightning": {"integrations"},
+    "optim": {"integrations"},
+    "transformers": {"integrations"},
+    "api": {"analysis", "callbacks", "comm", "config", "engine", "errors", "overrides"},
+    "doctor": {"comm", "errors", "ops", "version"},
     "tools": {
         "analysis",
         "comm",
@@ -94,9 +104,23 @@ LAYERS = {
         "tasks",
         "validation",
     },
-    "cli": {"analysis", "bench", "comm", "config", "engine", "errors", "project", "start", "tools"},
+    "demo": {"analysis", "comm", "config", "engine", "errors", "project"},
+    "cli": {
+        "demo",
+        "analysis",
+        "bench",
+        "comm",
+        "config",
+        "engine",
+        "errors",
+        "project",
+        "start",
+        "tools",
+        "version",
+    },
     "__main__": {"cli", "start"},
-    "__init__": {"integrations"},  # on demand
+    "__init__": {"accelerate", "ddp", "horovod", "lightning", "optim", "transformers"}  # on demand
+    | {"api", "callbacks", "config", "engine", "errors", "integrations", "methods", "version"},
 }
 
 
@@ -143,13 +167,13 @@ def drawing() -> str:
 
 
 def drawn(text: str) -> str:
-    """CONTRIBUTING.md with the drawing of today's table."""
+    """docs/architecture.md with the drawing of today's table."""
     before, _, rest = text.partition(f"{_MARK}\n```\n")
     return f"{before}{_MARK}\n```\n{drawing()}\n```{rest.partition('```')[2]}"
 
 
 def test_the_drawing_is_the_tables() -> None:
-    text = CONTRIBUTING.read_text()
+    text = ARCHITECTURE.read_text()
     assert _MARK in text
     assert drawn(text) == text, "python -m tests.test_layers draws it anew"
 
@@ -170,4 +194,4 @@ def test_no_module_needs_itself() -> None:
 
 
 if __name__ == "__main__":
-    CONTRIBUTING.write_text(drawn(CONTRIBUTING.read_text()))
+    ARCHITECTURE.write_text(drawn(ARCHITECTURE.read_text()))

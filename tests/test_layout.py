@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from fedmpi import plan, random
 from fedmpi.comm import solo
-from fedmpi.engine.evaluate import evaluate
 from fedmpi.engine.layout import Layout
 from fedmpi.engine.trainer import Trainer
 from fedmpi.local import Local
@@ -114,7 +113,7 @@ def test_training_is_that_of_a_plain_loop(options: dict[str, Any], masked: bool)
             parameters[n].data = value
         expected = float((plain(x).argmax(1) == y).float().mean())
     split = Split(x, y)
-    found = evaluate(
-        trainer, measures(OBJECTIVES["cross_entropy"], Data("", split, split, 10)), theta_D, split, 4, solo()
+    found = trainer.evaluate(
+        measures(OBJECTIVES["cross_entropy"], Data("", split, split, 10)), theta_D, split, 4, solo()
     )
     assert found["accuracy"] == pytest.approx(expected)

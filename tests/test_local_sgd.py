@@ -524,13 +524,18 @@ def test_ranks_that_disagree_find_out() -> None:
         on(2, later)
 
 
-@pytest.mark.parametrize("start", ["mpirun", pytest.param("torchrun", marks=pytest.mark.slow)])
-def test_in_real_jobs(start: str, tmp_path: Path) -> None:
+_FULL = [("mpirun", 3), ("mpirun", 4), ("torchrun", 2), ("torchrun", 3), ("torchrun", 4)]
+
+
+@pytest.mark.parametrize(
+    ("start", "ranks"), [("mpirun", 2), *(pytest.param(*each, marks=pytest.mark.slow) for each in _FULL)]
+)
+def test_in_real_jobs(start: str, ranks: int, tmp_path: Path) -> None:
     answer = tmp_path / "answer.json"
-    arguments = (str(JOBS / "local_checks.py"), str(answer))
-    done = torchrun(3, *arguments) if start == "torchrun" else find_mpi("openmpi")(2, *arguments)
+    launch = torchrun if start == "torchrun" else find_mpi("openmpi")
+    done = launch(ranks, str(JOBS / "local_checks.py"), str(answer))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(answer.read_text())
     assert not [f"{name}: {text}" for name, text in found.items() if text]
-    expected = local_checks.CHECKS if start == "torchrun" else local_checks.EVERYWHERE
+    expected = local_checks.names(start == "torchrun", ranks)
     assert sorted(found) == sorted(expected), "every check ran"

@@ -118,6 +118,23 @@ def test_a_log_has_the_first_and_last_round_and_one_every_five_seconds(
     assert said[1] == "round 6/12 loss 0.2500 up 6 kB down 80 B 2 clients/s 12 s left"
 
 
+def test_the_time_left_is_that_of_the_last_rounds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    display = Display("topk", 1000)
+    display.start(0, {"upload": 0, "download": 0})
+    for t in range(30):
+        now[0] += 600.0 if t == 0 else 6.0 if t < 15 else 8.0
+        display.round(line(t))
+    display.close()
+    said = capsys.readouterr().err.splitlines()
+    assert "left" not in said[0], "the first round prepares: it tells nothing"
+    assert said[1].endswith(" 1 h 39 min left")  # 998 rounds of 6 s
+    assert said[-1].endswith(" 2 h 9 min left")  # 970 of 8 s
+
+
 def test_what_is_not_enabled_shows_nothing(
     terminal: Terminal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

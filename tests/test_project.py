@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import subprocess
@@ -21,7 +22,7 @@ from fedmpi.errors import ConfigError
 from .test_layers import LAYERS
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 def parsers(
@@ -136,9 +137,23 @@ def test_init_writes_files_that_fit_and_says_what_each_is(
         for base in re.findall(r"^base: (.+)$", path.read_text(), re.MULTILINE):
             assert (path.parent / base).exists()
     config.load("configs/own.yaml")
+    config.load("configs/csv.yaml")
+    pointed = {
+        path: found for path in Path().rglob("*") if path.is_file() and (found := _pointers(path.read_text()))
+    }
+    assert pointed == {}, "no pointer to files that are not there"
     script = Path("launch/mpirun.sh")
     assert script.read_text() == (ROOT / script).read_text()
     assert os.access(script, os.X_OK)
+
+
+def _pointers(text: str) -> list[str]:
+    """Files named in a text and missing here, but for those that it says are the repository's."""
+    lines = " ".join(line for line in text.splitlines() if "of the repository" not in line)
+    named = re.findall(r"(?<![\w./{-])(?:configs|docs|examples|launch|slurm|tests)/[\w./-]*\w", lines)
+    return sorted(
+        path for path in set(named) if not Path(path).exists() and not Path(f"slurm/{path}").exists()
+    )
 
 
 def test_init_overwrites_nothing(tmp_path: Path) -> None:
@@ -157,25 +172,95 @@ def test_init_leaves_nothing_where_it_cannot_write(tmp_path: Path) -> None:
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "slurm"]
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
-def test_the_documents_name_commands_and_files_that_exist(name: str) -> None:
-    text = (ROOT / name).read_text()
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
-    code = "\n".join([*blocks, *inline])
-    commands = set(re.findall(r"(?<![\w./-])(?<!from )fedmpi ([a-z]+)\b", code))
-    assert commands <= COMMANDS.keys()
-    if name == "README.md":
-        assert {words for words in COMMANDS if words and " " not in words} <= commands, "it is silent on some"
-    paths = set(re.findall(r"(?<![\w./-])(?:configs|launch|slurm|tests|fedmpi)/[\w./-]*\w", code))
-    paths |= set(re.findall(r"\]\(([^)#:]+)\)", text))
-    assert len(paths) > 8
-    assert [path for path in sorted(paths) if "yours" not in path and not (ROOT / path).exists()] == []
+def code_of(page: str) -> list[str]:
+    """The lines of a page's code blocks and its inline code."""
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
+    inline = re.findall(r"`([^`]+)`", prose)
+    return [*"\n".join(blocks).splitlines(), *(" ".join(words.split()) for words in inline)]
 
 
-def test_the_readme_s_map_agrees_with_the_layers() -> None:
+def called(line: str) -> list[tuple[str, list[str]]]:
+    """The commands of fedmpi in a line of code, with the options that they are given."""
+    found = re.split(r"(?<![\w./-])(?<!from )(?<!import )fedmpi (?=[a-z])", line)[1:]
+    parts = [re.split(r" # | \|\| | && ", part)[0] for part in found]
+    return [(re.match(r"[a-z]+", part)[0], re.findall(r"(?<!\S)(--[a-z-]+)", part)) for part in parts]  # type: ignore[index]
+
+
+def missing(page: Path) -> list[str]:
+    """Files that a page names and that are not there."""
+    text = page.read_text()
+    code = "\n".join(code_of(text))
+    named = {
+        ROOT / path
+        for path in re.findall(
+            r"(?<![\w./-])(?:configs|docs|examples|launch|slurm|tests|fedmpi)/[\w./-]*\w", code
+        )
+    }
+    linked = {page.parent / path for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)}
+    return sorted(str(path) for path in named | linked if "yours" not in path.name and not path.exists())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_names_commands_options_and_files_that_exist(page: Path) -> None:
+    for line in code_of(page.read_text()):
+        for command, options in called(line):
+            assert command in COMMANDS, line
+            below = [parser for words, parser in COMMANDS.items() if words.split()[:1] == [command]]
+            known = {word for parser in below for action in parser._actions for word in action.option_strings}
+            assert set(options) <= known, line
+    assert missing(page) == []
+
+
+def test_what_is_wrong_in_a_page_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "`fedmpi fly` and `configs/none.yaml`, [there](gone.md#part)\n"
+        "```sh\nmpirun -n 2 fedmpi train a --fast # --slow\n```\n"
+    )
+    lines = code_of(page.read_text())
+    assert [one for line in lines for one in called(line)] == [("train", ["--fast"]), ("fly", [])]
+    assert missing(page) == sorted([str(ROOT / "configs/none.yaml"), str(tmp_path / "gone.md")])
+
+
+def test_the_pages_together_name_every_command() -> None:
+    code = [line for page in PAGES for line in code_of(page.read_text())]
+    named = {command for line in code for command, _ in called(line)}
+    assert {words for words in COMMANDS if words and " " not in words} <= named
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    reached: set[Path] = set()
+    left = [ROOT / "README.md"]
+    while left:
+        page = left.pop()
+        reached.add(page)
+        links = re.findall(r"\]\(([^)#:]+\.md)(?:#[^)]*)?\)", page.read_text())
+        left += [path for link in links if (path := (page.parent / link).resolve()) not in reached]
+    assert set(PAGES) <= reached
+
+
+@pytest.mark.slow
+def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
+    python(
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path),
+        NO_MKDOCS_2_WARNING="true",
+    )
+    assert "fedmpi.train" in (tmp_path / "python" / "index.html").read_text()
+    assert "overwrite" in (tmp_path / "api" / "index.html").read_text()
+
+
+def test_the_map_agrees_with_the_layers() -> None:
     """Its lines name every part of the package once, and each part imports from lines below its own only."""
-    drawn = re.search(r"^fedmpi/\n(.*?)^$", README, re.MULTILINE | re.DOTALL)
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = re.search(r"^fedmpi/\n(.*?)^$", text, re.MULTILINE | re.DOTALL)
     assert drawn is not None
     lines = [line[2:].split("  ")[0].split(" · ") for line in drawn[1].splitlines() if "↓" not in line]
     level = {part: row for row, parts in enumerate(lines) for part in parts}
@@ -183,3 +268,12 @@ def test_the_readme_s_map_agrees_with_the_layers() -> None:
     assert level.keys() == {part for part in LAYERS if not part.startswith("__")}
     up = [(part, used) for part in level for used in LAYERS[part] if level[used] <= level[part]]
     assert up == []
+
+
+def test_the_diagram_has_the_bytes_of_today() -> None:
+    spec = importlib.util.spec_from_file_location("message", ROOT / "docs" / "message.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.draw() == script.SVG.read_text(), "python docs/message.py draws it anew"

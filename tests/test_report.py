@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from fedmpi.analysis.legend import apart, setting
 from fedmpi.analysis.report import report
 from fedmpi.cli import main
 from fedmpi.errors import ConfigError, DataError
@@ -99,7 +100,11 @@ def test_the_tables_show_the_summaries(tmp_path: Path) -> None:
     assert "31.7x" in text
     assert "over seeds" not in text
     assert png_size(tmp_path / "out" / "report.png") == (1200, 525)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.md", "report.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "report.html",
+        "report.md",
+        "report.png",
+    ]
 
 
 def test_commands_that_make_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,8 +113,9 @@ def test_commands_that_make_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write_run(Path("runs/mpi"), ranks=4, comm="Open MPI v5.0.8")
     write_run(Path("runs/threads"), ranks=3, comm="threads")
     text = report([Path("runs/a b"), Path("runs/mpi"), Path("runs/threads")])
-    assert text.endswith("Written: runs/report/report.md, runs/report/report.png")  # beside the runs
-    commands = Path("runs/report/report.md").read_text().split("```")[1].splitlines()
+    written = "runs/report/report.png, runs/report/report.md, runs/report/report.html"  # beside the runs
+    assert text.endswith(f"Written: {written}")
+    commands = Path("runs/report/report.md").read_text().split("```")[3].splitlines()
     assert commands == [
         "sh",
         "fedmpi train 'runs/a b/config.yaml'",
@@ -133,12 +139,63 @@ def test_seeds_are_averaged(tmp_path: Path) -> None:
     (row,) = cells(mean)
     assert (row["run"], row["seed"]) == ("topk-0 .. topk-2", "3 seeds")
     assert row["accuracy"] == "77.00 % ± 1.15 %"  # 2 points / √3
-    assert row["upload ratio"] == "32.0x ± 0.00x"
+    assert row["upload ratio"] == "32.0x", "no ± 0"
     # A seed that ran twice weighs as much as the others.
     write_run(tmp_path / "topk-2-again", "topk", 500, seed=2, bias=0.04)
     runs = [path for path in sorted(tmp_path.iterdir()) if path.name.startswith("topk")]
     (row,) = cells(report(runs, tmp_path / "out").partition("seeds:\n\n")[2])
     assert (row["seed"], row["accuracy"]) == ("3 seeds", "77.00 % ± 1.15 %")
+
+
+def test_a_legend_says_what_differs() -> None:
+    """The method with the options that were chosen, then other keys; a name only where nothing else tells two apart."""
+    topk = {
+        "name": "topk",
+        "ratio": 0.05,
+        "k": None,
+        "feedback": True,
+        "values": "float32",
+        "indices": "packed",
+    }
+    over = {"name": "lookback", "threshold": 0.5, "inner": {"name": "dense"}}
+    base = {
+        "data": {"name": "digits"},
+        "model": {"name": "fcn", "hidden": 50},
+        "clients": 40,
+        "cohort": 20,
+        "seed": 0,
+    }
+    one, two, three = (
+        {**base, "method": m, "server": {"lr": lr}} for m, lr in ((topk, None), (over, None), (over, 0.2))
+    )
+    assert apart([one, two], ["a", "b"]) == ["topk(ratio=0.05, feedback=True)", "lookback(threshold=0.5)"]
+    assert apart([two, three], ["a", "b"]) == ["a", "server.lr=0.2"]
+    assert apart([one, {**one, "seed": 5}], ["a", "b"]) == ["a", "b"]
+    assert apart([one, one, two], ["a", "b", "c"])[:2] == [
+        f"topk(ratio=0.05, feedback=True) [{n}]" for n in "ab"
+    ]
+    assert setting([one, two]) == "digits, fcn(hidden=50), 40 clients, 20 a round"
+    assert setting([one, {**two, "clients": 41}]) == "digits, fcn(hidden=50)"
+    own = {"name": "mine:ENTRY", "size": 3}
+    assert apart([{"method": own}, {"method": topk}], ["a", "b"])[0] == "mine:ENTRY(size=3)", (
+        "nothing is imported"
+    )
+
+
+def test_a_report_in_other_formats(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "topk")
+    write_run(tmp_path / "b")
+    pictures = []
+    for _ in range(2):
+        report([tmp_path / "a", tmp_path / "b"], tmp_path / "out", "svg")
+        pictures.append((tmp_path / "out" / "report.svg").read_bytes())
+    assert pictures[0] == pictures[1]
+    assert b"<svg" in pictures[0]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1
+    assert "rounds: 6" in page
+    with pytest.raises(ConfigError, match="--format: expected one of png, svg, pdf, got 'gif'"):
+        report([tmp_path / "a"], tmp_path / "out", "gif")
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:

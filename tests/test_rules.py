@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fedmpi import config
 from fedmpi.comm import solo
+from fedmpi.engine.batches import local_steps
 from fedmpi.engine.rounds import Simulation
 from fedmpi.errors import ConfigError
 
@@ -57,7 +58,7 @@ class Reference:
     def batches(self, client: int, t: int) -> list[tuple[Tensor, Tensor]]:
         of, index = self.of, self.of.partition.of(client)
         size = min(10, len(index))
-        steps = int(of.trainer.steps(torch.tensor(len(index))))
+        steps = int(local_steps(of.config.local, torch.tensor(len(index))))
         chosen = [of.trainer._orders.batch(index, size, client, t, step) for step in range(steps)]
         return [(of.data.train.x[i], of.data.train.y[i]) for i in chosen]
 

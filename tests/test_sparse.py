@@ -158,8 +158,8 @@ def test_what_no_sender_could_have_sent_is_refused() -> None:
     ("method", "sentence"),
     [
         (
-            {"name": "topk", "values": "int2"},
-            "method.values: expected 'float32', 'bf16', 'int8' or 'int4', got 'int2'",
+            {"name": "topk", "values": "int3"},
+            "method.values: expected 'float32', 'bf16', 'int8', 'int4' or 'int2', got 'int3'",
         ),
         ({"name": "topk", "indices": "rice"}, "method.indices: expected 'packed' or 'coded', got 'rice'"),
         ({"name": "randomk", "indices": "coded"}, "method.indices: unknown key"),

@@ -14,7 +14,6 @@ from fedmpi import config, plan, random
 from fedmpi.comm import run_ranks, solo
 from fedmpi.comm.base import Comm
 from fedmpi.engine.batches import Batches, padded
-from fedmpi.engine.evaluate import evaluate
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.trainer import Trainer, Update
 from fedmpi.errors import FedMPIError, NumericalError
@@ -243,7 +242,7 @@ def test_one_message_for_all_counts_as_one_of_each(name: str, local: dict[str, A
 
 
 def test_what_asks_for_single_clients_is_not_fused() -> None:
-    assert {"dense", "intrinsic", "fetchsgd"} <= set(additive())
+    assert {"dense", "intrinsic"} <= set(additive())
     for changes in ({"reproducible": True}, {"clip": {"norm": 1.0}}, {"on_bad_update": "reject"}):
         assert not Simulation(config.parse(run("dense", **changes)), solo()).passes.fuses
     for changes in ({"topology": "aggregator"}, {"method": {"name": "topk", "k": 9}}):
@@ -322,7 +321,7 @@ def test_test_loss_of_a_diverged_model():
     test = simulation.data.test
     logits = test.x.flatten(1).double() @ W.T + b
     expected = float(torch.nn.functional.cross_entropy(logits, test.y))
-    found = evaluate(simulation.trainer, simulation.measured, theta, test, 1000, solo())
+    found = simulation.trainer.evaluate(simulation.measured, theta, test, 1000, solo())
     loss = found["test_loss"]
     assert found["accuracy"] == pytest.approx(float((logits.argmax(1) == test.y).double().mean()), abs=0.01)
     assert expected * len(test.y) > 2**23, "not beyond the fixed point: a test of nothing"
@@ -367,8 +366,8 @@ def test_targets_that_are_ignored_count_nowhere(loss: str, together: bool) -> No
     torch.testing.assert_close(parts.g_CD, expected.g_CD)
     torch.testing.assert_close(parts.loss_C, expected.loss_C)
     test = Split(data.x[counts], data.y[counts])
-    assert evaluate(whole, measured, start, data, 5, solo()) == pytest.approx(
-        evaluate(whole, measured, start, test, 5, solo()), rel=1e-6
+    assert whole.evaluate(measured, start, data, 5, solo()) == pytest.approx(
+        whole.evaluate(measured, start, test, 5, solo()), rel=1e-6
     )
     # Steps of several samples weigh in a client's loss by what counts in them; one may have nothing.
     steps = trainer(loss=loss, together=together, batch=3, epochs=1, lr=1e-9)

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, Field, field_validator
 
 from fedmpi import config as configuration
+from fedmpi.analysis.legend import named
 from fedmpi.config import Config
 from fedmpi.errors import ConfigError
 from fedmpi.strict_yaml import dump
@@ -67,16 +69,18 @@ class Job(NamedTuple):
         return f"{self.label}, seed {self.seed}"
 
 
-def read(path: Path) -> Over:
-    """OVER.yaml.
+def read(path: Path | Mapping[str, Any]) -> Over:
+    """OVER.yaml, or a mapping of the same keys.
 
     Raises:
       ConfigError: it cannot be read, or a key or value in it is wrong.
     """
+    if isinstance(path, Mapping):
+        return checked(Over, dict(path), "OVER")
     return checked(Over, mapping(read_yaml(path, "OVER"), f"OVER: {path}"), str(path))
 
 
-def jobs(base: str | Path, over: Over, overrides: list[str], out: Path) -> list[Job]:
+def jobs(base: str | Path | Mapping[str, Any], over: Over, overrides: list[str], out: Path) -> list[Job]:
     """Every run of the grid, the first seed of all points first.
 
     Raises:
@@ -113,8 +117,7 @@ def _yaml(value: Any) -> str:
 def _shown(key: str, value: Any) -> str:
     """``threshold=0.2``; ``partition=labels(labels_per_client=3)``."""
     if isinstance(value, dict) and "name" in value:
-        options = ", ".join(f"{k}={v}" for k, v in value.items() if k != "name")
-        value = f"{value['name']}({options})" if options else value["name"]
+        value = named(value["name"], value)
     return f"{key.rpartition('.')[2]}={value}"
 
 

@@ -67,6 +67,8 @@ def plot(held: Holdings, title: str, path: Path) -> None:
     Raises:
       ConfigError: ``path`` cannot be written.
     """
+    from matplotlib.ticker import MaxNLocator
+
     rows = 1 if held.count_CK is None else 2
     picture = figure(9, 3 * rows)
     picture.suptitle(title)
@@ -77,6 +79,10 @@ def plot(held: Holdings, title: str, path: Path) -> None:
             count_CK.T.numpy(), aspect="auto", interpolation="nearest", cmap="Blues", origin="lower", vmin=0
         )
         picture.colorbar(image, label="samples")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(
+                MaxNLocator(integer=True, min_n_ticks=1)
+            )  # clients and classes are numbers
         more = len(held.sizes) - len(count_CK)
         axes.set(xlabel="client" + (f" (the first {_COLUMNS}; {more} more)" if more else ""), ylabel="class")
     axes = picture.add_subplot(rows, 1, rows)
@@ -84,6 +90,7 @@ def plot(held: Holdings, title: str, path: Path) -> None:
     axes.fill_between(range(1, len(ordered) + 1), ordered, step="mid", alpha=0.3)
     axes.plot(range(1, len(ordered) + 1), ordered, drawstyle="steps-mid")
     axes.set(xlabel="clients, the largest first", ylabel="samples", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if float(ordered[0]) > 50 * max(1, int(ordered[-1])):
         axes.set(xscale="log", yscale="log", ylim=(0.8, None))
     with writing(path.parent, "--plot"):

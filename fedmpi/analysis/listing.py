@@ -57,7 +57,7 @@ def costs(spec: Spec, chosen: Sequence[str] = ()) -> str:
     for value in [yaml_value(text, "METHOD") for text in chosen] or everything:
         options = parse(value, "METHOD")
         name, method = options.name, build(options, spec, Setup())
-        first, again, download = _measure(method, spec)
+        first, again, download = measured(method, spec)
         shown = {k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else {}
         given = ", ".join(f"{k}: {v}" for k, v in shown.items())
         ratios = (f"{full / again:,.1f}x", f"{full / download:,.1f}x" if download else "-")
@@ -84,8 +84,8 @@ def parts(model: nn.Module, rules: str, method: str) -> str:
 
 
 def _row(name: str, method: Method, spec: Spec) -> str:
-    measured = (f"{n:,}" for n in _measure(method, spec))
-    return f"| {' | '.join((name, str(len(spec.names)), f'{spec.size:,}', *measured))} |"
+    found = (f"{n:,}" for n in measured(method, spec))
+    return f"| {' | '.join((name, str(len(spec.names)), f'{spec.size:,}', *found))} |"
 
 
 def _rules(text: str) -> list[Any]:
@@ -97,7 +97,8 @@ def _rules(text: str) -> list[Any]:
     return rules
 
 
-def _measure(method: Method, spec: Spec) -> tuple[int, int, int]:
+def measured(method: Method, spec: Spec) -> tuple[int, int, int]:
+    """A client's bytes: its first message, its second one, and the download after a missed round."""
     server = method.server
     g_CD = random.normal(random.key(0, stream="listing"), spec.size)[None]
     state: State = {name: value[None] for name, value in method.up.init().items()}

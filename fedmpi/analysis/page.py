@@ -21,8 +21,8 @@ Table = list[list[str]]
 """Rows of cells; the first row is the header."""
 
 _STYLE = """\
-body { font: 16px/1.5 sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #222 }
-table { border-collapse: collapse } td, th { padding: .2em .8em; border-bottom: 1px solid #ddd }
+body { font: 16px/1.5 sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em; color: #222 }
+table { border-collapse: collapse } td, th { padding: .2em .8em; border-bottom: 1px solid #ddd; white-space: nowrap }
 img { max-width: 100% }
 pre { background: #f5f5f5; padding: .8em; overflow-x: auto } div { overflow-x: auto }"""
 
@@ -46,8 +46,8 @@ class Page:
     def text(self, text: str) -> None:
         self._blocks.append(_Block(text, f"<p>{_inline(text)}</p>"))
 
-    def code(self, lines: str) -> None:
-        self._blocks.append(_Block(f"```sh\n{lines}\n```", f"<pre>{html.escape(lines)}</pre>"))
+    def code(self, lines: str, language: str = "sh") -> None:
+        self._blocks.append(_Block(f"```{language}\n{lines}\n```", f"<pre>{html.escape(lines)}</pre>"))
 
     def table(self, rows: Table, left: int = 1) -> None:
         """Cells of the first ``left`` columns are words, the others numbers."""
@@ -127,10 +127,17 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def png(figure: Figure) -> bytes:
-    """The picture of a figure."""
+FORMATS = ("png", "svg", "pdf")
+
+
+def png(figure: Figure, format: str = "png") -> bytes:
+    """The picture of a figure, by default as PNG; SVG and PDF hold no date, so that equal pictures are equal files."""
+    import matplotlib as mpl
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(format)
+    with mpl.rc_context({"svg.hashsalt": "fedmpi"}):
+        figure.savefig(buffer, format=format, metadata=undated)
     return buffer.getvalue()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedmpi.analysis.page import png
 from fedmpi.analysis.runs import Point, Run
+from fedmpi.errors import ConfigError
 from fedmpi.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -72,6 +73,35 @@ class Measured(NamedTuple):
         return f"{self.title.lower()} on the test set{' (%)' if self.share else ''}"
 
 
+AGAINST = {
+    "rounds": ROUNDS,
+    "upload": UPLOADED,
+    "download": DOWNLOADED,
+    "total": TOTAL,
+    "seconds": Against(lambda p: p.seconds, "by simulated time", "simulated seconds", nbytes=False),
+}
+
+
+def draw(axes: Axes | None, points: Sequence[Point], against: str, metric: str, label: str) -> Axes:
+    """One run's line, beside those that are on ``axes`` already.
+
+    Raises:
+      ConfigError: ``against`` is none of :data:`AGAINST`.
+    """
+    if against not in AGAINST:
+        raise ConfigError(f"against: expected one of {', '.join(AGAINST)}, got {against!r}")
+    if axes is None:
+        from matplotlib import pyplot
+
+        axes = pyplot.subplots(layout="constrained")[1]
+    chosen, measured = AGAINST[against], Measured.of([metric])
+    _draw(axes, points, chosen, {**look(len(axes.lines)), "linewidth": 1.8, "label": label})
+    _dress(axes, chosen, measured)
+    axes.set_ylabel(measured.label)
+    axes.legend(frameon=False)
+    return axes
+
+
 def figure(width: float, height: float) -> Figure:
     """An empty figure of so many hundreds of pixels."""
     from matplotlib.figure import Figure
@@ -84,6 +114,14 @@ def look(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": _LINES[i // len(COLOURS) % len(_LINES)]}
 
 
+def ticks(axes: Axes, values: Sequence[float]) -> None:
+    """A tick at each value of the x axis, and no others."""
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 def tidy(axes: Axes) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -93,13 +131,17 @@ def score_picture(
     groups: Mapping[str, Sequence[Run]],
     panels: Sequence[Against] = (ROUNDS, UPLOADED),
     band: bool = False,
+    title: str = "",
+    format: str = "png",
 ) -> bytes:
-    """A PNG of what runs report first (accuracy, for classes), a panel for each of ``panels``.
+    """A picture of what runs report first (accuracy, for classes), a panel for each of ``panels``.
 
     Args:
       groups: runs that look the same (they differ in the seed only), by label.
       panels: what it is drawn against.
       band: a group's mean and its standard error as a band, in place of a line for each of its runs.
+      title: above all panels.
+      format: png, svg or pdf.
     """
     from matplotlib.lines import Line2D
 
@@ -108,6 +150,8 @@ def score_picture(
     measured = Measured.of(run.summary.metric for group in groups.values() for run in group)
     rows = -(-len(panels) // 2)
     picture = figure(12, 5 * rows + 0.25 * -(-len(labels) // across))
+    if title:
+        picture.suptitle(title, fontsize=11, parse_math=False)
     grid: Any = picture.subplots(rows, 2, sharey=True, squeeze=False)
     for axes, against in zip(grid.flat, panels, strict=True):
         for i, group in enumerate(groups.values()):
@@ -120,7 +164,7 @@ def score_picture(
     legend = picture.legend(handles, labels, loc="outside lower center", ncols=across, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a $ in a folder's name is a $
-    return png(picture)
+    return png(picture, format)
 
 
 def _aligned(group: Sequence[Run]) -> bool:
@@ -130,10 +174,13 @@ def _aligned(group: Sequence[Run]) -> bool:
 
 def _draw_each(axes: Axes, group: Sequence[Run], against: Against, style: dict[str, Any]) -> None:
     for run in group:
-        points = [p for p in run.points if against.x(p) or not against.nbytes]  # a logarithm has no zero
-        marker = "o" if len(run.points) < _MARKED else None
-        x, y = [against.x(p) for p in points], [p.score for p in points]
-        axes.plot(x, y, marker=marker, markersize=3.5, **style)
+        _draw(axes, run.points, against, style)
+
+
+def _draw(axes: Axes, points: Sequence[Point], against: Against, style: dict[str, Any]) -> None:
+    some = [p for p in points if against.x(p) or not against.nbytes]  # a logarithm has no zero
+    marker = "o" if len(points) < _MARKED else None
+    axes.plot([against.x(p) for p in some], [p.score for p in some], marker=marker, markersize=3.5, **style)
 
 
 def _draw_mean(axes: Axes, group: Sequence[Run], against: Against, style: dict[str, Any]) -> None:

@@ -10,23 +10,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedmpi.analysis import clients, plots
-from fedmpi.analysis.page import Table, markdown_table, text_table, write
+from fedmpi.analysis.legend import apart, common, setting
+from fedmpi.analysis.page import FORMATS, Page, Table, text_table, write
 from fedmpi.analysis.plots import panels_for, score_picture
 from fedmpi.analysis.runs import Run, load, words
 from fedmpi.engine.progress import human
 from fedmpi.errors import ConfigError, DataError
+from fedmpi.strict_yaml import dump
 from fedmpi.tasks.metrics import METRICS
 
 _NOTHING = "-"  # where a run has no such number: never evaluated, or nothing was sent
 
 
-def report(runs: Sequence[Path], out: Path | None = None) -> str:
-    """Compare runs; writes ``report.md`` and ``report.png``, and ``clients.png`` where clients were tested.
+def report(runs: Sequence[Path], out: Path | None = None, format: str = "png") -> str:
+    """Compare runs; writes ``report.md``, ``report.html`` and ``report.png``, and ``clients.png`` where clients
+    were tested.
 
     Args:
       runs: the runs' folders. One given twice counts once; one that holds a report is passed over, so that
         ``runs/*`` may be given a second time.
       out: where the files go (default: the folder ``report`` beside the runs).
+      format: svg or pdf: the picture is also written so.
 
     Returns:
       The comparison as text, and where the files are.
@@ -35,6 +39,8 @@ def report(runs: Sequence[Path], out: Path | None = None) -> str:
       DataError: a folder that is no run, or whose run is unfinished or damaged.
       ConfigError: the files cannot be written.
     """
+    if format not in FORMATS:
+        raise ConfigError(f"--format: expected one of {', '.join(FORMATS)}, got {format!r}")
     folders: dict[Path, Path] = {}
     for run in runs:
         if not _is_report(run):
@@ -58,19 +64,30 @@ def report(runs: Sequence[Path], out: Path | None = None) -> str:
         tables[_VALUES_ONLY] = table(list(_VALUE_COLUMNS), sparse)
 
     out = _beside(list(folders)) if out is None else out
-    document = _document(tables, loaded, f"fedmpi report {words(folders.values())} --out {words([out])}")
-    picture = score_picture({label(group): group for group in groups.values()}, panels_for(loaded))
+    lines = list(groups.values())
+    shown = dict(
+        zip(
+            apart([group[0].config for group in lines], [label(group) for group in lines]), lines, strict=True
+        )
+    )
+    title = setting([one.config for one in loaded])
+    pictures = {
+        kind: score_picture(shown, panels_for(loaded), title=title, format=kind)
+        for kind in {"png": 0, format: 0}
+    }
+    page = _page(
+        tables, loaded, f"fedmpi report {words(folders.values())} --out {words([out])}", pictures["png"]
+    )
     found = {run.name: of for run in loaded if (of := clients.load(run.folder)) is not None}
     if found:
-        drawn = clients.picture({label(group): group for group in groups.values()}, found)
-        write(out / "clients.png", drawn, "--out")
-        document += "![Clients from the worst to the best](clients.png)\n"
-    write(out / "report.png", picture, "--out")
-    write(out / "report.md", document.encode(), "--out")
+        page.picture("clients", clients.picture(shown, found), "Clients from the worst to the best")
+    written = page.write(out, "report")
+    for kind in pictures.keys() - {"png"}:
+        write(out / f"report.{kind}", pictures[kind], "--out")
+        written.append(out / f"report.{kind}")
     parts = [(f"{title}:\n\n" if title else "") + text_table(rows, LEFT) for title, rows in tables.items()]
     text = "\n\n".join(parts)
-    more = f", {out / 'clients.png'}" if found else ""
-    return f"{text}\n\nWritten: {out / 'report.md'}, {out / 'report.png'}{more}"
+    return f"{text}\n\nWritten: {', '.join(map(str, written))}"
 
 
 def _is_report(folder: Path) -> bool:
@@ -201,24 +218,29 @@ def _cell(column: Column, group: list[Run]) -> str:
         by_seed.setdefault(run.summary.seed, []).append(value)
     values = [statistics.fmean(same) for same in by_seed.values()]
     mean = column.show(statistics.fmean(values))
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {column.show(statistics.stdev(values) / math.sqrt(len(values)))}"
+    error = column.show(statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0)
+    return mean if error == column.show(0.0) else f"{mean} ± {error}"
 
 
-def _document(tables: dict[str, Table], runs: list[Run], command: str) -> str:
-    """report.md."""
+def _page(tables: dict[str, Table], runs: list[Run], command: str, picture: bytes) -> Page:
+    """report.md and report.html."""
+    page = Page("Comparison of runs")
+    if alike := setting([run.config for run in runs]):
+        page.text(alike)
+    for title, rows in tables.items():
+        if title:
+            page.heading(title)
+        page.table(rows, LEFT)
+    page.text(RATIOS)
     title = plots.Measured.of(run.summary.metric for run in runs).title
-    return "\n\n".join(
-        [
-            "# Comparison of runs",
-            *((f"## {title}\n\n" if title else "") + markdown_table(t, LEFT) for title, t in tables.items()),
-            RATIOS,
-            f"![{title} by round and by uploaded bytes](report.png)",
-            f"## How to get this again\n\nFrom the folder `{Path.cwd()}`:",
-            "```sh\n" + "\n".join([*map(_command, runs), command]) + "\n```\n",
-        ]
-    )
+    page.picture("report", picture, f"{title} by round and by uploaded bytes")
+    page.heading("Configuration")
+    page.text("What all runs have in common:" if len(runs) > 1 else "As in `config.yaml`:")
+    page.code(dump(common([run.config for run in runs]), sort_keys=False).rstrip(), "yaml")
+    page.heading("How to get this again")
+    page.text(f"From the folder `{Path.cwd()}`:")
+    page.code("\n".join([*map(_command, runs), command]))
+    return page
 
 
 def _command(run: Run) -> str:

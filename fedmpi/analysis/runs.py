@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -101,6 +101,7 @@ class Run:
       twin: equal for runs that differ in nothing but the seed.
       points: the evaluated rounds.
       link: the simulated bandwidth; "" where none was.
+      config: the configuration, as in config.yaml.
     """
 
     folder: Path
@@ -109,6 +110,7 @@ class Run:
     summary: Summary
     points: list[Point]
     link: str
+    config: Mapping[str, Any]
 
 
 def load(folder: Path, name: str) -> Run:
@@ -153,8 +155,8 @@ def load(folder: Path, name: str) -> Run:
     ]
     time = config.get("time")
     link = f"{time.get('upload')} Mb/s up, {time.get('download')} Mb/s down" if isinstance(time, dict) else ""
-    config.pop("seed", None)
-    return Run(folder, name, json.dumps(config, sort_keys=True, default=str), summary, points, link)
+    rest = {key: value for key, value in config.items() if key != "seed"}
+    return Run(folder, name, json.dumps(rest, sort_keys=True, default=str), summary, points, link, config)
 
 
 def _score(line: _Round, metric: str, where: str) -> float | None:

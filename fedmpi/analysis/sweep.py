@@ -20,7 +20,8 @@ from typing import Any
 from fedmpi import strict_yaml
 from fedmpi.analysis import grid, plots
 from fedmpi.analysis.grid import Job
-from fedmpi.analysis.page import Page, png, text_table
+from fedmpi.analysis.legend import common, setting
+from fedmpi.analysis.page import Page, png, text_table, write
 from fedmpi.analysis.report import LEFT, RATIOS, columns_for, table
 from fedmpi.analysis.runs import Run, Summary, load, parse, read, words
 from fedmpi.comm import Comm, together
@@ -31,6 +32,7 @@ from fedmpi.errors import ConfigError, DataError, FedMPIError, Stopped
 from fedmpi.tasks.metrics import METRICS
 
 _ERROR = "error.txt"
+_TICKS = 8  # so many values, or fewer, have a tick each
 _KEPT = (  # of a run's summary, in the results
     "accuracy",
     "client_accuracy",
@@ -52,8 +54,8 @@ _KEPT = (  # of a run's summary, in the results
 
 
 def sweep(
-    base: Path,
-    over: Path,
+    base: Path | Mapping[str, Any],
+    over: Path | Mapping[str, Any],
     overrides: list[str],
     out: Path,
     comm: Comm,
@@ -63,7 +65,7 @@ def sweep(
     """Run what is not finished yet of a grid; write ``report.md``, ``.html`` and pictures when all is.
 
     Args:
-      base: the configuration that the points start from.
+      base: the configuration that the points start from. What is given as a mapping is also written into ``out``.
       over: the grid (:mod:`fedmpi.analysis.grid`).
       overrides: of the base, as on the command line.
       out: the sweep's folder.
@@ -87,7 +89,16 @@ def sweep(
     comm.allgather(b"")  # the report waits for the slowest group
     if comm.rank:
         return "", None
-    return _conclude(todo, out, command(base, over, overrides, out))
+    made_by = command(_written(base, out / "base.yaml"), _written(over, out / "over.yaml"), overrides, out)
+    return _conclude(todo, out, made_by)
+
+
+def _written(given: Path | Mapping[str, Any], path: Path) -> Path:
+    """The file that holds it; made at ``path`` of a mapping."""
+    if isinstance(given, Mapping):
+        write(path, strict_yaml.dump(dict(given), sort_keys=False).encode(), "--out")
+        return path
+    return given
 
 
 def finish(jobs: Sequence[Job], group: Comm, quiet: bool = False, alone: bool = True) -> None:
@@ -151,6 +162,7 @@ def _state(job: Job, group: Comm) -> str:
 def _run(job: Job, group: Comm, quiet: bool, resume: bool) -> None:
     """One run, from its last checkpoint where it has one; what goes wrong in it is written down."""
     error = ""
+    group.sent = group.received = 0  # wire bytes are this run's alone
     try:
         run(job.config, group, job.folder, quiet=quiet, resume=resume, overwrite=not resume)
     except Stopped:  # by a signal, which is meant for the sweep
@@ -253,13 +265,16 @@ def _page(
     made_by: str,
 ) -> Page:
     page = Page("Sweep")
+    configs = [run.config for group in groups.values() for run in group]
+    if alike := setting(configs):
+        page.text(alike)
     page.text("Mean ± standard error over seeds. " + RATIOS)
     page.table(rows, LEFT)
     title = plots.Measured.of(run.summary.metric for group in groups.values() for run in group).title
     panels = (plots.ROUNDS, plots.UPLOADED, plots.DOWNLOADED, plots.TOTAL)
     page.picture(
         "accuracy",
-        plots.score_picture(groups, panels, band=True),
+        plots.score_picture(groups, panels, band=True, title=setting(configs)),
         f"{title} by round and by uploaded, downloaded and total bytes; bands are a standard error",
     )
     for name, picture in curves.items():
@@ -267,6 +282,9 @@ def _page(
     if failed:
         page.heading("Failed runs")
         page.table([["run", "error"], *([name, error] for name, error in failed.items())], left=2)
+    page.heading("Configuration")
+    page.text("What all runs have in common:")
+    page.code(strict_yaml.dump(common(configs), sort_keys=False).rstrip(), "yaml")
     page.heading("How to get this again")
     page.code(made_by)
     return page
@@ -294,6 +312,8 @@ def _number(value: Any) -> bool:
 
 
 def _curve(key: str, lines: dict[str, dict[float, list[float]]], measured: plots.Measured) -> bytes:
+    from matplotlib.ticker import MaxNLocator
+
     picture = plots.figure(7, 5)
     axes = picture.subplots()
     for i, (name, by_value) in enumerate(lines.items()):
@@ -304,6 +324,10 @@ def _curve(key: str, lines: dict[str, dict[float, list[float]]], measured: plots
     every = {value for line in lines.values() for value in line}
     if min(every) > 0 and max(every) / min(every) > 20:
         axes.set_xscale("log")
+    if len(every) <= _TICKS:
+        plots.ticks(axes, sorted(every))
+    elif all(isinstance(value, int) for value in every):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel=key, ylabel=measured.label, title=f"{measured.title} by {key.rpartition('.')[2]}")
     if any(lines):
         axes.legend(frameon=False)

@@ -111,12 +111,19 @@ def repeats(parser: argparse.ArgumentParser) -> None:
 def _kernels_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=_log2, default=27, metavar="LOG2", help="of 2^LOG2 numbers (27)")
     repeats(parser)
+    _device(parser, "auto")
+
+
+def _device(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--device", default=default, metavar="DEVICE", help=f"auto, cpu, cuda or cuda:N ({default})"
+    )
 
 
 def _kernels(arguments: argparse.Namespace) -> Outcome:
     from fedmpi.bench import kernels
 
-    return kernels.run(arguments.size, arguments.repeats)
+    return kernels.run(arguments.size, arguments.repeats, arguments.device)
 
 
 def _methods_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,22 +138,52 @@ def _methods_arguments(parser: argparse.ArgumentParser) -> None:
         "--clients", type=positive, default=4, metavar="C", help="that are coded at a time (4)"
     )
     repeats(parser)
+    _device(parser, "cpu")
 
 
 def _methods(arguments: argparse.Namespace) -> Outcome:
     from fedmpi.bench import methods
 
-    return methods.run(arguments.size, arguments.clients, arguments.repeats, arguments.methods)
+    return methods.run(
+        arguments.size, arguments.clients, arguments.repeats, arguments.methods, arguments.device
+    )
+
+
+def _rounds_arguments(parser: argparse.ArgumentParser) -> None:
+    repeats(parser)
+    _device(parser, "cpu")
 
 
 def _rounds(arguments: argparse.Namespace) -> Outcome:
     from fedmpi.bench import rounds
 
-    return rounds.run(arguments.repeats)
+    return rounds.run(arguments.repeats, arguments.device)
+
+
+def _size_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=_log2, default=27, metavar="LOG2", help="of 2^LOG2 parameters (27)")
+    parser.add_argument(
+        "--part",
+        action="append",
+        choices=["codings", "downloads", "rounds", "hooks", "start"],
+        help="only this one; may be given more than once",
+    )
+    repeats(parser)
+
+
+def _size(arguments: argparse.Namespace) -> Outcome:
+    from fedmpi.bench import size
+
+    return size.run(arguments.size, arguments.repeats, tuple(arguments.part or size.PARTS))
 
 
 BENCHES: dict[str, Bench] = {
     "kernels": Bench("the kernels, against copying the vector they work on", _kernels_arguments, _kernels),
     "methods": Bench("each method's coding, against copying the gradients", _methods_arguments, _methods),
-    "rounds": Bench("rounds of small models, against a bare loop and single clients", repeats, _rounds),
+    "size": Bench(
+        "methods, rounds, hooks and start-up at users' sizes, by hand or by torch", _size_arguments, _size
+    ),
+    "rounds": Bench(
+        "rounds of small models, against a bare loop and single clients", _rounds_arguments, _rounds
+    ),
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedmpi import random
-from fedmpi.bench.timing import Table, Work, measure
+from fedmpi.bench.timing import Table, Work, measure, named, place
 from fedmpi.errors import ConfigError
 from fedmpi.ops import bits, fast
 from fedmpi.ops.hadamard import fwht
@@ -32,7 +32,6 @@ class Case(NamedTuple):
 
     make: Callable[[Tensor, Tensor], Work]
     target: float | None = None
-    gpu: bool = False  # works there, too
 
 
 def _dim(x: Tensor) -> int:
@@ -69,18 +68,18 @@ def _sketch(x: Tensor) -> CountSketch:
 
 
 def _fixed(x: Tensor, y: Tensor) -> Work:
-    return partial(add_fixed, torch.zeros(x.numel(), dtype=torch.int64), x[0], 0.3, 2.0**20)
+    return partial(add_fixed, torch.zeros(x.numel(), dtype=torch.int64, device=x.device), x[0], 0.3, 2.0**20)
 
 
 CASES: dict[str, Case] = {
-    "FWHT": Case(lambda x, y: partial(fwht, x, y), 15, gpu=True),
+    "FWHT": Case(lambda x, y: partial(fwht, x, y), 15),
     "Fastfood project": Case(partial(_project, Fastfood), 40),
     "Fastfood lift": Case(partial(_lift, Fastfood), 40),
     "hashed project": Case(partial(_project, Hashed), 8),
     "hashed lift": Case(partial(_lift, Hashed), 8),
-    "sign pack": Case(lambda x, y: partial(bits.pack_signs, x, _key(x)), 1, gpu=True),
-    "sign unpack": Case(_unpack, 1, gpu=True),
-    "top 0.1 %": Case(lambda x, y: partial(top_k, x, max(1, x.numel() // 1000)), 5, gpu=True),
+    "sign pack": Case(lambda x, y: partial(bits.pack_signs, x, _key(x)), 1),
+    "sign unpack": Case(_unpack, 1),
+    "top 0.1 %": Case(lambda x, y: partial(top_k, x, max(1, x.numel() // 1000)), 5),
     "vote of 8, D/8 signs each": Case(_vote),
     "look-back's dots": Case(lambda x, y: partial(dots, x, y)),
     "fixed-point sum": Case(_fixed),
@@ -89,32 +88,30 @@ CASES: dict[str, Case] = {
 }
 
 
-def run(log2: int = 27, repeats: int = 5) -> Table:
+def run(log2: int = 27, repeats: int = 5, device: str = "auto") -> Table:
     """Time every kernel on 2^log2 float32 numbers, on the GPU where there is one.
 
     Raises:
-      ConfigError: the memory would not do.
+      ConfigError: no such device is here, or its memory would not do.
     """
-    gpu = torch.cuda.is_available()
+    where = place(device)
     need = _COPIES * 4 << log2
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    there = torch.cuda.mem_get_info()[0] if gpu else there
+    there = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else there
     if need > there:
         raise ConfigError(
             f"--size: 2^{log2} numbers need {need >> 20} MiB of memory, there are {there >> 20}"
         )
-    device = torch.device("cuda" if gpu else "cpu")
-    x = random.normal(random.key(0, stream="bench"), 1 << min(log2, 20), device)
+    x = random.normal(random.key(0, stream="bench"), 1 << min(log2, 20), where)
     x = x.repeat(1, 1 << max(0, log2 - 20))
     y = torch.empty_like(x)
     rows = [
-        measure(name, case.make(x, y), partial(y.copy_, x), case.target, repeats)
+        measure(name, case.make(x, y), partial(y.copy_, x), case.target, repeats, where)
         for name, case in CASES.items()
-        if case.gpu or not gpu
     ]
     facts: dict[str, str | int] = {
         "numbers": f"2^{log2}",
-        "device": torch.cuda.get_device_name() if gpu else "CPU",
+        "device": named(where),
         "threads": torch.get_num_threads(),
         "kernels": "torch" if fast.compiled("hadamard", x) is None else "compiled",
         "memcpy": f"{8e-9 * x.numel() / rows[0].reference.median:.1f} GB/s",

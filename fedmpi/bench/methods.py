@@ -1,7 +1,7 @@
 """``fedmpi bench methods``: what each method's coding costs, against copying the gradients that it codes.
 
 Every row of METHODS is here by itself. What is timed is the third of three rounds with the same gradients, when
-look-back has something to look back at and Prune-m has its mask; on the CPU, where the round loop codes.
+look-back has something to look back at and Prune-m has its mask.
 
 Shape suffixes: C clients, D parameters, S summed numbers.
 """
@@ -19,9 +19,9 @@ import yaml
 from torch import Tensor
 
 from fedmpi import methods, random
-from fedmpi.bench.timing import Row, Work, columns, measure
+from fedmpi.bench.timing import Row, Work, columns, measure, named, place
 from fedmpi.errors import ConfigError
-from fedmpi.method import Method, Round, State, believed
+from fedmpi.method import Method, Round, State, believed, placed
 from fedmpi.methods import METHODS
 from fedmpi.methods.base import Setup
 from fedmpi.methods.play import Pass, play
@@ -106,29 +106,37 @@ class Third(NamedTuple):
         return sum(int(one.message.nbytes().sum()) for one in self.passes) / clients
 
 
-def run(log2: int = 20, clients: int = 4, repeats: int = 5, chosen: Sequence[str] = ()) -> Codings:
+def run(
+    log2: int = 20, clients: int = 4, repeats: int = 5, chosen: Sequence[str] = (), device: str = "cpu"
+) -> Codings:
     """Time every method on a matrix of 2^log2 parameters and so many clients' gradients of it.
 
     Args:
       chosen: only these methods, as YAML; default: every row of METHODS with its example's options.
 
     Raises:
-      ConfigError: the memory would not do; an unknown method or option, or one that does not fit so many parameters.
+      ConfigError: no such device is here; the memory would not do; an unknown method or option, or one that does not
+        fit so many parameters.
     """
+    where = place(device)
     need, there = _COPIES * clients * 4 << log2, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else there
     if need > there:
         raise ConfigError(
             f"--size: {clients} clients' 2^{log2} numbers need about {need >> 20} MiB of memory, "
             f"there are {there >> 20}"
         )
     spec = Spec(("matrix",), ((1 << log2 // 2, 1 << (log2 + 1) // 2),))
-    g_CD = torch.stack([random.normal(random.key(0, 0, c, "bench"), spec.size) for c in range(clients)])
+    g_CD = torch.stack([random.normal(random.key(0, 0, c, "bench"), spec.size) for c in range(clients)]).to(
+        where
+    )
     everything: list[Any] = [{"name": name, **entry.example} for name, entry in METHODS.items()]
     rows = [_coding(options, spec, g_CD, repeats) for options in _read(chosen) or everything]
     copied = rows[0].compress.reference.median
     facts: dict[str, str | int] = {
         "parameters": f"2^{log2}",
         "clients": clients,
+        "device": named(where),
         "threads": torch.get_num_threads(),
         "memcpy": f"{8e-9 * g_CD.numel() / copied:.1f} GB/s",
         "repeats": repeats,
@@ -159,7 +167,7 @@ def _coding(options: dict[str, Any], spec: Spec, g_CD: Tensor, repeats: int) -> 
 
     def timed(work: Work, rows: int) -> Row:
         copy = partial(copy_CD[:rows].copy_, g_CD[:rows])
-        return measure(str(options["name"]), work, copy, None, repeats)
+        return measure(str(options["name"]), work, copy, None, repeats, g_CD.device)
 
     return Coding(
         options,
@@ -167,7 +175,7 @@ def _coding(options: dict[str, Any], spec: Spec, g_CD: Tensor, repeats: int) -> 
         4 * spec.size / third.nbytes,
         timed(compress, len(g_CD)),
         timed(decompress, len(g_CD)),
-        timed(partial(_finish, method, passes), 1),
+        timed(partial(finished, method, passes), 1),
     )
 
 
@@ -175,15 +183,18 @@ def third_round(options: dict[str, Any], spec: Spec, g_CD: Tensor) -> Third:
     """What clients with the gradients ``g_CD`` send, once look-back has something to look back at."""
     clients = len(g_CD)
     method = methods.build(options, spec, Setup(clients=clients))
-    senders = {name: value.expand(clients, *value.shape).clone() for name, value in method.up.init().items()}
-    state = method.server.init(torch.zeros(spec.size))
+    fresh = {name: value.expand(clients, *value.shape).clone() for name, value in method.up.init().items()}
+    senders, state = (
+        placed(fresh, g_CD.device),
+        method.server.init(torch.zeros(spec.size, device=g_CD.device)),
+    )
     for t in range(_ROUNDS):
         passes = play(method, g_CD, senders, state, Round(0, t, 0.1))
-        senders, state = passes[-1].after, _finish(method, passes)
+        senders, state = passes[-1].after, finished(method, passes)
     return Third(method, senders, play(method, g_CD, senders, state, Round(0, _ROUNDS, 0.1)))
 
 
-def _finish(method: Method, passes: list[Pass]) -> State:
+def finished(method: Method, passes: list[Pass]) -> State:
     """What the server makes of the passes' means."""
     state, now = passes[0].state, passes[0].ctx.round
     for index, one in enumerate(passes[:-1]):

@@ -10,6 +10,7 @@ Shape suffixes: N samples.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from fedmpi import config
 from fedmpi.bench import synthetic
-from fedmpi.bench.timing import Row, Table, measure
+from fedmpi.bench.timing import Row, Table, measure, named, place
 from fedmpi.comm import solo
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.trainer import Trainer
@@ -37,7 +38,12 @@ class Bare:
         start = like.spec.views(like.replica.parameters())
         for name, p in self.model.named_parameters():
             p.data, p.grad = start[name].clone(), None  # of their own, not views of the engine's vector
-        self.data, self.parts = like.data.train, like.partition
+        device = like.replica.parameters().device
+        self.x, self.y, self.parts = (
+            like.data.train.x.to(device),
+            like.data.train.y.to(device),
+            like.partition,
+        )
         self.theta = [p.detach().clone() for p in self.model.parameters()]
         self.buffers = [b.detach().clone() for b in self.model.buffers()]
 
@@ -53,7 +59,7 @@ class Bare:
                         p.copy_(value)
                 index_N = self.parts.of(client)
                 for batch_B in index_N[torch.randperm(len(index_N))].split(batch):
-                    F.cross_entropy(self.model(self.data.x[batch_B]), self.data.y[batch_B]).backward()
+                    F.cross_entropy(self.model(self.x[batch_B]), self.y[batch_B]).backward()
                     with torch.no_grad():
                         for p in parameters:
                             assert p.grad is not None
@@ -82,29 +88,49 @@ class Engine:
             self.done += 1
 
 
-def simulation(clients: int, samples: int, cohort: int, local: dict[str, Any], **values: Any) -> Simulation:
+def simulation(
+    clients: int,
+    samples: int,
+    cohort: int,
+    local: dict[str, Any],
+    shape: Sequence[int] = (1, 28, 28),
+    **values: Any,
+) -> Simulation:
     """The engine, with ``clients`` of so many random images each."""
-    data = {"name": synthetic.PATH, "samples": clients * samples, "shape": [1, 28, 28]}
+    data = {"name": synthetic.PATH, "samples": clients * samples, "shape": list(shape)}
     base = {"data": data, "clients": clients, "cohort": cohort, "rounds": 1 << 20, "evaluate_every": 1 << 20}
     base |= {"device": "cpu", "threads": 1}
     return Simulation(config.parse({**base, "local": {"lr": _LR, **local}, **values}), solo())
 
 
-def _epochs(model: str, target: float, rounds: int, repeats: int) -> Row:
+def _epochs(model: str, target: float, rounds: int, repeats: int, device: torch.device) -> Row:
     """Dense federated averaging against the bare loop."""
     engine = simulation(
-        _CLIENTS, _SAMPLES, _COHORT, {"epochs": 1, "batch": _BATCH}, model=model, method="dense"
+        _CLIENTS,
+        _SAMPLES,
+        _COHORT,
+        {"epochs": 1, "batch": _BATCH},
+        model=model,
+        method="dense",
+        device=str(device),
     )
     ours, bare = Engine(engine), Bare(engine)
     name = f"{model.rpartition(':')[2]}, {_CLIENTS} clients × {_SAMPLES} samples, cohort {_COHORT}, batch {_BATCH}"
-    return measure(name, partial(ours.rounds, rounds), partial(bare.rounds, rounds), 1 / target, repeats)
+    return measure(
+        name, partial(ours.rounds, rounds), partial(bare.rounds, rounds), 1 / target, repeats, device
+    )
 
 
-def _one_step(model: str, method: dict[str, Any], target: float | None, repeats: int) -> Row:
+def _one_step(
+    model: str, method: dict[str, Any], target: float | None, repeats: int, device: torch.device
+) -> Row:
     """A cohort of one step, pooled, against the same with each client by itself."""
     clients, samples = 100, 5
     pooled, single = (
-        simulation(10 * clients, samples, clients, {"steps": 1}, model=model, method=method) for _ in range(2)
+        simulation(
+            10 * clients, samples, clients, {"steps": 1}, model=model, method=method, device=str(device)
+        )
+        for _ in range(2)
     )
     single.trainer = Trainer(
         single.trainer.model, single.plan, single.measured.objective, single.config.local, single.config.seed
@@ -115,20 +141,25 @@ def _one_step(model: str, method: dict[str, Any], target: float | None, repeats:
         f"{model}, {' '.join(map(str, method.values()))}, one step of {clients} clients × {samples} samples"
     )
     reference = partial(Engine(single).rounds, 1)
-    return measure(name, partial(Engine(pooled).rounds, 1), reference, target and 1 / target, repeats)
+    return measure(name, partial(Engine(pooled).rounds, 1), reference, target and 1 / target, repeats, device)
 
 
-def run(repeats: int = 5) -> Table:
-    """Time all cases, on one thread."""
+def run(repeats: int = 5, device: str = "cpu") -> Table:
+    """Time all cases, on one thread.
+
+    Raises:
+      ConfigError: no such device is here.
+    """
+    where = place(device)
     torch.set_num_threads(1)
     rows = [
-        _epochs("linear", 1.3, 20, repeats),
-        _epochs("cnn", 0.95, 1, repeats),
-        _epochs(synthetic.NORM_CNN, 1 / 1.1, 1, repeats),
-        _epochs(synthetic.NORM_MLP, 1 / 1.1, 10, repeats),
-        _one_step("linear", {"name": "dense"}, 10, repeats),
-        _one_step("fcn", {"name": "intrinsic", "dim": 1000}, 10, repeats),
-        _one_step("cnn", {"name": "intrinsic", "dim": 1000}, None, repeats),
+        _epochs("linear", 1.3, 20, repeats, where),
+        _epochs("cnn", 0.95, 1, repeats, where),
+        _epochs(synthetic.NORM_CNN, 1 / 1.1, 1, repeats, where),
+        _epochs(synthetic.NORM_MLP, 1 / 1.1, 10, repeats, where),
+        _one_step("linear", {"name": "dense"}, 10, repeats, where),
+        _one_step("fcn", {"name": "intrinsic", "dim": 1000}, 10, repeats, where),
+        _one_step("cnn", {"name": "intrinsic", "dim": 1000}, None, repeats, where),
     ]
-    facts: dict[str, str | int] = {"threads": 1, "repeats": repeats}
+    facts: dict[str, str | int] = {"device": named(where), "threads": 1, "repeats": repeats}
     return Table("rounds", facts, "the bare loop, or one client after the other", rows)

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from fedmpi.comm import solo
+from fedmpi.comm.placement import own_device
+
 Work = Callable[[], object]
 
 
@@ -56,33 +59,59 @@ class Row(NamedTuple):
         }
 
 
-def measure(name: str, work: Work, reference: Work, target: float | None, repeats: int) -> Row:
+def measure(
+    name: str,
+    work: Work,
+    reference: Work,
+    target: float | None,
+    repeats: int,
+    device: torch.device | None = None,
+) -> Row:
     """Time ``work`` between two turns of ``reference``, ``repeats`` times after one that does not count, so that what
-    else the machine does weighs on both alike."""
+    else the machine does weighs on both alike.
+
+    Args:
+      device: where they work; default: the CPU.
+    """
     work()
     reference()
-    references, seconds = [clock(reference)], []
+    references, seconds = [clock(reference, device)], []
     for _ in range(repeats):
-        seconds.append(clock(work))
-        references.append(clock(reference))
+        seconds.append(clock(work, device))
+        references.append(clock(reference, device))
     pairs = zip(seconds, references, references[1:], strict=False)
     ratios = [own / ((before + after) / 2) for own, before, after in pairs]
     return Row(name, Spread.of(seconds), Spread.of(references), Spread.of(ratios), target)
 
 
-def clock(work: Work) -> float:
-    """Seconds, by the device's own events where there is a GPU."""
-    if not torch.cuda.is_available():
+def clock(work: Work, device: torch.device | None = None) -> float:
+    """Seconds, by a GPU's own events where that is the device."""
+    if device is None or device.type != "cuda":
         begin = time.perf_counter()
         work()
         return time.perf_counter() - begin
-    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin_event.record()
-    work()
-    end_event.record()
-    end_event.synchronize()
+    with torch.cuda.device(device):
+        begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin_event.record()
+        work()
+        end_event.record()
+        end_event.synchronize()
     milliseconds: float = begin_event.elapsed_time(end_event)
     return milliseconds / 1000
+
+
+def place(wish: str) -> torch.device:
+    """The device that ``--device`` names: auto, cpu, cuda or cuda:N.
+
+    Raises:
+      ConfigError: it is not here.
+    """
+    return own_device(wish, solo())
+
+
+def named(device: torch.device) -> str:
+    """For people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
 def columns(lines: Sequence[Sequence[str]]) -> str:

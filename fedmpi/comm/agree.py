@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-import fedmpi
 from fedmpi.comm.base import Gathers
 from fedmpi.errors import CommError
+from fedmpi.version import __version__
 
 
 def versions() -> dict[str, str]:
     """What must be the same everywhere for ranks to compute alike."""
-    return {"fedmpi": fedmpi.__version__, "torch": torch.__version__}
+    return {"fedmpi": __version__, "torch": torch.__version__}
 
 
 def agree(comm: Gathers, mine: Mapping[str, Any]) -> None:

@@ -86,7 +86,7 @@ class Comm(ABC):
         def finish() -> None:
             wait()
             if wire.data_ptr() != tensor.data_ptr():
-                tensor.detach().copy_(wire)
+                tensor.detach().copy_(wire, non_blocking=wire.device.type == "cpu")
 
         return finish
 
@@ -135,14 +135,14 @@ class Comm(ABC):
             copy = x.new_empty((self.size, *x.shape)).copy_(x.detach())
             return lambda: copy
         wire = self._stage(x)
-        rows = wire.new_empty((self.size, *x.shape))
+        rows = self._room(x, (self.size, *x.shape))
         wait = self._start_allgather_rows(_as_bytes(wire), _as_bytes(rows).view(self.size, -1))
         self.sent += (self.size - 1) * x.nbytes
         self.received += (self.size - 1) * x.nbytes
 
         def finish(sent: Tensor = wire) -> Tensor:
             wait()
-            return rows.to(x.device)  # until here what is sent stays alive
+            return self._back(rows, x)  # until here what is sent stays alive
 
         return finish
 
@@ -158,11 +158,11 @@ class Comm(ABC):
         if self.size == 1 or not x.numel():
             return x.detach().clone(memory_format=torch.contiguous_format)
         wire = self._stage(x)
-        result = torch.empty_like(wire)
+        result = self._room(x, x.shape)
         self._alltoall_rows(_as_bytes(wire).view(self.size, -1), _as_bytes(result).view(self.size, -1))
         self.sent += (self.size - 1) * x[0].nbytes
         self.received += (self.size - 1) * x[0].nbytes
-        return result.to(x.device)
+        return self._back(result, x)
 
     @phased("wire")
     def alltoall(self, parts: Sequence[bytes]) -> list[bytes]:
@@ -188,6 +188,16 @@ class Comm(ABC):
         if self.device.type == "cpu":
             return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)
         return x.contiguous().to(self.device)
+
+    def _room(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """Where what comes for ``x`` arrives: pinned, if it goes on to a GPU. Torch keeps pinned memory for the next
+        one, and hands it out once copies from it are done."""
+        pinned = self.device.type == "cpu" and x.device != self.device
+        return torch.empty(shape, dtype=x.dtype, device=self.device, pin_memory=pinned)
+
+    def _back(self, received: Tensor, x: Tensor) -> Tensor:
+        """It, where ``x`` lies; the host does not wait for what goes on from it."""
+        return received.to(x.device, non_blocking=self.device.type == "cpu")
 
     def _summable(self, x: Tensor) -> Tensor:
         """``x`` in a type that :meth:`_sum` can add."""

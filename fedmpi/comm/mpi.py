@@ -23,6 +23,10 @@ from fedmpi.comm.watchdog import Watchdog
 # Counts of most MPI calls are 32-bit.
 _CHUNK = 1 << 30
 _FAILED = 32000  # a tag of messages that say: this rank has failed
+_LOSSES = {
+    getattr(MPI, name, MPI.UNDEFINED)
+    for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")
+}
 _ALL_FAIL = 10.0  # seconds within which the others fail, too, if they do
 
 _Buffer: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
@@ -82,7 +86,8 @@ class MPIComm(Comm):
             if not self.survives:
                 raise
             failed = MPI.Group.Translate_ranks(self._mpi.Get_failed(), None, self._mpi.Get_group())
-            if not (failed or self._mpi.Is_revoked()):
+            # The call may know of it before the communicator does.
+            if not (failed or error.Get_error_class() in _LOSSES or self._mpi.Is_revoked()):
                 raise
             who = ", ".join(str(self._members[rank]) for rank in failed)
             raise LostError(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from fedmpi.comm.base import Comm, LostError
 from fedmpi.comm.launcher import launcher
@@ -83,7 +84,27 @@ class TorchComm(Comm):
         self._ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         with self._doing("starting a group of its own"):
             self._group: Any = self._own(group, whole)
-            hosts = self._allgather(socket.gethostname().encode())
+            self._find_neighbours()
+
+    @classmethod
+    def among(cls, store: Store, rank: int, size: int, timeout: float) -> TorchComm:
+        """A Gloo end of ranks that only a store connects, whether torch.distributed is initialized or not. Called by
+        all of them.
+
+        Raises:
+          LostError: one did not come.
+        """
+        end = cls.__new__(cls)
+        end.rank, end.size, end.name, end._timeout, end._lost = rank, size, "gloo", timeout, ""
+        end._works, end._place, end._ranks, end._store = {}, None, list(range(size)), store
+        _open.add(end)
+        with end._doing("starting a group"):
+            end._group = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout))
+            end._find_neighbours()
+        return end
+
+    def _find_neighbours(self) -> None:
+        hosts = self._allgather(socket.gethostname().encode())
         self.local_size = hosts.count(hosts[self.rank])
         self.local_rank = hosts[: self.rank].count(hosts[self.rank])
 

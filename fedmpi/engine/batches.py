@@ -26,19 +26,6 @@ def padded(n: int) -> int:
     return -(-n // step) * step
 
 
-def alike(sizes_C: Tensor, samples: int, batch: int | None, pads: bool) -> Iterator[Tensor]:
-    """Positions of clients whose steps take equally many samples, or nearly so where samples can be left out
-    (``pads``): all of them, in parts of about ``samples``."""
-    batch_C = sizes_C.clamp(max=batch or int(sizes_C.max()))
-    order = batch_C.argsort(stable=True)
-    while len(order):
-        least = int(batch_C[order[0]])
-        rows = order[: max(1, samples // least)]
-        rows = rows[batch_C[rows] <= (padded(least) if pads else least)]
-        yield rows
-        order = order[len(rows) :]
-
-
 class Step(NamedTuple):
     """The samples of several clients' step.
 
@@ -150,3 +137,31 @@ class Orders:
         for client, key, order_N in zip(clients.tolist(), keys.tolist(), order_CN, strict=True):
             index = partition.of(client)
             self._orders[client] = key, index[order_N[: len(index)]]
+
+
+def alike(batch_C: Tensor, samples: int, pads: bool) -> Iterator[Tensor]:
+    """Positions of clients whose steps take equally many samples, all of them, in parts of about ``samples``; with
+    ``pads`` (samples can be left out) also of those that come to as many when they are padded."""
+    order = batch_C.argsort(stable=True)
+    while len(order):
+        least = int(batch_C[order[0]])
+        rows = order[: max(1, samples // least)]
+        rows = rows[batch_C[rows] <= (padded(least) if pads else least)]
+        yield rows
+        order = order[len(rows) :]
+
+
+def local_steps(local: Local, sizes: Tensor) -> Tensor:
+    """τ of clients with so many samples (int64), the same shape; 0 for none."""
+    if local.steps or not local.epochs:
+        steps = torch.full_like(sizes, local.steps or 1)
+    else:
+        batch = sizes.clamp(min=1) if local.batch is None else local.batch
+        steps = local.epochs * -(-sizes // batch)
+    return steps.where(sizes > 0, 0)
+
+
+def work(local: Local, sizes: Tensor) -> Tensor:
+    """Samples that clients of these sizes (int64) go through in a round, the same shape."""
+    batch = sizes if local.batch is None else sizes.clamp(max=local.batch)
+    return batch * local_steps(local, sizes)

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-import fedmpi
 from fedmpi import start
 from fedmpi.comm.base import Comm, together
 from fedmpi.config import CheckpointConfig
@@ -33,6 +32,7 @@ from fedmpi.engine.store import Kept
 from fedmpi.errors import CheckpointError, ConfigError, FedMPIError, Stopped, Unstarted
 from fedmpi.message import CPU
 from fedmpi.method import State, nest, placed
+from fedmpi.version import __version__
 
 if TYPE_CHECKING:
     from fedmpi.engine.rounds import Simulation
@@ -50,10 +50,14 @@ class Checkpoints:
       run: the run's folder, the same on every rank; ranks on several machines share it.
       plan: when to save.
       comm: this rank's end.
+
+    Attributes:
+      saved: called on rank 0 with the rounds and the folder of each checkpoint that was written.
     """
 
     def __init__(self, run: Path, plan: CheckpointConfig, comm: Comm) -> None:
         self.run, self.folder, self.plan, self.comm = run, run / "checkpoints", plan, comm
+        self.saved: Callable[[int, Path], None] = lambda done, folder: None
         self._stop = False
         self._last, self._cost = time.monotonic(), 0.0
 
@@ -121,12 +125,12 @@ class Checkpoints:
                 if comm.rank == 0:
                     self._clean(aside)
             written: dict[str, File] = {}
-            with together(comm, "saving a checkpoint"):
+            with together(comm, "saving a checkpoint"), files.writing(aside):
                 for name, kept in simulation.kept().items():
                     written |= self._write_store(aside, name, kept)
             offer = {name: file.model_dump() for name, file in written.items()}
             offers = [json.loads(part) for part in comm.gather(json.dumps(offer).encode())]
-            with together(comm, "saving a checkpoint"):
+            with together(comm, "saving a checkpoint"), files.writing(aside):
                 if comm.rank == 0:
                     shards = {
                         name: File.model_validate(file) for part in offers for name, file in part.items()
@@ -138,6 +142,8 @@ class Checkpoints:
             raise
         self._last = time.monotonic()
         self._cost = self._last - started
+        if comm.rank == 0:
+            self.saved(done, self.at(done))
 
     def _clean(self, aside: Path) -> None:
         """Make the folder to write in, and remove what killed writers left."""
@@ -188,7 +194,7 @@ class Checkpoints:
         )
         totals = {name: getattr(simulation, name) for name in Totals.model_fields}
         described = Manifest(
-            fedmpi=fedmpi.__version__,
+            fedmpi=__version__,
             torch=torch.__version__,
             device=simulation.place.kind,
             round=done,

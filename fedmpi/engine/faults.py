@@ -4,7 +4,8 @@ Survivors notice at different places, up to a round apart. All go back to the la
 finished, which each still holds (states are replaced, not changed, so that holding one costs nothing), and do the next
 one anew. In it the clients that were to be trained by the lost rank count as dropouts. What the lost rank kept of its
 clients comes from the last checkpoint, or starts afresh where there is none: at both ends, so that what a sender
-believes of its receiver stays true. The run's protocol bytes go on; lost are only the wire bytes that the rank had
+believes of its receiver stays true. In data-parallel mode, where each rank is one client, the data is shared out
+anew (:mod:`fedmpi.engine.fewer`). The run's protocol bytes go on; lost are only the wire bytes that the rank had
 counted, and its part of the ledger's bytes by client.
 
 Shape suffix: K all clients.
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from fedmpi.comm.base import Comm, LostError
 from fedmpi.engine.checkpoint import Checkpoints
+from fedmpi.engine.fewer import without
 from fedmpi.engine.manifest import Lost, Totals
 from fedmpi.engine.resume import Found, restore_clients
 from fedmpi.errors import CheckpointError
@@ -123,6 +125,8 @@ class Faults:
         simulation = self.simulation
         assert simulation is not None  # it made the points
         self._rewind(simulation, done)
+        if simulation.config.mode == "data_parallel":
+            return self._go_on_with_fewer(simulation, done, gone)
         before_K = simulation.home(torch.arange(simulation.config.clients))
         homes_K = None if before_K is None else self._homes(simulation, before_K, gone)
         found = Found(None, torch.empty(0, dtype=torch.int64), simulation.ledger.seen)
@@ -147,14 +151,33 @@ class Faults:
 
         return commit
 
+    def _go_on_with_fewer(
+        self, simulation: Simulation, done: int, gone: list[int]
+    ) -> Callable[[], list[Lost]]:
+        """:meth:`_fit` where each rank is one client."""
+        left = [i for i in range(len(self._members)) if i not in gone]
+        after = without(simulation, left, self.comm, _COUNTERS)
+        keeps = not (simulation.clients.empty and simulation.own.empty)
+
+        def commit() -> list[Lost]:
+            flying = done < simulation.config.rounds
+            lost = [
+                Lost(rank=self._members[i], round=done, dropped=int(flying), reset=int(keeps)) for i in gone
+            ]
+            after.lost = [*after.lost, *lost]
+            self.simulation = after
+            self._points.clear()
+            self.reached(done)
+            return lost
+
+        return commit
+
     def _end(self, done: int, gone: list[int]) -> str:
         """Why the survivors cannot go on; "" when they can."""
         simulation, what = self.simulation, ""
         assert simulation is not None
         if simulation.config.topology == "aggregator" and 0 in gone:
             what = "which aggregates"
-        elif simulation.config.mode == "data_parallel":
-            what = "whose share of the data nobody else has"
         if not what:
             return ""
         saved = self.checkpoints.agreed() if self.checkpoints else []

@@ -46,7 +46,7 @@ class Ledger:
         """The cohort catches up with the server; returns the bytes of the clients ``served`` of it."""
         # Clients that last saw the same version get the same download.
         versions, which = self.seen[served].unique(return_inverse=True)
-        made = [Bytes.of(server.download(state, seen)) for seen in versions.tolist()]
+        made = [Bytes.of(message) for message in server.sizes(state, versions.tolist())]
         bytes_S, values_S = (
             torch.tensor([getattr(m, n) for m in made], dtype=torch.int64)[which] for n in ("all", "values")
         )

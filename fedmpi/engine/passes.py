@@ -61,6 +61,8 @@ class Passes:
 
     Attributes:
       observe: is shown everything that this rank's clients send.
+      made: what this rank computed, by round, of the last two: a round that is done anew without a rank that ended
+        takes it from here. Of data-parallel runs whose ranks survive each other.
     """
 
     def __init__(
@@ -85,6 +87,8 @@ class Passes:
         self.ledger, self._partition = ledger, partition
         self._clients, self._own = clients, own
         self.observe: Callable[[Sent], None] | None = None
+        self.made: dict[int, Update] = {}
+        self._again = config.mode == "data_parallel" and comm.survives
         self._rejects = config.on_bad_update == "reject"
         self._fusable = self._can_fuse()
 
@@ -112,8 +116,8 @@ class Passes:
             way = replica.open(codec, call.clients, call.weights, call.placed, call.now)
             sent: list[Tensor] = []
             with status.watch(), explained(self.trainer.device, f"training in round {call.now.t}"):
-                for chunk in call.chunks if self.fuses else ():
-                    sent.append(self._send_sum(call, chunk, status))
+                if self.fuses and call.chunks:
+                    sent.append(self._send_sum(call, status))
                 for i, chunk in enumerate(() if self.fuses else call.chunks):
                     positions, update = kept.pop(i) if i in kept else self._train(call, chunk, status)
                     if codec is not up:
@@ -156,6 +160,8 @@ class Passes:
           NumericalError: one is not, with ``on_bad_update: stop``.
         """
         replica, server, clients_C = self.replica, self.method.server, call.clients[positions]
+        if (made := self.made.get(call.now.t)) is not None:
+            return positions, made
         update = self.trainer.train(
             replica.parameters(),
             self._data,
@@ -177,6 +183,8 @@ class Passes:
         if self.config.clip is not None:
             update, clipped = updates.clip(update, self.config.clip.norm)
             status.count({"clipped": clipped})
+        if self._again:
+            self.made = {t: u for t, u in self.made.items() if t == call.now.t - 1} | {call.now.t: update}
         return positions[rows], update
 
     @property
@@ -189,34 +197,53 @@ class Passes:
         """Even their gradients are made as one."""
         return self.fuses and self.trainer.pools
 
-    def _send_sum(self, call: Call, positions: Tensor, status: Status) -> Tensor:
-        """Train some of this rank's clients and hand over one message for all of them; returns their positions."""
-        replica, up, clients_C = self.replica, self.method.up, call.clients[positions]
-        weight = (weights_C := call.weights[positions]).sum()
-        if self.pools and len(positions) > 1:
-            theta_D, frozen_D = replica.parameters(), self.method.server.frozen(replica.state)
-            g_D, loss_C = self.trainer.pool(
-                theta_D, self._data, self._partition, clients_C, weights_C / weight, call.now.t, frozen_D
-            )
-            if not (finite(g_D) and bool((loss_C.abs() <= LARGEST).all())):
-                for position in positions.split(1):
-                    self._train(call, position, status)  # names the client
-                raise NumericalError(
-                    f"round {call.now.t}: the sum of the clients' gradients is not finite; try a smaller local.lr "
-                    f"than {self.config.local.lr:g}"
-                )
-        else:
-            _, (g_CD, loss_C, _, _) = self._train(call, positions, status)
-            g_D = (weights_C / weight).float().to(g_CD.device) @ g_CD
+    def _send_sum(self, call: Call, status: Status) -> Tensor:
+        """Train this rank's clients, some at a time, and hand over one message for all of them; returns their
+        positions."""
+        positions = torch.cat(list(call.chunks))
+        replica, up, weight = self.replica, self.method.up, call.weights[positions].sum()
+        sum_D: Tensor | None = None
+        losses = []
+        for chunk in call.chunks:
+            g_D, loss_C = self._sum(call, chunk, weight, status)
+            sum_D = g_D if sum_D is None else sum_D.add_(g_D)
+            losses.append(loss_C)
+        assert sum_D is not None
+        if len(call.chunks) > 1 and not finite(sum_D):  # each was
+            raise NumericalError(self._too_large(call))
+        clients_C = call.clients[positions]
         ctx = Context(call.now, clients_C[:1], torch.ones(1, dtype=torch.int64), replica.shared())
         with phase("encode"):
-            message, _ = up.compress(g_D[None], {}, ctx)
+            message, _ = up.compress(sum_D[None], {}, ctx)
         updates.check_fits_float32(message, {}, call.now.t)
         with phase("server"):
             replica.way.take(weight[None], message, {}, ctx)
         status.upload += self.ledger.upload_of(clients_C, message)
-        status.loss += int(to_fixed(loss_C * weights_C).sum())
+        for chunk, loss_C in zip(call.chunks, losses, strict=True):
+            status.loss += int(to_fixed(loss_C * call.weights[chunk]).sum())
         return positions
+
+    def _sum(self, call: Call, positions: Tensor, weight: Tensor, status: Status) -> tuple[Tensor, Tensor]:
+        """Some clients' gradients, by their shares in ``weight``, and their losses."""
+        clients_C, weights_C = call.clients[positions], call.weights[positions]
+        if not (self.pools and len(positions) > 1):
+            _, (g_CD, loss_C, _, _) = self._train(call, positions, status)
+            return (weights_C / weight).float().to(g_CD.device) @ g_CD, loss_C
+        theta_D, frozen_D = self.replica.parameters(), self.method.server.frozen(self.replica.state)
+        g_D, loss_C = self.trainer.pool(
+            theta_D, self._data, self._partition, clients_C, weights_C / weight, call.now.t, frozen_D
+        )
+        if not (finite(g_D) and bool((loss_C.abs() <= LARGEST).all())):
+            for position in positions.split(1):
+                self._train(call, position, status)  # names the client
+            raise NumericalError(self._too_large(call))
+        return g_D, loss_C
+
+    def _too_large(self, call: Call) -> str:
+        return (
+            f"round {call.now.t}: the sum of the clients' gradients is not finite; try a smaller local.lr "
+            f"than {self.config.local.lr:g}"
+        )
 
     def _send(self, call: Call, update: Update, positions: Tensor, ctx: Context, status: Status) -> Tensor:
         """Compress some of this rank's clients' gradients and hand the messages over; returns the positions of those

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from fedmpi.tasks.metrics import METRICS, Metric
+
+_LAST = 10  # rounds that tell how long the others will take
 
 
 def human(nbytes: float) -> str:
@@ -23,6 +26,16 @@ def human(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:.3g} TB"
+
+
+def span(seconds: float) -> str:
+    """12 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _console() -> Console:
@@ -61,6 +74,7 @@ class Display:
         self._live: Progress | None = None
         self._started = self._printed = time.monotonic()
         self._clients = self._up = self._down = self._before = 0
+        self._ends: deque[float] = deque(maxlen=_LAST + 1)  # of the last rounds
         self._metrics: Mapping[str, Metric] = {}
         self._measured = ""
         if enabled and self._console.is_terminal:
@@ -68,7 +82,6 @@ class Display:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[info]}"),
-                TimeRemainingColumn(),
             )
             self._live = Progress(TextColumn(title), *columns, console=self._console)
             self._task = self._live.add_task("", total=rounds, info="")
@@ -81,6 +94,7 @@ class Display:
         self._metrics = metrics
         self._before, self._up, self._down = done, sent["upload"], sent["download"]
         self._started = self._printed = time.monotonic()
+        self._ends.clear()
 
     def say(self, text: str) -> None:
         """A line above the bar."""
@@ -101,12 +115,19 @@ class Display:
         rate = self._clients / max(now - self._started, 1e-9)
         loss = "no loss" if line["loss"] is None else f"loss {line['loss']:.4f}"
         info = f"{loss}{self._measured} up {human(self._up)} down {human(self._down)} {rate:.0f} clients/s"
+        info += self._left(now, self._rounds - done)
         if self._live is not None:
             self._live.update(self._task, completed=done, info=info)
         elif done in (self._before + 1, self._rounds) or now - self._printed > 5:
             self._printed = now
-            left = (now - self._started) / (done - self._before) * (self._rounds - done)
-            print(f"round {done}/{self._rounds} {info} {left:.0f} s left", file=sys.stderr, flush=True)
+            print(f"round {done}/{self._rounds} {info}", file=sys.stderr, flush=True)
+
+    def _left(self, now: float, rounds: int) -> str:
+        """The time that is left by the last rounds; the first one, which prepares much, tells nothing."""
+        self._ends.append(now)
+        if not rounds or len(self._ends) < 2:
+            return ""
+        return f" {span((now - self._ends[0]) / (len(self._ends) - 1) * rounds)} left"
 
     def close(self) -> None:
         if self._live is not None:

@@ -1,20 +1,16 @@
-"""A run's folder: config.yaml, metrics.jsonl, summary.json, TensorBoard events, model(-best).safetensors, and with
-``client_test`` clients.csv (each client's metric) and, where that is asked for, clients.safetensors."""
+"""A run's folder: config.yaml, metrics.jsonl, summary.json, model(-best).safetensors, and with ``client_test``
+clients.csv (each client's metric) and, where that is asked for, clients.safetensors."""
 
 from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 from torch import Tensor
 
 from fedmpi.errors import ConfigError
@@ -55,49 +51,28 @@ class Record:
     Args:
       folder: the run's folder.
       config: the resolved configuration.
-      start: rounds that an earlier process did.
-      lines: their lines of metrics; None for a new run.
+      lines: the lines of metrics of the rounds that an earlier process did; None for a new run.
 
     Raises (also later, from every method):
       ConfigError: the folder cannot be written.
     """
 
-    def __init__(
-        self, folder: Path, config: dict[str, Any], start: int = 0, lines: bytes | None = None
-    ) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], lines: bytes | None = None) -> None:
         self.folder = folder
         with writing(self.folder, "--out"):
             folder.mkdir(parents=True, exist_ok=True)
-            stale = [
-                folder / name
-                for name in (
-                    "summary.json",
-                    "model.safetensors",
-                    "model-best.safetensors",
-                    "clients.csv",
-                    "clients.safetensors",
-                )
-            ]
-            for old in stale if lines is not None else [*stale, *folder.glob("events.*")]:
-                old.unlink(missing_ok=True)  # of an earlier run: never shown as this one's
+            stale = "summary.json", "model.safetensors", "model-best.safetensors"
+            for name in (*stale, "clients.csv", "clients.safetensors"):
+                (folder / name).unlink(missing_ok=True)  # of an earlier run: never shown as this one's
             write_aside(folder / "config.yaml", dump(config, sort_keys=False).encode())
             # In place of what lies there, be it longer or a link to elsewhere.
             write_aside(folder / "metrics.jsonl", lines or b"")
             self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-            # Not SummaryWriter: its thread would wait for ever on a full disk.
-            self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
-            if start:  # what an earlier process showed of these rounds is void
-                self._events.write_event(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
 
     def round(self, line: dict[str, Any]) -> None:
         with writing(self.folder, "--out"):
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
-            for name, value in line.items():
-                if name != "round" and value is not None:
-                    shown = scalar(name, value)
-                    self._events.write_event(Event(wall_time=time.time(), step=line["round"], summary=shown))
-            self._events.flush()
 
     def best(self, model: dict[str, Tensor]) -> None:
         """The best model so far, as in :meth:`finish`."""
@@ -121,7 +96,5 @@ class Record:
             write_aside(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
 
     def close(self) -> None:
-        """What could not be written has been said."""
-        for file in (self._metrics, self._events):
-            with suppress(OSError):
-                file.close()
+        with suppress(OSError):  # what could not be written has been said
+            self._metrics.close()

@@ -21,8 +21,8 @@ from fedmpi.meet.base import Held, Roster, Way
 from fedmpi.meet.by_part import PartWays
 from fedmpi.meet.sums import Sums
 from fedmpi.meet.ways import OwnerWay, SumWay
-from fedmpi.message import CPU, Message, from_bytes, to_bytes
-from fedmpi.method import Compressor, Method, Round, State
+from fedmpi.message import CPU, Message, concat, from_bytes, to_bytes
+from fedmpi.method import Compressor, Method, Round, State, believed
 from fedmpi.methods.joint import Joint
 from fedmpi.phases import phased
 
@@ -30,17 +30,17 @@ Kind = Literal["allreduce", "aggregator", "data_parallel"]
 
 
 def sums_of(config: Config, method: Method, device: torch.device = CPU) -> Sums:
-    """How a configuration adds up, on the ``device``.
+    """How the messages of a run are added up, on ``device``.
 
     Raises:
-      ConfigError: ``server.aggregate`` and a method whose vectors' coordinates are not the parameters.
+      ConfigError: ``server.aggregate`` does not work with the method.
     """
     aggregate, up = config.server.aggregate, method.up
     means = all(kind == "mean" for _, kind in up.segments)
     if aggregate != "mean" and (not means or up.size != up.spec.size or len(method.passes) > 1):
         raise ConfigError(
-            f"server.aggregate: {aggregate} needs a method whose message decodes to a gradient of D numbers and that "
-            f"has one pass (dense, bf16, topk, …); {config.method.name}'s does not, expected mean"
+            f"server.aggregate: {aggregate} does not work with {config.method.name}, whose message does not decode to "
+            f"a gradient of D numbers in one pass; expected mean, or a method like dense, bf16 or topk"
         )
     return Sums(config.reproducible, aggregate, config.server.trim, device)
 
@@ -115,6 +115,15 @@ class Replica:
         """Hold again what was :meth:`held` earlier."""
         for name, value in held.items():
             setattr(self, name, value)
+
+    def believe(self, own: State) -> None:
+        """In data-parallel mode: keep of all ranks what their ``own`` states say of it. Called by all ranks."""
+        up = self.method.up
+        if up.init_peer():
+            frames = self.comm.allgather(to_bytes(Message(believed(up, own))))
+            held = self._ways[up].peers
+            assert isinstance(held, Held)
+            held.load(concat([from_bytes(frame, device=self.device) for frame in frames]).arrays)
 
     def crew(self) -> list[int]:
         """The ranks that train clients, of those that there are."""

@@ -18,10 +18,10 @@ from fedmpi.comm.base import Comm, together
 from fedmpi.comm.placement import own_cpus
 from fedmpi.config import Config
 from fedmpi.engine import updates
+from fedmpi.engine.batches import local_steps, work
 from fedmpi.engine.by_client import Tested, by_client, of_clients
 from fedmpi.engine.clients import check_sampling, cohort, place, survivors
 from fedmpi.engine.device import Place, explained, repeatable
-from fedmpi.engine.evaluate import evaluate
 from fedmpi.engine.fingerprint import fingerprint
 from fedmpi.engine.goals import Goals
 from fedmpi.engine.ledger import Ledger
@@ -92,7 +92,7 @@ class Simulation:
         kind: Kind = "data_parallel" if workers else config.topology
         start_X, sums = parts.start_X.to(place.device), sums_of(config, self.method, place.device)
         self.replica = Replica(comm, self.method, start_X, sums, peers, kind)
-        steps = config.rounds * int(self.trainer.steps(self.partition.sizes.max()))
+        steps = config.rounds * int(local_steps(config.local, self.partition.sizes.max()))
         # Not where a client's row of a batched product may have other last bits, nor where tracing takes longer.
         self.trainer.together = not (config.reproducible or workers or steps < _MANY)
         self.ledger = Ledger(config.clients)
@@ -171,8 +171,8 @@ class Simulation:
             return None
         sizes = [codec.nbytes() for codec in self.method.passes]
         first = sum(4 * self.spec.size if size is None else size for size in sizes)
-        work = self.trainer.work(self.partition.sizes)
-        return Clock(config.time, config.seed, work, self.ledger, first)
+        samples = work(config.local, self.partition.sizes)
+        return Clock(config.time, config.seed, samples, self.ledger, first)
 
     def round(self, t: int) -> dict[str, Any]:
         """One round; returns its line of metrics."""
@@ -207,13 +207,14 @@ class Simulation:
 
     def _evaluate(self, t: int) -> None:
         """On the test set; where clients keep parts of the model, on what they hold out themselves."""
-        x_X, of = self.replica.parameters(), (self.trainer, self.measured)
+        x_X = self.replica.parameters()
         clients: dict[str, float | None] = {}
         if self.held is not None:
             self.tested = self.test_clients(t)
             clients, found = self.tested.measures, self.tested.whole
         if self.held is None or not self.plan.local.names:
-            found = evaluate(*of, x_X, self.data.test, self.config.test_batch, self.comm)
+            test, batch = self.data.test, self.config.test_batch
+            found = self.trainer.evaluate(self.measured, x_X, test, batch, self.comm)
         self.measures = found | clients
         self.peaks, self.ended = self.goals.after(t, self.measures, self.peaks)
         if (best := self.config.best) in self.peaks and self.peaks[str(best)].round == t:
@@ -271,7 +272,7 @@ class Simulation:
         weights = weights / weights.sum()
         if config.local.fednova and len(clients):  # τ_eff
             rate = config.local.lr * config.local.schedule.factor(now.t, config.rounds)
-            weight = self.trainer.rule.weight(self.trainer.steps(samples), rate)
+            weight = self.trainer.rule.weight(local_steps(config.local, samples), rate)
             now = now._replace(lr=config.server_lr(now.t) * float(weights @ weight))
         return Call(now, called, clients, weights, placed, chunks)
 

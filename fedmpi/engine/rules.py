@@ -112,3 +112,10 @@ class Rule(NamedTuple):
             rho = self.momentum
             return (tau_C - rho * (1 - rho**tau_C) / (1 - rho)) / (1 - rho)
         return tau_C
+
+    def factors(self, local: Local, steps_C: Tensor, factor: float) -> Tensor | None:
+        """What clients' accumulated gradients are multiplied by at ``factor`` times their rate, float32 ``(C, 1)`` or
+        ``(1, 1)``, with FedNova divided by what their steps weigh; None for 1."""
+        if local.fednova:
+            return (factor / self.weight(steps_C, local.lr * factor)).float()[:, None]
+        return None if factor == 1 else torch.full((1, 1), factor)

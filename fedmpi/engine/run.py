@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from fedmpi.callbacks import Callback, Calls
 from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, LostError, together
 from fedmpi.config import Config
@@ -23,6 +25,7 @@ from fedmpi.engine.progress import Display
 from fedmpi.engine.record import Record
 from fedmpi.engine.rounds import Simulation
 from fedmpi.engine.summary import summary
+from fedmpi.engine.tensorboard import TensorBoard
 from fedmpi.errors import FedMPIError
 from fedmpi.spec import Spec
 
@@ -35,6 +38,7 @@ def run(
     resume: bool = False,
     profile: bool = False,
     overwrite: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Train, and return the summary (the same on every rank).
 
@@ -46,13 +50,14 @@ def run(
       resume: continue from the last checkpoint in ``out``, where there is one.
       profile: say where the time of rounds goes, and write a trace (:mod:`fedmpi.engine.profile`).
       overwrite: begin anew in ``out``, whatever run it holds; without, one that is finished or interrupted is kept.
+      callbacks: what is called while it goes on (rank 0's count).
 
     Raises:
       Stopped: a signal asked for it; a checkpoint is written, or (Unstarted) no round is done yet.
       FedMPIError: what a user can mend; the same error on every rank.
     """
     with Claim() as claim:
-        return _run(Faults(comm), config, out, quiet, resume, profile, overwrite, claim)
+        return _run(Faults(comm), config, out, quiet, resume, profile, overwrite, claim, callbacks)
 
 
 def _run(
@@ -64,6 +69,7 @@ def _run(
     profile: bool,
     overwrite: bool,
     claim: Claim,
+    callbacks: Sequence[Callback],
 ) -> dict[str, Any]:
     comm, lines = faults.comm, None
     while True:
@@ -72,7 +78,7 @@ def _run(
             if faults.simulation is None:
                 lines = _prepare(faults, config, out, resume, overwrite, display, claim)
             with _profiling(faults, display) if profile else nullcontext():
-                return _train(faults, lines, display, claim)
+                return _train(faults, lines, display, claim, callbacks)
         except LostError as error:
             lost = faults.recover(error)
             if faults.checkpoints:
@@ -129,39 +135,55 @@ def _prepare(
     return lines
 
 
-def _train(faults: Faults, lines: bytes | None, display: Display, claim: Claim) -> dict[str, Any]:
+def _train(
+    faults: Faults, lines: bytes | None, display: Display, claim: Claim, callbacks: Sequence[Callback]
+) -> dict[str, Any]:
     """Do the rounds that are left, and write what comes of them. ``lines`` are those before, None in a new run."""
     simulation, checkpoints, comm = faults.simulation, faults.checkpoints, faults.comm
     assert simulation is not None  # prepared
     display.start(faults.done, simulation.bytes, simulation.measured.metrics)
     with ExitStack() as stack:
-        record = None
+        record, calls = None, Calls()
         with together(comm, "preparing the run"):
-            if checkpoints and comm.rank == 0:
-                claim.take(checkpoints.run, comm)  # another rank's, whose end made this one rank 0
-                record = Record(checkpoints.run, simulation.config.plain(), faults.done, lines)
-                stack.callback(record.close)
-                _keep_best(simulation, record)
+            if comm.rank == 0:
+                plain, first = simulation.config.plain(), []
+                if checkpoints:
+                    claim.take(checkpoints.run, comm)  # another rank's, whose end made this one rank 0
+                    record = Record(checkpoints.run, plain, lines)
+                    stack.callback(record.close)
+                    _keep_best(simulation, record)
+                    first.append(TensorBoard(checkpoints.run))
+                calls = Calls([*first, *callbacks])
+                stack.callback(calls.close)
+                calls("run_start", plain, faults.done)
+                if checkpoints:
+                    checkpoints.saved = lambda done, folder: _told(
+                        simulation, calls, "checkpoint", done, folder
+                    )
         with checkpoints.listening() if checkpoints else nullcontext():
-            _rounds(faults, simulation, display, record)
+            _rounds(faults, simulation, display, record, calls)
         result = summary(simulation, faults.done)
         clients, own = _of_clients(simulation, faults.done)
         with together(comm, "writing the results"):
             if simulation.error is not None:
                 raise simulation.error
-            if record:
-                record.finish(
-                    result, state_dict(simulation.trainer, simulation.replica.parameters()), clients, own
-                )
+            if record or calls:
+                model = state_dict(simulation.trainer, simulation.replica.parameters())
+                if record:
+                    record.finish(result, model, clients, own)
+                calls("run_end", result, model)
         comm.settle()  # from here on nobody is needed any more
     return result
 
 
-def _rounds(faults: Faults, simulation: Simulation, display: Display, record: Record | None) -> None:
+def _rounds(
+    faults: Faults, simulation: Simulation, display: Display, record: Record | None, calls: Calls
+) -> None:
     for t in range(faults.done, simulation.config.rounds):
         if simulation.ended:
             display.say(f"the run is over: {simulation.ended}")
             break
+        _told(simulation, calls, "round_start", t)
         best_X = simulation.best_X
         line = simulation.round(t)
         faults.reached(t + 1)
@@ -175,6 +197,10 @@ def _rounds(faults: Faults, simulation: Simulation, display: Display, record: Re
                     _keep_best(simulation, record)
             except FedMPIError as error:  # the others are in the next round already: it ends all in there
                 simulation.error = error
+        _told(simulation, calls, "round_end", t, line)
+        found = {name: line[name] for name in simulation.measures}
+        if any(value is not None for value in found.values()):
+            _told(simulation, calls, "evaluation", t, found)
         if faults.checkpoints:
             faults.checkpoints.after(simulation, t + 1)
 
@@ -189,6 +215,15 @@ def _of_clients(simulation: Simulation, done: int) -> tuple[str, dict[str, Tenso
     return lines, personal_parts(
         simulation.trainer, simulation.own, simulation.config.clients, comm
     ) if test.save else {}
+
+
+def _told(simulation: Simulation, calls: Calls, event: str, *arguments: Any) -> None:
+    """Call the callbacks; an error ends all ranks in the next round, which they are in already."""
+    if simulation.error is None:
+        try:
+            calls(event, *arguments)
+        except FedMPIError as error:
+            simulation.error = error
 
 
 def _keep_best(simulation: Simulation, record: Record) -> None:

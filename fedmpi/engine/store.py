@@ -22,10 +22,12 @@ from fedmpi.engine.progress import human
 from fedmpi.errors import ConfigError
 from fedmpi.machine import available_memory as _available_memory
 from fedmpi.message import CPU
-from fedmpi.method import State, placed, stack
+from fedmpi.method import State, placed
+from fedmpi.ops import pages
 from fedmpi.phases import phased
 
 _SLAB = 1 << 18  # bytes of a slab, which holds at least one row
+_LONG = 1 << 14  # bytes of a row that is copied by itself
 
 
 class ClientStore:
@@ -112,12 +114,17 @@ class ClientStore:
     def get(self, clients_C: Tensor) -> State:
         """Their states with the leading axis C, a copy."""
         state = {
-            name: value.expand(len(clients_C), *value.shape).clone(memory_format=torch.contiguous_format)
+            name: pages.huge(value.new_empty(len(clients_C), *value.shape))
             for name, value in self._template.items()
         }
+        new_C = torch.ones(len(clients_C), dtype=torch.bool)
         for slab, places, rows in self._where(clients_C):
+            new_C[places.to(CPU)] = False
             for name, value in state.items():
-                value[places] = slab[name][rows]
+                _copy(value, places, slab[name], rows)
+        for place in new_C.nonzero()[:, 0].tolist():
+            for name, value in state.items():
+                value[place] = self._template[name]
         return placed(state, self.device)
 
     @phased("load")
@@ -150,7 +157,7 @@ class ClientStore:
         state = placed(state, self._home)
         for slab, places, rows in self._where(clients_C):
             for name, value in state.items():
-                slab[name][rows] = value[places]
+                _copy(slab[name], rows, value, places)
 
     def _make_room(self, clients_C: Tensor) -> None:
         """A slot for each that has none."""
@@ -165,7 +172,7 @@ class ClientStore:
             self._used += 1
             if self._used > self._per_slab * len(self._slabs):
                 new = {n: v.new_empty(self._per_slab, *v.shape) for n, v in self._template.items()}
-                self._slabs.append(new)
+                self._slabs.append({name: pages.huge(value) for name, value in new.items()})
 
     def _where(self, clients_C: Tensor) -> Iterator[tuple[State, Tensor, Tensor]]:
         """The slabs in which those that have come lie, their positions in ``clients_C`` and their rows there."""
@@ -180,6 +187,15 @@ class ClientStore:
         for n in sorted(set(number.tolist())):
             here = number == n
             yield self._slabs[n], places[here].to(self._home), row[here].to(self._home)
+
+
+def _copy(to: Tensor, there: Tensor, of: Tensor, here: Tensor) -> None:
+    """to[there] = of[here], row by row where a row is long: indexing would gather them first."""
+    if of[:1].nbytes < _LONG:
+        to[there] = of[here]
+        return
+    for i, j in zip(there.tolist(), here.tolist(), strict=True):
+        to[i].copy_(of[j])
 
 
 class MappedStore(ClientStore):
@@ -217,7 +233,8 @@ class MappedStore(ClientStore):
 
     @phased("load")
     def get(self, clients_C: Tensor) -> State:
-        return placed(stack([self._find(c) or self._template for c in clients_C.tolist()]), self.device)
+        states = [self._find(client) or self._template for client in clients_C.tolist()]
+        return placed({n: torch.stack([s[n] for s in states]) for n in self._template}, self.device)
 
     def need(self, come: int, clients: int) -> int:
         return come * self.row

@@ -6,9 +6,9 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-import fedmpi
 from fedmpi.engine.ledger import ratios
 from fedmpi.tasks.metrics import TEST_LOSS
+from fedmpi.version import __version__
 
 if TYPE_CHECKING:
     from fedmpi.engine.rounds import Simulation
@@ -48,7 +48,7 @@ def summary(of: Simulation, done: int | None = None) -> dict[str, Any]:
         "seconds": time.monotonic() - of.started,
         "seed": of.config.seed,
         "reproducible": of.config.reproducible,
-        "version": fedmpi.__version__,
+        "version": __version__,
     }
 
 

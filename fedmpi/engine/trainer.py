@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fedmpi import random
+from fedmpi.comm.base import Comm
 from fedmpi.engine.apart import Apart
-from fedmpi.engine.batches import Batches, Orders, alike
+from fedmpi.engine.batches import Batches, Orders, alike, local_steps
 from fedmpi.engine.device import Place, Samples, synchronize
 from fedmpi.engine.draws import generators, held, seed_all
 from fedmpi.engine.gradient import LEAST, Gradient
@@ -22,6 +23,7 @@ from fedmpi.engine.own_optimizer import TorchOptimizer
 from fedmpi.engine.probe import Traits
 from fedmpi.engine.rules import Rule
 from fedmpi.engine.stacked import Stacked, at_once, suits
+from fedmpi.engine.tallied import tallied
 from fedmpi.engine.updates import Update, on_host
 from fedmpi.local import Local
 from fedmpi.message import CPU
@@ -29,6 +31,7 @@ from fedmpi.method import State, nest, placed, unnest
 from fedmpi.phases import phase, phased
 from fedmpi.plan import Plan
 from fedmpi.tasks.data import Split
+from fedmpi.tasks.metrics import Measures
 from fedmpi.tasks.objectives import Objective
 from fedmpi.tasks.partitions import Partition
 
@@ -126,20 +129,6 @@ class Trainer:
                 seconds.append(perf_counter() - started)
         return min(seconds)
 
-    def work(self, sizes: Tensor) -> Tensor:
-        """Samples that clients of these sizes (int64) go through in a round, the same shape."""
-        batch = sizes if self.local.batch is None else sizes.clamp(max=self.local.batch)
-        return batch * self.steps(sizes)
-
-    def steps(self, sizes: Tensor) -> Tensor:
-        """τ for clients with so many samples, the same shape; 0 for none."""
-        if self.local.steps or not self.local.epochs:
-            steps = torch.full_like(sizes, self.local.steps or 1)
-        else:
-            batch = sizes.clamp(min=1) if self.local.batch is None else self.local.batch
-            steps = self.local.epochs * -(-sizes // batch)
-        return steps.where(sizes > 0, 0)
-
     def keeps(self) -> State:
         """What a client keeps for itself before its first round, without the axis C; {} for nothing."""
         kept = {"local": self._apart.kept_L} if self.plan.local.size else {}
@@ -177,7 +166,7 @@ class Trainer:
           kept: what these clients keep for themselves, by :meth:`keeps`.
         """
         sizes_C = partition.sizes_of(clients_C)
-        steps_C = self.steps(sizes_C)
+        steps_C = local_steps(self.local, sizes_C)
         if stacked := self._stacks(x_X, data, sizes_C):
             lr = self.local.lr * self.local.schedule.factor(round, self._rounds)
             batches = partial(Batches, self.seed, partition, round=round, batch=self.local.batch)
@@ -236,16 +225,13 @@ class Trainer:
     def _scaled(self, g_CX: Tensor, steps_C: Tensor, round: int) -> Tensor:
         """Accumulated gradients as the server takes them: in units of ``local.lr``, divided by what FedNova says."""
         factor = self.local.schedule.factor(round, self._rounds) if self._parts == 1 else 1.0
-        if self.local.fednova:
-            weight_C = self.rule.weight(steps_C, self.local.lr * factor)
-            g_CX[:, : self.spec.size] *= (factor / weight_C).float()[:, None].to(g_CX.device)
-        elif factor != 1:
-            g_CX[:, : self.spec.size] *= factor
+        if (factor_C := self.rule.factors(self.local, steps_C, factor)) is not None:
+            g_CX[:, : self.spec.size] *= factor_C.to(g_CX.device)
         return g_CX
 
     def alone(self, x_X: Tensor, data: Split, index: Tensor) -> Tensor:
         """The accumulated gradient ``(D,)`` of nobody's training on these samples."""
-        steps, g_O = int(self.steps(torch.tensor(len(index)))), torch.zeros_like(self.grad_D)
+        steps, g_O = int(local_steps(self.local, torch.tensor(len(index)))), torch.zeros_like(self.grad_D)
         start_O = self._laid.inside(self._apart.begin(x_X))
         with generators(self._draws, self.device):
             self._one(start_O, g_O, self.samples(data), index, steps, -1, 0, None)
@@ -270,7 +256,7 @@ class Trainer:
     ) -> nn.Module:
         """The model as one client has it after its local steps of a round from ``x_X``; ``kept`` stays as it is."""
         index = partition.of(client)
-        steps = int(self.steps(torch.tensor(len(index))))
+        steps = int(local_steps(self.local, torch.tensor(len(index))))
         if not steps:  # no sample
             return self.load(x_X, kept)
         own = {name: value.clone() for name, value in placed(kept, self.device).items()}
@@ -282,6 +268,13 @@ class Trainer:
             lr = self.local.lr * self.local.schedule.factor(round, self._rounds)
             torch.add(start_O, self.grad_D, alpha=-lr, out=self.theta_D)
         return self.model
+
+    @phased("evaluate")
+    def evaluate(
+        self, measured: Measures, x_X: Tensor, test: Split, batch: int, comm: Comm
+    ) -> dict[str, float | None]:
+        """Metrics and mean loss of ``x_X`` on a test set, on every rank, as :func:`tallied`."""
+        return tallied(self.load(x_X).eval(), self.samples(test), measured, len(test.y), batch, comm)
 
     @phased("compute")
     def pool(
@@ -305,7 +298,9 @@ class Trainer:
         parts, losses = [], []
         self._begin(self._laid.inside(theta_D))
         self.grad_D.zero_()
-        for rows in alike(partition.sizes_of(clients_C), samples, self.local.batch, self._pads):
+        batch_C = partition.sizes_of(clients_C)
+        batch_C = batch_C.clamp(max=self.local.batch or int(batch_C.max()))
+        for rows in alike(batch_C, samples, self._pads):
             with phase("load"):
                 batches = Batches(self.seed, partition, clients_C[rows], round, self.local.batch)
                 x_CB, y_CB = batches.step(0, len(rows)).of(self.samples(data))

@@ -13,8 +13,10 @@ DDP's buckets and so the same on all ranks; none is launched from a future's cal
 They use a process group of their own, of exactly the module's ranks, so that the job's own collectives may go on
 beside them.
 
-Where ``auto`` stays with bf16, nothing of this is worth its time: each bucket goes whole, rounded to bf16, into one
-all-reduce of the job's own group, as torch's ``bf16_compress_hook`` does it.
+For plain bf16, chosen or where ``auto`` stays with it, nothing of this is worth its time: each bucket goes whole,
+small tensors too, rounded to bf16, into one all-reduce of the job's own group, as torch's ``bf16_compress_hook`` does
+it. With a setting that says how tensors travel (``exact_below``, ``parts``, ``start_after``, ``exchange``), with
+feedback or over another ``comm`` it goes as every method does, and is summed in float32.
 """
 
 from __future__ import annotations
@@ -86,8 +88,10 @@ class State:
             self._worker.submit(self._job.between_steps).result()
         self._reducer = self._job.reducer
         self._passing = self._group is not None and self._job.plain
-        if not self._passing:
-            self._left = [set(group.names) for group in self._reducer.groups]
+        groups = self._reducer.groups
+        self._left = (
+            [set().union(*(g.names for g in groups))] if self._passing else [set(g.names) for g in groups]
+        )
 
     def stats(self) -> dict[str, Any]:
         """Steps, bytes and seconds so far on this rank (:meth:`Reducer.stats`)."""
@@ -144,9 +148,11 @@ class State:
             return self._keep(bucket)
         if bucket.index() == 0:
             self._begin()
-        if self._passing:
-            return self._pass(bucket)
         names = [self._names[p] for p in bucket.parameters()]
+        if self._passing:
+            self._left[0].difference_update(names)
+            self._look_for_missing(bucket)
+            return self._pass(bucket)
         waiting = _Bucket(
             dict(zip(names, bucket.gradients(), strict=True)),
             bucket.buffer(),
@@ -158,13 +164,16 @@ class State:
             self._left[index].discard(name)
             if not self._left[index]:
                 complete.append(index)
+        self._look_for_missing(bucket)
+        self._worker.submit(self._work, waiting, sorted(set(complete)), bucket.is_last())
+        return waiting.future
+
+    def _look_for_missing(self, bucket: Any) -> None:
         if bucket.is_last() and (missing := sorted(set().union(*self._left))):
             raise ConfigError(
                 f"ddp: no bucket has {', '.join(missing)}; a parameter that requires a gradient only since the module "
                 "was wrapped is averaged by nobody: wrap it after all parameters are as they will be trained"
             )
-        self._worker.submit(self._work, waiting, sorted(set(complete)), bucket.is_last())
-        return waiting.future
 
     def _keep(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """The bucket as it is: the mean of one rank."""
@@ -198,11 +207,12 @@ class State:
             self._reducer.start(*complete)
             due, self._sent = (self._sent + complete, []) if last else (self._sent, complete)
             for index in due:
-                self._reducer.finish(index)
+                self._reducer.decode(index)
                 for waiting in list(self._waiting):
                     waiting.groups.discard(index)
                     if not waiting.groups:
                         self._answer(waiting)
+            self._reducer.settle()  # may wait for a device, which goes on with the answers meanwhile
         except Exception as error:
             self._break(error)
 

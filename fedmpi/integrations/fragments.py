@@ -40,6 +40,18 @@ class Outcome(NamedTuple):
     odd: tuple[int, ...] = ()
 
 
+class Step(NamedTuple):
+    """Where a fragment goes from a round, group by group.
+
+    Attributes:
+      outcome: what the round came to, with this.
+    """
+
+    outcome: Outcome
+    anchors: list[Tensor]
+    outer: list[State]
+
+
 class Buffers:
     """What a model has besides parameters: floating numbers are averaged exactly, of whole numbers (and truth values)
     the largest is taken.
@@ -241,17 +253,14 @@ class Fragment:
           ``outcome``, or one that does not count, where the step came to infinities or NaN: on all ranks. The round
           is dropped then, and the parameters are the anchor.
         """
-        if outcome.counts:
-            if self.alone and self._plain(averaging):  # to the bit what the job does without
-                self.anchor_here()
-                self._keep_buffers()
-                return outcome
-            stepped = [self._step(i, averaging) for i in range(len(self.groups))]
-            if all(finite(x) for anchor_D, kept in stepped for x in (anchor_D, *kept.values())):
-                self._place([anchor_D for anchor_D, _ in stepped])
-                self.outer = [kept for _, kept in stepped]
-            else:
-                outcome = Outcome(False)
+        if outcome.counts and self.alone and self._plain(averaging):  # to the bit what the job does without
+            self.anchor_here()
+            self._keep_buffers()
+            return outcome
+        step = self.step(outcome, averaging)
+        if step.outcome.counts:
+            self.take_over(step.anchors, step.outer)
+        outcome = step.outcome
         for name, p in self.parameters.items():
             anchor = self._anchor_of[name]
             if alpha and outcome.counts:
@@ -262,12 +271,48 @@ class Fragment:
             self.buffers.put(self.buffers.result() if outcome.counts else self.buffers.last)
         return outcome
 
+    @torch.no_grad()
+    def step(self, outcome: Outcome, averaging: bool = False) -> Step:
+        """What :meth:`merge` goes to; nothing changes. Where that is infinities or NaN the round does not count."""
+        if outcome.counts and self.alone and self._plain(averaging):
+            here = [torch.empty_like(anchor_D) for anchor_D in self.anchors]
+            for group, anchor_D in zip(self.groups, here, strict=True):
+                for name, view in group.spec.views(anchor_D).items():
+                    view.copy_(self.parameters[name])
+            return Step(outcome, here, self.outer)
+        if outcome.counts:
+            stepped = [self._step(i, averaging) for i in range(len(self.groups))]
+            if all(finite(x) for anchor_D, kept in stepped for x in (anchor_D, *kept.values())):
+                return Step(outcome, [anchor_D for anchor_D, _ in stepped], [kept for _, kept in stepped])
+            outcome = Outcome(False)
+        return Step(outcome, self.anchors, self.outer)
+
     def _step(self, index: int, averaging: bool) -> tuple[Tensor, State]:
         mean_D, anchor_D, outer = self.groups[index].flat_D, self.anchors[index], self.outer[index]
         if averaging:
             return anchor_D - mean_D, outer
         u_D, outer = self.rule.direction(outer, mean_D)
         return anchor_D.sub(u_D, alpha=self.lr), outer
+
+    def take_over(self, anchors: Sequence[Tensor], outer: Sequence[State]) -> None:
+        """These are what all ranks agree on, group by group; parameters stay."""
+        self._place(anchors)
+        self.outer = list(outer)
+
+    def move(self, comm: Comm) -> None:
+        """Average among the ranks of ``comm`` from now on, with what was kept. Called by all of them.
+
+        Raises:
+          LostError: one ended meanwhile; to be called again, with others.
+        """
+        before, settings = self.reducer, self.reducer.settings.model_dump()
+        after = Reducer(shapes_of(self.parameters), before.options, comm, self.device, **settings)
+        for group, old in zip(after.groups, before.groups, strict=True):
+            group.state, group.memory = old.state, old.memory
+            group.rollback()
+            group.believe()
+        after.follow(before)
+        self.comm, self.reducer, self.groups = comm, after, after.groups
 
     def _keep_buffers(self) -> None:
         if self.buffers is not None:

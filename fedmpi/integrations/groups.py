@@ -21,11 +21,12 @@ from fedmpi.meet.ways import GatherWay, OwnerWay
 from fedmpi.message import CPU, Message, concat, from_bytes, to_bytes
 from fedmpi.method import Compressor, Round, State, believed, placed
 from fedmpi.methods.base import Options, Setup
-from fedmpi.ops import fast
-from fedmpi.ops.sums import finite
+from fedmpi.ops import fast, flags
+from fedmpi.ops.flags import Doubt, Flag
+from fedmpi.ops.sums import are_finite
 from fedmpi.spec import Spec
 
-_Result = tuple[Tensor | None, tuple[State, State]]
+_Result = tuple[Tensor | None, tuple[State, State], Flag]
 
 
 class Group:
@@ -74,8 +75,11 @@ class Group:
         self.ways[self.plain.up] = ways.build(comm, self.plain.up, "sum", device=device)
         for way in self.ways.values():
             way.reuse = True  # a mean is copied, or decoded, before the next step
+            way.later = True  # the host waits once, for all that a step has to ask
         self.place(self.memory_D())
         self._borrowed = False
+        self.doubts: list[Doubt] = []
+        self._nothing = torch.full((), math.nan, device=device)
         self.begin_span()
         self.reset()
 
@@ -148,40 +152,52 @@ class Group:
         now = Round(self.seed, step, 1.0, self.settings.steps_per_epoch)
         self.sent += 1
         self._end: Callable[[], _Result] | None
-        self._end = self._exactly(now) if exact else self._compressed(now)
+        self.doubts = []
+        with flags.later(self.doubts):
+            self._end = self._exactly(now) if exact else self._compressed(now)
 
-    def finish(self) -> bool:
+    def finish(self) -> Flag:
         """Wait for what :meth:`start` sent, and for the others': the views hold the mean then.
 
         Returns:
           False when a rank's gradient is not finite, or what comes of it overflows: the mean is NaN then, on every
-          rank.
+          rank. A device that would make the host wait is not asked, nor for :attr:`doubts`, which count if it is true.
         """
         end, self._end = self._end, None  # with the messages and the state before, which it holds
         assert end is not None
-        mean_D, self._after = end()
+        with flags.later(self.doubts):
+            mean_D, self._after, good = end()
         # What messages decode to and what servers keep may overflow too. Both are the same on every rank.
-        if mean_D is None or not finite(mean_D, *self._after[1].values()):
+        if mean_D is not None and good is not False:
+            good = good & are_finite(mean_D, *self._after[1].values())
+        if mean_D is None or good is False:
             self.flat_D.fill_(math.nan)
             return False
-        if mean_D.data_ptr() != self.flat_D.data_ptr():
+        if isinstance(good, Tensor):
+            torch.where(good, mean_D, self._nothing, out=self.flat_D)
+        elif mean_D.data_ptr() != self.flat_D.data_ptr():
             self.flat_D.copy_(mean_D)
-        return True
+        return good
 
     def _exactly(self, now: Round) -> Callable[[], _Result]:
         kept = self.state, self.memory
         end, _ = self._send(self.plain.up, {}, Roster.of_ranks(self.comm, now, {}))
-        return lambda: (end(), kept)
+        return lambda: (end(), kept, self.ways[self.plain.up].good)
 
     def _compressed(self, now: Round) -> Callable[[], _Result]:
         decoder, (*early, up) = self.decoder, self.method.passes
         state, memory, before = self.state, self.memory, (self.state, self.memory)
+        sound: Flag = True
         for index, codec in enumerate(early):
             roster = Roster.of_ranks(self.comm, now, decoder.shared(memory))
             end, state = self._send(codec, state, roster, checked=index > 0)
             mean_S = end()
-            if mean_S is None or not finite(mean_S):
-                return lambda: (None, before)
+            if mean_S is not None:
+                sound = sound & self.ways[codec].good & are_finite(mean_S)
+            if mean_S is None or sound is False:
+                return lambda: (None, before, False)
+            if isinstance(sound, Tensor):
+                mean_S = torch.where(sound, mean_S, 0.0)
             memory = decoder.between(memory, index, mean_S, now)
         roster = Roster.of_ranks(self.comm, now, decoder.shared(memory))
         end, after = self._send(up, state, roster, checked=bool(early))
@@ -189,11 +205,11 @@ class Group:
         def decoded() -> _Result:
             mean_S = end()
             if mean_S is None:
-                return None, before
+                return None, before, False
             started = perf_counter()
             g_D, kept = decoder.direction(memory, mean_S, now, self.flat_D)
             self.seconds["decode"] += perf_counter() - started
-            return g_D, (after, kept)
+            return g_D, (after, kept), sound & self.ways[up].good
 
         return decoded
 
@@ -208,14 +224,16 @@ class Group:
         way, g_1D, here = self.ways[codec], self.flat_D[None], torch.tensor([self.comm.rank])
         ctx = roster.ctx(here)
         started, wired = perf_counter(), way.wire
-        usable = checked or codec.tells or finite(self.flat_D)
-        message, after = codec.compress(g_1D if usable else torch.zeros_like(g_1D), state, ctx)
+        usable: Flag = True if checked or codec.tells else are_finite(self.flat_D)
+        if isinstance(usable, Tensor):  # the mean will stand there
+            self.flat_D.masked_fill_(~usable, 0)
+        message, after = codec.compress(torch.zeros_like(g_1D) if usable is False else g_1D, state, ctx)
         if codec.tells and not checked:
-            usable = bool(message.finite)
-        if (
-            codec is not self.plain.up
-        ):  # finite gradients may make a message, or leave a residual, that overflows
-            usable = usable and finite(*message.arrays.values(), *after.values())
+            assert message.finite is not None
+            usable = message.finite
+        # Finite gradients may make a message, or leave a residual, that overflows.
+        if codec is not self.plain.up and usable is not False:
+            usable = usable & are_finite(*message.arrays.values(), *after.values())
         way.open(roster)
         way.take(roster.weights[here], message, state, ctx, usable)
         end = way.send()

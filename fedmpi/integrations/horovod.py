@@ -83,8 +83,9 @@ class Compression:
         """Args:
           method: as in a configuration: ``{"name": "randomk", "ratio": 0.01}``.
           parameters: the model's, with or without names; needed by methods of a fixed size (``dim``).
-          seed, exact_below, steps_per_epoch: as in :class:`fedmpi.integrations.settings.Settings`. Exact are
-            tensors of one dimension and those of fewer numbers.
+          seed: of all that is drawn.
+          exact_below: tensors of one dimension, and those of fewer numbers, are averaged exactly.
+          steps_per_epoch: what a method takes for an epoch.
 
         Raises:
           ConfigError: wrong options or settings, no ``parameters`` where they are needed, or a method that

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fedmpi import methods
 from fedmpi.comm.base import Comm, LostError, together
 from fedmpi.integrations import auto
 from fedmpi.integrations.modules import warn_of_nothing
@@ -41,6 +42,7 @@ class Job:
             say_at_end(comm.rank if shards is None else dist.get_rank(), self, Job.stats)
         self.alone = comm.size == 1  # nothing is to be averaged, and so nothing compressed
         self._auto: auto.Auto | None = None
+        self._as_torch = shards is None and options == methods.parse("bf16") and checked.says_nothing
         if isinstance(options, auto.AutoOptions):
             self._auto = auto.Auto(shapes, options, comm, settings, device, shards)
         else:
@@ -66,8 +68,8 @@ class Job:
 
     @property
     def plain(self) -> bool:
-        """Buckets may go as they are, in bf16."""
-        return self._auto is not None and self._auto.plain
+        """Buckets may go as they are, in bf16: plain bf16, of which no setting says how."""
+        return self._as_torch if self._auto is None else self._auto.plain
 
     def stats(self) -> dict[str, Any]:
         return self.reducer.stats() | (self._auto.facts() if self._auto else {})

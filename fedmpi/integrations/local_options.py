@@ -15,6 +15,7 @@ from fedmpi.comm.base import Comm
 from fedmpi.comm.connect import connect
 from fedmpi.errors import ConfigError
 from fedmpi.integrations.fragments import Fragment
+from fedmpi.integrations.modules import uncompiled
 from fedmpi.integrations.ranks import among, matching
 from fedmpi.integrations.settings import Settings
 from fedmpi.validation import Strict, checked, suggest
@@ -82,6 +83,22 @@ def connected(group: dist.ProcessGroup | None, comm: Comm | str) -> Comm:
     return connect(comm)
 
 
+def opened(model: object, optimizer: object) -> tuple[nn.Module, DistributedDataParallel | None]:
+    """The module inside, and the DDP around it.
+
+    Raises:
+      ConfigError: the model is none, or the optimizer.
+    """
+    inside = uncompiled(model)
+    ddp = inside if isinstance(inside, DistributedDataParallel) else None
+    inside = ddp.module if ddp is not None else inside
+    if not isinstance(inside, nn.Module):
+        raise ConfigError(f"model: expected a torch.nn.Module, got {type(inside).__name__}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return inside, ddp
+
+
 def options_of(every: int | None, settings: Mapping[str, Any]) -> tuple[LocalOptions, Settings]:
     """The arguments for local updates, and the reducers' settings.
 
@@ -131,8 +148,15 @@ def check_trained(
 def check_rate(fragments: Sequence[Fragment], options: LocalOptions) -> None:
     """
     Raises:
-      ConfigError: a method whose mean has no length, at a rate that nobody chose.
+      ConfigError: a method whose mean has no length, at a rate that nobody chose; one with a momentum of its own, under
+        another one.
     """
+    own = [f.reducer.options.name for f in fragments if f.reducer.options.own_momentum]
+    if own and options.outer != "sgd":
+        raise ConfigError(
+            f"outer: expected sgd with {own[0]}, whose residual stands for outer momentum, got {options.outer}; "
+            'outer="sgd"'
+        )
     votes = any(group.method.up.integer for fragment in fragments for group in fragment.groups)
     if votes and options.lr is None:
         raise ConfigError(

@@ -15,39 +15,42 @@ on one rank and not on another: with ``scaler`` its ``step()`` is what counts.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
-from typing import Any, NoReturn, TypeGuard, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from fedmpi import methods
+from fedmpi.comm import solo
 from fedmpi.comm.base import Comm, LostError, RankError, together
 from fedmpi.errors import ConfigError
 from fedmpi.integrations import local_state
+from fedmpi.integrations.elastic import Elastic
+from fedmpi.integrations.elastic_options import check_elastic, parsed
 from fedmpi.integrations.fragments import Buffers, Fragment, Outcome, split
+from fedmpi.integrations.inner import Inner
 from fedmpi.integrations.local_options import (
     check_rate,
     check_trained,
     connected,
+    opened,
     options_of,
 )
 from fedmpi.integrations.modules import (
     Same,
     shapes_of,
     trained,
-    uncompiled,
     warn_of_nothing,
     watch,
 )
 from fedmpi.integrations.reducer import Reducer
 from fedmpi.integrations.say import say_at_end
-from fedmpi.integrations.scaling import scaler_behind
+from fedmpi.integrations.scaling import around_steps, scaler_behind
+from fedmpi.integrations.survivors import Survivors
 from fedmpi.methods.base import Options
 from fedmpi.optimizers import Optimizer
 
@@ -74,6 +77,7 @@ class LocalSGD:
         group: dist.ProcessGroup | None = None,
         comm: Comm | str = "auto",
         scaler: torch.amp.GradScaler | None = None,
+        elastic: str | Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         """Called by all ranks that average. Parameters and buffers are rank 0's from then on.
@@ -88,25 +92,24 @@ class LocalSGD:
           comm: "auto": as the job's process group if there is one, else as the launcher says; "group", "mpi", or a
             :class:`fedmpi.comm.Comm`.
           scaler: the job's GradScaler, if it has one. Its scale does not matter here, but steps that it leaves out.
+          elastic: ranks come and go, and meet at the coordinator's "host:port"; or :class:`ElasticOptions` as a
+            mapping. It returns when this rank has joined (see :mod:`fedmpi.integrations.elastic`, and who may connect).
           settings: fields of :class:`fedmpi.integrations.local_options.LocalOptions` (``outer``, ``lr``, ``fragments``,
             ``overlap``, ``alpha``, ``warmup``, ``inner``, …) and of :class:`fedmpi.integrations.settings.Settings`, but
             for ``start_after``.
 
         Raises:
           ConfigError: arguments that are wrong, or do not fit the model.
-          CommError: the ranks disagree on any of this.
+          CommError: the ranks disagree on any of this, or no coordinator answers.
         """
-        inside = uncompiled(model)
-        ddp = inside if isinstance(inside, DistributedDataParallel) else None
-        inside = ddp.module if ddp is not None else inside
-        if not isinstance(inside, nn.Module):
-            raise ConfigError(f"model: expected a torch.nn.Module, got {type(inside).__name__}")
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ConfigError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        self.comm = connected(group, comm)
+        meeting = None if elastic is None else parsed(elastic, every, group, comm, model)
+        inside, ddp = opened(model, optimizer)
+        self.comm = connected(group, comm) if meeting is None else solo()
         with together(self.comm, "looking at its arguments"):
             self._every = every if callable(every) else None
             self.options, kept = options_of(None if callable(every) else every, settings)
+            if meeting is not None:
+                check_elastic(self.options, kept)
             options = methods.parse(method)
             parameters = trained(inside)
             check_trained(optimizer, inside, ddp, group)
@@ -126,7 +129,7 @@ class LocalSGD:
         with together(self.comm, "looking at its method"):
             check_rate(self.fragments, opt)
         self.buffers, self.optimizer, self._module = buffers, optimizer, inside
-        self._first = {p: _copied(state) for p, state in optimizer.state.items()}
+        self._inner = Inner(optimizer)
         self._worker = ThreadPoolExecutor(1, "fedmpi") if opt.overlap else None
         self.step = self.rounds = self.dropped = self.cycles = self.at = 0
         self.told = list[dict[str, Any]]()
@@ -135,11 +138,17 @@ class LocalSGD:
         self._inside = self._removed = False
         self._hook = optimizer.register_step_post_hook(lambda *_: self._made())
         if scaler is not None:
-            self._count_scaler(scaler)
+            around_steps(scaler, optimizer, self._scaled)
         if self.comm.size > 1:
             say_at_end(self.comm.rank, self, local_state.stats)
         self._same = Same(inside, self._names, "fedmpi.local_sgd", self._tell)
         self._watch = watch(inside, self._same)
+        self._roster: Elastic | Survivors | None = None
+        if meeting is not None:
+            self._roster = Elastic(meeting, inside, options, kept, self)
+            self._meet([], begins=False)
+        elif self.comm.survives and self.comm.size > 1 and not opt.overlap and kept.exchange != "owner":
+            self._roster = Survivors(self)
 
     # Where steps are counted.
 
@@ -156,22 +165,17 @@ class LocalSGD:
             )
         self._stepped()
 
-    def _count_scaler(self, scaler: torch.amp.GradScaler) -> None:
+    def _scaled(self, step: Callable[[], T]) -> T:
         """A step of the scaler's is one, whether the optimizer makes it or not."""
-        step = scaler.step
-
-        def counted(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-            if optimizer is not self.optimizer or self._removed:
-                return step(optimizer, *args, **kwargs)
-            self._inside = True
-            try:
-                result = step(optimizer, *args, **kwargs)
-            finally:
-                self._inside = False
-            self._stepped()
-            return result
-
-        scaler.step = counted  # type: ignore[method-assign]
+        if self._removed:
+            return step()
+        self._inside = True
+        try:
+            result = step()
+        finally:
+            self._inside = False
+        self._stepped()
+        return result
 
     # What a step comes to.
 
@@ -202,6 +206,9 @@ class LocalSGD:
                 self._take_in(fragment, opt.alpha)
         for i, fragment in enumerate(self.fragments):
             if self.at == self.length - i * self.length // count:
+                if self._roster is not None:
+                    self._meet([fragment], begins=self.at == self.length)
+                    return
                 self._take_in(fragment, opt.alpha)  # a round that is a step shorter than the last one
                 self._send(fragment)
                 if not opt.overlap:
@@ -212,10 +219,20 @@ class LocalSGD:
     def _now(self, averaging: bool = False) -> None:
         """All of the model, in the same step."""
         todo = [fragment for fragment in self.fragments if fragment.taken < self.step]
+        if self._roster is not None:
+            self._meet(todo, averaging, begins=not averaging)
+            return
         for fragment in todo:
             self._send(fragment)
         for fragment in todo:
             self._take_in(fragment, averaging=averaging)
+
+    def _meet(self, fragments: list[Fragment], averaging: bool = False, *, begins: bool) -> None:
+        """With those of the ranks that are there."""
+        assert self._roster is not None
+        self._unchanged()
+        if self._roster.synchronize(fragments, averaging, begins):
+            self._begin()
 
     def _begin(self) -> None:
         """The next H steps begin."""
@@ -223,6 +240,8 @@ class LocalSGD:
         if self._every is None:
             return
         self.length = self._next(self.cycles)
+        if self._roster is not None:
+            return  # compared at the next synchronisation
         mine = torch.tensor([self.length])
         told = self._do(lambda: self.comm.allgather_tensor(mine)[:, 0].tolist())
         if len(set(told)) > 1:
@@ -259,13 +278,12 @@ class LocalSGD:
         else:
             self._drop(fragment, outcome)
         if self.options.inner == "reset":
-            for p in fragment.parameters.values():
-                self._forget(p)
+            self._inner.forget(fragment.parameters.values())
 
-    def take_in_all(self, alpha: float = 0.0) -> None:
+    def take_in_all(self, alpha: float = 0.0, averaging: bool = False) -> None:
         """Nothing is under way afterwards."""
         for fragment in self.fragments:
-            self._take_in(fragment, alpha)
+            self._take_in(fragment, alpha, averaging)
 
     def _drop(self, fragment: Fragment, outcome: Outcome) -> None:
         """A round came to nothing, on all ranks. What is not finite here would spoil all that come after it."""
@@ -280,15 +298,7 @@ class LocalSGD:
             other.recover()
         if self.buffers.odd():
             self.buffers.put(self.buffers.last)
-        for p, state in list(self.optimizer.state.items()):
-            if not all(bool(v.isfinite().all()) for v in state.values() if _is_floating(v)):
-                self._forget(p)
-
-    def _forget(self, p: Tensor) -> None:
-        """The optimizer's state of a parameter is as it was when the optimizer was given."""
-        self.optimizer.state.pop(p, None)
-        if p in self._first:
-            self.optimizer.state[p] = _copied(self._first[p])
+        self._inner.forget_odd()
 
     def _unchanged(self) -> None:
         """
@@ -315,6 +325,8 @@ class LocalSGD:
         try:
             self.take_in_all()
             self._now()
+            if self._roster is not None:
+                return
             if self.comm.size > 1:
                 for fragment in self.fragments:
                     fragment.go_back()  # also where a part that arrived before kept some of a rank's own
@@ -328,12 +340,15 @@ class LocalSGD:
         self._hook.remove()
         self._watch.remove()
         self._removed = True
+        if self._roster is not None:
+            self._roster.close()
 
     def stats(self) -> dict[str, Any]:
         """Steps, bytes and seconds on this rank, all since this was made, or a state was loaded; ``step`` is the job's.
         ``uncompressed_bytes`` are those of gradients averaged in every step; ``largest_bytes`` the most that one step
         sent."""
-        return self._do(lambda: local_state.stats(self))
+        found = self._do(lambda: local_state.stats(self))
+        return found if self._roster is None else {**found, **self._roster.stats()}
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state between two steps: tensors and plain values. Called by all ranks, each of which saves its
@@ -351,6 +366,8 @@ class LocalSGD:
           ConfigError: on all ranks, and nothing has changed: it is no such state, or that of another method, model or
             argument, or the ranks' do not belong together.
         """
+        if self._roster is not None:
+            self._roster.refuse_state()
         local_state.load(self, saved)
         self.span = local_state.Span(self)
 
@@ -377,11 +394,3 @@ class LocalSGD:
         self.step = self.rounds = self.dropped = self.cycles = self.at = 0
         self.length, self.told = self._next(0), []
         self.span = local_state.Span(self)
-
-
-def _is_floating(value: object) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for name, v in state.items()}

@@ -89,35 +89,39 @@ def stats(local: Kept) -> dict[str, Any]:
     }
 
 
+def card(options: Strict, length: int, module: nn.Module) -> dict[str, Any]:
+    """What must be the same on all ranks: the arguments, and what the model has."""
+    tensors = {name: [str(x.dtype), list(x.shape)] for name, x in tensors_of(module).items()}
+    return {**options.model_dump(mode="json"), "first every": length, "model": tensors}
+
+
 def agree(comm: Comm, options: Strict, length: int, module: nn.Module) -> None:
     """
     Raises:
-      CommError: on all ranks: they disagree on the arguments, or on what the model has.
+      CommError: on all ranks: they disagree on it.
     """
-    tensors = {name: [str(x.dtype), list(x.shape)] for name, x in _tensors(module).items()}
-    mine = {**options.model_dump(mode="json"), "first every": length, "model": tensors}
-    agreement.agree(comm, {**agreement.versions(), **mine})
+    agreement.agree(comm, {**agreement.versions(), **card(options, length, module)})
 
 
 @torch.no_grad()
 def alike(comm: Comm, module: nn.Module) -> None:
     """Parameters and buffers become rank 0's, where any rank's differ, frozen ones as well. Called by all ranks."""
-    tensors, digest = _tensors(module), hashlib.blake2b()
+    tensors, digest = tensors_of(module), hashlib.blake2b()
     for x in tensors.values():
-        digest.update(_bytes(x))
+        digest.update(to_bytes(x))
     if len(set(comm.allgather(digest.digest()))) == 1:
         return
     for x in tensors.values():
-        data = comm.broadcast(_bytes(x) if comm.rank == 0 else b"")
+        data = comm.broadcast(to_bytes(x) if comm.rank == 0 else b"")
         if data and comm.rank:
             x.copy_(torch.frombuffer(bytearray(data), dtype=x.dtype).view(x.shape))
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _bytes(x: Tensor) -> bytes:
+def to_bytes(x: Tensor) -> bytes:
     flat = x.detach().cpu().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""
 
@@ -277,4 +281,4 @@ def _feed(digest: Any, tensors: State) -> None:
     for name in sorted(tensors):
         x = tensors[name]
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(_bytes(x))
+        digest.update(to_bytes(x))

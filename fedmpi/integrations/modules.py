@@ -117,6 +117,11 @@ def trained(module: nn.Module, ignored: Collection[str] = (), *, shards: bool = 
             )
         if id(p) in sparse:
             raise ConfigError(sparse_gradient(name))
+        if getattr(p, "_in_backward_optimizers", None):
+            raise ConfigError(
+                f"model: parameter {name} steps during backward (_apply_optimizer_in_backward), before its gradient is "
+                "averaged; expected an optimizer whose step() is called after backward"
+            )
     return found
 
 

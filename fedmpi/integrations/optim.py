@@ -113,7 +113,10 @@ class OneBitAdam(torch.optim.Optimizer):
         """Called by all ranks, whose parameters are equal.
 
         Args:
-          lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``, whose decay is not in the gradient.
+          lr: as in ``torch.optim.AdamW``, like the next three.
+          betas: β₁ and β₂.
+          eps: ε.
+          weight_decay: decoupled, not part of the gradient.
           warmup: T_w, steps of Adam itself, which send float32.
           group: the ranks to average over (default: all).
           comm: "auto": as the job's process group if there is one, else as the launcher says; "group", "mpi", or a

@@ -7,7 +7,8 @@ parameter name), when a step counts. Who fills the gradients in, and when, is th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from fedmpi import methods
 from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, Gathers
-from fedmpi.errors import ConfigError
+from fedmpi.errors import ConfigError, NumericalError
 from fedmpi.integrations.groups import Group
 from fedmpi.integrations.modules import sparse_gradient
 from fedmpi.integrations.settings import Settings, Shapes
@@ -25,7 +26,8 @@ from fedmpi.integrations.state import load, saved
 from fedmpi.meet import ways
 from fedmpi.message import CPU
 from fedmpi.methods.base import Options
-from fedmpi.ops import bits
+from fedmpi.ops import bits, flags
+from fedmpi.ops.flags import Flag
 
 _PHASES = ("encode", "wire", "decode")
 _WARM = 2  # steps
@@ -91,7 +93,7 @@ class Reducer:
         self.group_of = {name: i for i, group in enumerate(self.groups) for name in group.names}
         self.size = sum(group.spec.size for group in self.groups)
         self.step = self.skipped = 0
-        self._results: dict[int, bool] = {}
+        self._results: dict[int, Flag] = {}
         self.warmup = _WARM
         self.begin_span()
 
@@ -126,15 +128,63 @@ class Reducer:
 
     def start(self, *indices: int) -> None:
         """Send these groups' gradients. All ranks in the same order, also of what they start and finish."""
-        for index in indices:
-            self.groups[index].start(self.step, self.step < self.settings.start_after)
+        with self._room():
+            for index in indices:
+                self.groups[index].start(self.step, self.step < self.settings.start_after)
 
     def finish(self, *indices: int) -> None:
-        """Wait for what was sent, and decode it."""
-        for index in indices:
-            self._results[index] = self.groups[index].finish()
-        if len(self._results) == len(self.groups):
-            self._finish()
+        """Wait for what was sent, and decode it; with the last group :meth:`settle`."""
+        self.decode(*indices)
+        self.settle()
+
+    def decode(self, *indices: int) -> None:
+        """:meth:`finish`, whose step is not over: no device is asked for anything."""
+        with self._room():
+            for index in indices:
+                self._results[index] = self.groups[index].finish()
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """
+        Raises:
+          NumericalError: the device's memory has run out.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            kept = sum(group.kept_bytes for group in self.groups)
+            raise NumericalError(
+                f"device: {self.device} ran out of memory while averaging {self.size:,} gradients by "
+                f"{self.options.name}, which keeps {kept / 1e9:.3g} GB there between steps: "
+                f"{str(error).partition(chr(10))[0]}; ways out: a smaller batch, group_mb or "
+                "exact_below, feedback: false, a method that keeps less, exact parts"
+            ) from None
+
+    def settle(self, *asked: Tensor) -> list[bool]:
+        """The step is over, if all groups are decoded: it counts, or not. A device is asked once.
+
+        Args:
+          asked: flags that the caller wants to know.
+
+        Returns:
+          Those.
+
+        Raises:
+          MessageError: a message that was to be refused.
+        """
+        if len(self._results) < len(self.groups):
+            return flags.answers(asked)
+        doubts = [doubt for group in self.groups for doubt in group.doubts]
+        questions = [*self._results.values(), *(doubt.bad for doubt in doubts), *asked]
+        told = iter(flags.answers(questions))
+        counted = [next(told) for _ in self._results]
+        usable = all(counted)
+        self._results.clear()
+        for doubt in doubts:
+            if next(told) and usable:
+                raise doubt.error()
+        self._finish(usable)
+        return list(told)
 
     def begin_span(self) -> None:
         """What :meth:`stats` tells begins here."""
@@ -177,8 +227,7 @@ class Reducer:
             self._warmup += sum(group.seconds.values())
             group.seconds = dict.fromkeys(_PHASES, 0.0)
 
-    def _finish(self) -> None:
-        usable = all(self._results.values())
+    def _finish(self, usable: bool) -> None:
         if self.shards is not None and not self.shards.all(usable):
             for group in self.groups if usable else ():
                 group.flat_D.fill_(
@@ -193,7 +242,6 @@ class Reducer:
                 group.rollback()
         self.step += usable
         self.skipped += not usable
-        self._results.clear()
 
     @torch.no_grad()
     def average(self, parameters: Mapping[str, Tensor], scale: float = 1.0) -> None:
@@ -211,7 +259,8 @@ class Reducer:
             if gradient is not None and gradient.layout != torch.strided:
                 raise ConfigError(sparse_gradient(name))
         here = torch.tensor([parameters[name].grad is not None for name in self.group_of])
-        told = self.comm.start_allgather_tensor(bits.pack(here[None]))
+        place = self.device if self.comm.device == self.device else CPU  # no detour
+        told = self.comm.start_allgather_tensor(bits.pack(here[None].to(place)))
         for name in self.group_of:
             p = parameters[name]
             if p.grad is None:
@@ -219,8 +268,10 @@ class Reducer:
             gradients[name] = gradient_of(name, p)
         for name, gradient in gradients.items():
             self.group(name).fill(name, gradient, scale)
-        self.reduce(*range(len(self.groups)))
-        anywhere = bits.unpack(told()[:, 0], len(here)).bool().any(0).tolist()
+        every = range(len(self.groups))
+        self.start(*every)
+        self.decode(*every)
+        anywhere = self.settle(*bits.unpack(told()[:, 0], len(here)).any(0))
         for (name, gradient), found in zip(gradients.items(), anywhere, strict=True):
             if found:
                 self.group(name).answer(name, gradient, scale)

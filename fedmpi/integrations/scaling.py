@@ -70,6 +70,22 @@ def unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> 
     return id(optimizer) in states and states[id(optimizer)]["stage"] is OptState.UNSCALED
 
 
+def around_steps(
+    scaler: torch.amp.GradScaler,
+    optimizer: torch.optim.Optimizer,
+    around: Callable[[Callable[[], Any]], Any],
+) -> None:
+    """Each step that the scaler makes with this optimizer, or leaves out, goes through ``around``."""
+    step = scaler.step
+
+    def wrapped(given: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if given is not optimizer:
+            return step(given, *args, **kwargs)
+        return around(lambda: step(given, *args, **kwargs))
+
+    scaler.step = wrapped  # type: ignore[method-assign, assignment]
+
+
 def warn_of_scaler(who: str) -> None:
     warnings.warn(
         f"fedmpi: scaler: expected the job's GradScaler, by which gradients are scaled, got none; it is used from the "

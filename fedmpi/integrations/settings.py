@@ -65,6 +65,11 @@ class Settings(Strict):
                 )
         return parts
 
+    @property
+    def says_nothing(self) -> bool:
+        """None of how tensors travel was given."""
+        return self.model_fields_set.isdisjoint(("exact_below", "parts", "start_after", "exchange"))
+
     def split(self, shapes: Shapes) -> tuple[Shapes, Shapes]:
         """The parameters that are averaged exactly, and the others."""
         ways = self.ways(shapes)

@@ -17,6 +17,8 @@ from fedmpi.comm.base import Comm
 from fedmpi.meet.sums import Sum, Sums
 from fedmpi.message import Message
 from fedmpi.method import Compressor, Context, Round, State
+from fedmpi.ops import fast
+from fedmpi.ops.flags import Flag
 from fedmpi.phases import phase
 
 T = TypeVar("T")
@@ -88,10 +90,15 @@ class Way(ABC):
       peers: what this rank keeps of the senders whose messages it decodes for others; None where it keeps nothing.
       wire: seconds spent in collectives so far.
       reuse: a mean lies where the last one did.
+      later: whether a pass came to nothing is not asked of a device that would make the host wait.
+      good: of the last pass, once its mean is there: False, or not yet asked and False, where it came to nothing; its
+        mean is of no use then.
     """
 
     name: ClassVar[str]
     reuse = False
+    later = False
+    good: Flag = True
 
     def __init__(self, comm: Comm, up: Compressor, sums: Sums, peers: Peers | None = None) -> None:
         self.comm, self.up, self.sums, self.peers = comm, up, sums, peers
@@ -108,7 +115,7 @@ class Way(ABC):
 
     @abstractmethod
     def take(
-        self, weights_C: Tensor, message: Message, before: State, ctx: Context, usable: bool = True
+        self, weights_C: Tensor, message: Message, before: State, ctx: Context, usable: Flag = True
     ) -> None:
         """Messages of this rank.
 
@@ -137,6 +144,11 @@ class Way(ABC):
     def largest(self) -> float:
         """The largest magnitude that a weighted number of a message may have."""
         return self.sums.largest(self.up, len(self.roster.clients))
+
+    def _passed(self, usable: Tensor) -> bool:
+        """Sets :attr:`good`. False where the pass is known to come to nothing."""
+        self.good = usable if self.later and fast.waits(usable) else bool(usable)
+        return self.good is not False
 
     def _wait(self, collective: Callable[[], T]) -> T:
         started = perf_counter()

@@ -14,6 +14,7 @@ from fedmpi.meet.sums import Sums
 from fedmpi.message import Message
 from fedmpi.method import Compressor, Context, State, nest, unnest
 from fedmpi.methods.joint import Joint
+from fedmpi.ops.flags import Flag
 
 
 class PartWays(Way):
@@ -44,7 +45,7 @@ class PartWays(Way):
             way.open(roster._replace(now=p.round(roster.now), shared=shared))
 
     def take(
-        self, weights_C: Tensor, message: Message, before: State, ctx: Context, usable: bool = True
+        self, weights_C: Tensor, message: Message, before: State, ctx: Context, usable: Flag = True
     ) -> None:
         for i, (p, way) in enumerate(zip(self._joint.parts, self._ways, strict=True)):
             own = unnest(before, f"{p.name}.")

@@ -41,6 +41,8 @@ from fedmpi.meet.base import End, Held, Peers, Roster, Way
 from fedmpi.meet.sums import Sums
 from fedmpi.message import CPU, Message, concat, from_bytes, from_rows, to_bytes, to_rows
 from fedmpi.method import Compressor, Context, State, believed, placed
+from fedmpi.ops import flags
+from fedmpi.ops.flags import Flag
 
 Name = Literal["auto", "sum", "gather", "merge", "owner"]
 GATHER_BYTES = 1 << 30  # of peers' state that "auto" lets a rank keep
@@ -67,12 +69,14 @@ class SumWay(Way):
         self._total = self._zero(self.flags)
 
     def take(
-        self, weights_C: Tensor, message: Message, before: State, ctx: Context, usable: bool = True
+        self, weights_C: Tensor, message: Message, before: State, ctx: Context, usable: Flag = True
     ) -> None:
-        if usable:
+        if usable is not False:
             # The receivers' state lies beside the senders', which it equals.
             self._add(self._total, weights_C, message, believed(self.up, before) if before else {}, ctx)
-        else:
+        if isinstance(usable, Tensor):
+            self._total.flag_1.copy_(~usable)
+        elif not usable:
             self._total.flag_1.fill_(1)
 
     def send(self) -> End:
@@ -82,7 +86,7 @@ class SumWay(Way):
 
         def end() -> Tensor | None:
             self._wait(summed)
-            return total.value(share) if not self.flags or float(total.flag_1) == 0 else None
+            return total.value(share) if not self.flags or self._passed(total.flag_1[0] == 0) else None
 
         return end
 
@@ -91,19 +95,22 @@ class _OneEach(Way):
     """Each rank has one message."""
 
     def take(
-        self, weights_C: Tensor, message: Message, before: State, ctx: Context, usable: bool = True
+        self, weights_C: Tensor, message: Message, before: State, ctx: Context, usable: Flag = True
     ) -> None:
         self._mine, self._usable = message, usable
 
-    def _flag(self) -> int:
+    def _flags(self, *shape: int) -> Tensor:
         """The byte beside the message: 0, 1 where it is usable, 2 where an optional array of it follows."""
-        optional = self.up.optional
-        return int(self._usable) * (1 + (optional is not None and len(self._mine.arrays[optional]) > 0))
+        optional, usable, device = self.up.optional, self._usable, self.sums.device
+        flag = 1 + (optional is not None and len(self._mine.arrays[optional]) > 0)
+        if isinstance(usable, Tensor):
+            return (usable.to(torch.uint8) * flag).expand(shape)
+        return torch.full(shape, int(usable) * flag, dtype=torch.uint8, device=device)
 
     def _optional(self, mine: Tensor, flags_W: Tensor) -> tuple[Tensor, Tensor]:
         """The optional arrays of all ranks that have one, in one more collective where there is any, and which have
-        (bool, on the CPU)."""
-        name, has_W = self.up.optional, (flags_W > 1).cpu()
+        (bool, on the CPU, as the flags are)."""
+        name, has_W = self.up.optional, flags_W > 1
         assert name is not None
         field = self.up.layout()[name]
         if not bool(has_W.any()):
@@ -147,23 +154,29 @@ class GatherWay(_OneEach):
         """What waits for all ranks' messages, and returns them, or None."""
         layout, optional, message = self.up.layout(), self.up.optional, self._mine
         if self.up.nbytes() is None:  # of different lengths: framed, and an empty frame is not usable
-            frames = self._wait(lambda: self.comm.allgather(to_bytes(message) if self._usable else b""))
-            device = self.sums.device
-            return lambda: concat([from_bytes(f, layout, 1, device) for f in frames]) if all(frames) else None
+            frame = to_bytes(message, self._usable)
+            frames = self._wait(lambda: self.comm.allgather(frame))
+            if not all(frames):
+                self.good = False
+                return lambda: None
+            self.good = True
+            return lambda: concat([from_bytes(f, layout, 1) for f in frames]).to(self.sums.device)
         if optional is not None:
             del layout[optional]
-        flag_1 = torch.full((1, 1), self._flag(), dtype=torch.uint8, device=self.sums.device)
-        row_B = torch.cat([to_rows(Message({name: message.arrays[name] for name in layout})), flag_1], 1)[0]
+        sent = to_rows(Message({name: message.arrays[name] for name in layout}))
+        row_B = torch.cat([sent, self._flags(1, 1)], 1)[0]
         gathered = self._wait(lambda: self.comm.start_allgather_tensor(row_B))
 
         def rows() -> Message | None:
             rows_WB = self._wait(gathered)
-            if not bool(rows_WB[:, -1].all()):
+            # Where optional arrays may follow the host has to know who has one: then it knows both.
+            flags_W = rows_WB[:, -1] if optional is None else rows_WB[:, -1].cpu()
+            if not self._passed((flags_W > 0).all()):
                 return None
             everybody = from_rows(rows_WB[:, :-1], layout)
             if optional is None:
                 return everybody
-            rows_NB, has_W = self._optional(message.arrays[optional], rows_WB[:, -1])
+            rows_NB, has_W = self._optional(message.arrays[optional], flags_W)
             return Message(everybody.arrays | {optional: rows_NB}, {optional: has_W.long()})
 
         return rows
@@ -200,20 +213,19 @@ class MergeWay(_OneEach):
         part += -part % merge.align
         entries_N = torch.zeros(ranks * part, dtype=field.dtype, device=self.sums.device)
         entries_N[:length] = self._mine.arrays[name][0]
-        flags_W1 = torch.full((ranks, 1), self._flag(), dtype=torch.uint8, device=self.sums.device)
-        sent_WB = torch.cat([entries_N.view(ranks, part).view(torch.uint8), flags_W1], 1)
+        sent_WB = torch.cat([entries_N.view(ranks, part).view(torch.uint8), self._flags(ranks, 1)], 1)
         got_WB = self._wait(lambda: self.comm.alltoall_tensor(sent_WB))
         rows_WN = got_WB[:, :-1].contiguous().view(field.dtype)
         optional_WB = None
-        if up.optional is not None and bool(got_WB[:, -1].all()):
-            optional_WB = _each(*self._optional(self._mine.arrays[up.optional], got_WB[:, -1]))
+        if up.optional is not None and bool((flags_W := got_WB[:, -1].cpu()).all()):
+            optional_WB = _each(*self._optional(self._mine.arrays[up.optional], flags_W))
         merged_N = merge(rows_WN, self.comm.rank * part, roster.now, optional_WB)
         part_B = torch.cat([merged_N.view(torch.uint8), got_WB[:, -1].min()[None]])
         gathered = self._wait(lambda: self.comm.start_allgather_tensor(part_B))
 
         def end() -> Tensor | None:
             parts_WB = self._wait(gathered)
-            if not bool(parts_WB[:, -1].all()):
+            if not self._passed((parts_WB[:, -1] > 0).all()):
                 return None
             whole_1N = parts_WB[:, :-1].contiguous().view(field.dtype).view(1, -1)[:, :length]
             ctx = roster.ctx(torch.tensor([self.comm.rank]))
@@ -252,24 +264,25 @@ class OwnerWay(Way):
     def open(self, roster: Roster) -> None:
         super().open(roster)
         self._outbox: list[Message] = []
-        self._usable = True
+        self._usable: Flag = True
 
     def take(
-        self, weights_C: Tensor, message: Message, before: State, ctx: Context, usable: bool = True
+        self, weights_C: Tensor, message: Message, before: State, ctx: Context, usable: Flag = True
     ) -> None:
         self._outbox.append(message)
-        self._usable &= usable
+        self._usable = self._usable & usable
 
     def send(self) -> End:
-        frame = to_bytes(concat(self._outbox)) if self._outbox and self._usable else b""
+        frame = to_bytes(concat(self._outbox), self._usable) if self._outbox else b""
         inbox = self._wait(lambda: self.comm.gather(frame, self.owner))
         here, answer = self.comm.rank == self.owner, b""
         if not self.answers:
             return lambda: self._mean(inbox) if here else None
         if here and all(inbox):
-            answer = to_bytes(Message({"mean": self._mean(inbox)[None]}))
+            with flags.later(None):  # an error that only this rank finds must come before its answer
+                answer = to_bytes(Message({"mean": self._mean(inbox)[None]}))
         answer = self._wait(lambda: self.comm.broadcast(answer, self.owner))
-        device = self.sums.device
+        self.good, device = bool(answer), self.sums.device
         return lambda: from_bytes(answer, device=device).arrays["mean"][0] if answer else None
 
     def _mean(self, inbox: list[bytes]) -> Tensor:

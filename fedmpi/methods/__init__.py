@@ -16,6 +16,7 @@ from fedmpi.methods import (
     randomk,
     rtopk,
     signsgd,
+    sparseloco,
     topk,
 )
 from fedmpi.methods.table import METHODS, build, entry, parse, parse_inner
@@ -32,6 +33,7 @@ METHODS.update(
         "prune": prune.ENTRY,
         "qsgd": qsgd.ENTRY,
         "blockwise": blockwise.ENTRY,
+        "sparseloco": sparseloco.ENTRY,
         "intrinsic": intrinsic.ENTRY,
         "fetchsgd": fetchsgd.ENTRY,
         "atomo": atomo.ENTRY,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from fedmpi.errors import ConfigError, MessageError
 from fedmpi.message import Message
 from fedmpi.method import Decoder, Method, Round, Server, State, nest, unnest
 from fedmpi.ops import bits
+from fedmpi.ops.steps import changed_since, mark, mark_at, step, step_and_mark
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
 from fedmpi.validation import Strict
@@ -29,6 +30,11 @@ class Options(Strict):
     @property
     def separable(self) -> bool:
         """It means the same applied to groups of tensors one by one: no number counts over the whole model."""
+        return False
+
+    @property
+    def own_momentum(self) -> bool:
+        """What it keeps stands for momentum: no server's rule but sgd goes with it."""
         return False
 
     @property
@@ -124,14 +130,20 @@ class MeanServer(Server):
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         u_D, memory = self.optimizer.direction(unnest(state, "optimizer."), mean_S)
-        return self.moved(state, state["theta"].add(u_D, alpha=-round.lr)) | nest(memory, "optimizer.")
+        theta_D, version = state["theta"], state["version"] + 1
+        new = {"version": version, **nest(memory, "optimizer.")}
+        if not self.sparse:
+            return new | {"theta": step(theta_D, u_D, -round.lr)}
+        new["theta"], new["changed"] = step_and_mark(theta_D, u_D, -round.lr, state["changed"], version)
+        return new
 
-    def moved(self, state: State, theta_D: Tensor) -> State:
-        """Parameters, version and changes after a step from ``state`` to ``theta_D``."""
+    def moved(self, state: State, theta_D: Tensor, index_K: Tensor | None = None) -> State:
+        """Parameters, version and changes after a step from ``state`` to ``theta_D``, of these parameters only."""
         version = state["version"] + 1
         new = {"theta": theta_D, "version": version}
         if self.sparse:
-            new["changed"] = torch.where(theta_D != state["theta"], version.int(), state["changed"])
+            both = state["theta"], theta_D, state["changed"], version
+            new["changed"] = mark(*both) if index_K is None else mark_at(*both, index_K)
         return new
 
     def view(self, theta_D: Tensor) -> State:
@@ -142,6 +154,12 @@ class MeanServer(Server):
             return Message(pack_changes(state["theta"], state["changed"] > seen))
         return Message({"theta": state["theta"][None]})
 
+    def sizes(self, state: State, seen: Sequence[int]) -> list[Message]:
+        if not self.sparse or type(self).download is not MeanServer.download or not seen:
+            return super().sizes(state, seen)
+        counts = changed_since(state["changed"], list(seen))
+        return [Message(shape_of_changes(count, self.size)) for count in counts]
+
     def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
         positions = dict.fromkeys(("map", "index"), (torch.uint8, (-1,))) if self.sparse else {}
         return {"theta": (torch.float32, (-1,)), **positions}
@@ -151,10 +169,34 @@ class MeanServer(Server):
         return {"theta": theta_D, "version": torch.tensor(version)}
 
 
+class _Room:
+    """Memory for a history's rows, of which ``end`` are written, and never again."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer, self.end = buffer, 0
+
+    def append(self, rows: Tensor) -> None:
+        self.buffer[self.end : self.end + len(rows)] = rows
+        self.end += len(rows)
+
+
 def remember(history: Tensor, row: Tensor, keep: int) -> Tensor:
-    """A history, a row a round, with a new one at its end; the last ``keep`` of them."""
-    rows = torch.cat([history, row[None]])
-    return rows[max(0, len(rows) - keep) :]
+    """A history, a row a round, with a new one at its end; the last ``keep`` of them.
+
+    The new row is written behind the old ones, where these end with what their memory holds and there is room: most
+    rounds copy nothing else. A history is what it was before, also after a second call with it.
+    """
+    if not keep:
+        return history[:0]
+    room: _Room | None = getattr(history, "_room", None)
+    last = history[max(0, len(history) + 1 - keep) :]
+    if room is None or room.end == len(room.buffer) or len(history) != room.end - history._first:  # type: ignore[attr-defined]
+        room = _Room(history.new_empty(keep + keep // 8 + 1, *history.shape[1:]))
+        room.append(last)
+    room.append(row[None])
+    rows = room.buffer[room.end - len(last) - 1 : room.end]
+    rows._room, rows._first = room, room.end - len(rows)  # type: ignore[attr-defined]
+    return rows
 
 
 def missed_rounds(state: State, seen: int, names: tuple[str, ...]) -> Message | None:
@@ -166,18 +208,35 @@ def missed_rounds(state: State, seen: int, names: tuple[str, ...]) -> Message | 
     return Message({name: state[name][kept - missed :][None] for name in names})
 
 
+def _positions(count: int, size: int) -> Literal["index", "map"] | None:
+    """How the positions of so many changed values of ``size`` travel; None: all values do."""
+    indices, bit_map = bits.nbytes(count, bits.index_width(size)), bits.nbytes(size)
+    if 4 * count + min(indices, bit_map) >= 4 * size:
+        return None
+    return "map" if bit_map <= indices else "index"
+
+
 def pack_changes(theta_D: Tensor, changed_D: Tensor) -> dict[str, Tensor]:
     """The arrays of a download that brings whoever holds the unchanged entries to ``theta_D``: the changed values
     and their positions, as indices or as a bit map, or all values, whichever is smallest."""
     size, index_K = len(theta_D), changed_D.nonzero()[:, 0]
-    width = bits.index_width(size)
-    positions = min(bits.nbytes(len(index_K), width), bits.nbytes(size))
-    if 4 * len(index_K) + positions >= 4 * size:
+    positions = _positions(len(index_K), size)
+    if positions is None:
         return {"theta": theta_D[None]}
     values = {"theta": theta_D[index_K][None]}
-    if positions == bits.nbytes(size):
+    if positions == "map":
         return values | {"map": bits.pack(changed_D[None])}
-    return values | {"index": bits.pack_integers(index_K[None], width)}
+    return values | {"index": bits.pack_integers(index_K[None], bits.index_width(size))}
+
+
+def shape_of_changes(count: int, size: int) -> dict[str, Tensor]:
+    """The arrays of :func:`pack_changes` for so many changed values of ``size``, without memory."""
+    positions = _positions(count, size)
+    arrays = {"theta": torch.empty(1, size if positions is None else count, device="meta")}
+    if positions is not None:
+        length = bits.nbytes(size) if positions == "map" else bits.nbytes(count, bits.index_width(size))
+        arrays[positions] = torch.empty(1, length, dtype=torch.uint8, device="meta")
+    return arrays
 
 
 def apply_changes(theta_D: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fedmpi.errors import MessageError
+from fedmpi.ops.flags import negated, refuse
+from fedmpi.ops.quantize import SCALE, from_records, to_records
 
 _NORMAL = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
@@ -18,66 +20,45 @@ _NORMAL = (
     *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023),
     1.0,
 )
-_SCALE = 4  # bytes
 
 
 class Blocks:
     """Blocks of numbers as records of R bytes: the scale, float32, and codes of 8 or 4 bits."""
 
     def __init__(self, bits: int, block: int, normal: bool) -> None:
-        self.bits, self.block, self.record = bits, block, _SCALE + block * bits // 8
+        self.bits, self.block, self.record = bits, block, SCALE + block * bits // 8
         self.half = 2 ** (bits - 1) - 1  # the code of 0
         self._normal = normal
 
-    def encode(self, x_CNn: Tensor, u_CNn: Tensor | None) -> Tensor:
-        """Numbers as records, uint8 ``(C, N, R)``; ``u_CNn`` in [0, 1) rounds stochastically, None to the nearest
-        level. What is not finite saturates, and shows in what the sender keeps of it."""
-        x_CNn = x_CNn.nan_to_num(0.0)
-        scale_CN1 = x_CNn.abs().amax(-1, keepdim=True)
-        # No magnitude exceeds its scale; in a block of zeros any divisor does.
-        x_CNn = x_CNn / scale_CN1.where(scale_CN1 > 0, 1.0)
-        code_CNn = (self._uneven if self._normal else self._even)(x_CNn, u_CNn).to(torch.uint8)
-        if self.bits == 4:
-            code_CNn = code_CNn[..., ::2] | (code_CNn[..., 1::2] << 4)
-        return torch.cat([scale_CN1.contiguous().view(torch.uint8), code_CNn], -1)
+    def number(self, size: int) -> int:
+        """N, of so many numbers."""
+        return -(-size // self.block)
 
-    def _even(self, x_CNn: Tensor, u_CNn: Tensor | None) -> Tensor:
-        x_CNn = x_CNn * self.half
-        if u_CNn is None:
-            return x_CNn.round_().add_(self.half)
-        low_CNn = x_CNn.floor()
-        return low_CNn.add_(u_CNn < x_CNn - low_CNn).add_(self.half)
+    def encode(self, x_CD: Tensor, keys_C: Tensor | None = None, start: int = 0) -> Tensor:
+        """Numbers as records, uint8 ``(C, N, R)``, the last of which is filled with zeros; the keys' words from
+        ``start`` on round stochastically, None to the nearest level. What is not finite saturates, and shows in what
+        the sender keeps of it."""
+        levels_L = self._levels(x_CD.device)
+        return to_records(x_CD, self.block, self.bits, levels_L, not self._normal, keys_C, start)
 
-    def _uneven(self, x_CNn: Tensor, u_CNn: Tensor | None) -> Tensor:
-        levels = self._levels(x_CNn.device)
-        if u_CNn is None:
-            return torch.bucketize(x_CNn, (levels[1:] + levels[:-1]) / 2)
-        low_CNn = (torch.bucketize(x_CNn, levels, right=True) - 1).clamp_(0, len(levels) - 2)
-        below_CNn = levels[low_CNn]
-        return low_CNn + (u_CNn < (x_CNn - below_CNn) / (levels[low_CNn + 1] - below_CNn))
-
-    def decode(self, records_CNR: Tensor) -> Tensor:
-        """The numbers ``(C, N, n)``.
+    def decode(self, records_CNR: Tensor, size: int) -> Tensor:
+        """The first ``size`` numbers ``(C, size)``.
 
         Raises:
           MessageError: a scale that is no magnitude, or a code without a level.
         """
-        # A copy: of a single block the slice is contiguous as it is, with strides that no float32 has.
-        scale_CN1 = records_CNR[..., :_SCALE].clone(memory_format=torch.contiguous_format).view(torch.float32)
-        code_CNn = records_CNR[..., _SCALE:]
-        if self.bits == 4:
-            code_CNn = torch.stack([code_CNn & 15, code_CNn >> 4], -1).flatten(-2)
-        levels = self._levels(scale_CN1.device)
-        good = ((scale_CN1 >= 0) & scale_CN1.isfinite()).all()
-        if not bool(good & (code_CNn < len(levels)).all()):
-            if not bool(good):
-                raise MessageError(
-                    "message: expected finite scales ≥ 0, got a negative or infinite one or NaN"
-                )
-            raise MessageError(
-                f"message: code {int(code_CNn.max())}, expected less than {len(levels)}, the number of levels"
-            )
-        return levels[code_CNn.int()] * scale_CN1
+        levels_L = self._levels(records_CNR.device)
+        v_CD, good = from_records(records_CNR, self.block, levels_L, size)
+        refuse(negated(good), lambda: self._error(records_CNR))
+        return v_CD
+
+    def _error(self, records_CNR: Tensor) -> MessageError:
+        scale_CN1 = records_CNR[..., :SCALE].clone(memory_format=torch.contiguous_format).view(torch.float32)
+        if not bool(((scale_CN1 >= 0) & scale_CN1.isfinite()).all()):
+            return MessageError("message: expected finite scales ≥ 0, got a negative or infinite one or NaN")
+        code_CNn, count = records_CNR[..., SCALE:], len(self._levels(records_CNR.device))
+        highest = int(code_CNn.max() if self.bits == 8 else torch.maximum(code_CNn & 15, code_CNn >> 4).max())
+        return MessageError(f"message: code {highest}, expected less than {count}, the number of levels")
 
     def _levels(self, device: torch.device) -> Tensor:
         return _levels(self.half, self._normal, device)

@@ -13,7 +13,7 @@ key of the round, so that it has no bias that would add up; feedback knows of th
 Feedback wants the nearest level: as 0 is one, no error is larger than its entry, while that of stochastic rounding may
 be larger than the block.
 
-Shape suffixes: C clients or ranks, D parameters, N blocks, n entries of a block, R bytes of its record.
+Shape suffixes: C clients or ranks, D parameters, N blocks, R bytes of a block's record.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from pydantic import Field as Option
 from pydantic import model_validator
 from torch import Tensor
 
-from fedmpi import random
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Merge, Method, Round, State
 from fedmpi.methods.base import Entry, FeedbackOptions, Mean, MeanServer, Setup
@@ -76,12 +75,12 @@ class Again(Merge):
         self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None
     ) -> Tensor:
         blocks = self.blocks
-        x_WNn = blocks.decode(rows_WN.view(len(rows_WN), -1, blocks.record))
-        mean_1Nn = x_WNn.mean(0, keepdim=True, dtype=torch.float64).float()  # no sum overflows
+        records_WNR = rows_WN.view(len(rows_WN), -1, blocks.record)
+        x_WD = blocks.decode(records_WNR, records_WNR.shape[1] * blocks.block)
+        mean_1D = x_WD.mean(0, keepdim=True, dtype=torch.float64).float()  # no sum overflows
         first = start // blocks.record * blocks.block
-        words = random.bits(round.key("second rounding"), mean_1Nn.numel(), first, device=rows_WN.device)
-        u_1Nn = ((words >> 40) & ((1 << 24) - 1)).float().mul_(2.0**-24).view_as(mean_1Nn)
-        return blocks.encode(mean_1Nn, u_1Nn).flatten()
+        key_1 = torch.tensor([round.key("second rounding")])
+        return blocks.encode(mean_1D, key_1, first).flatten()
 
 
 class Blockwise(Compressor):
@@ -90,23 +89,20 @@ class Blockwise(Compressor):
     def __init__(self, spec: Spec, blocks: Blocks, stochastic: bool) -> None:
         super().__init__(spec)
         self.blocks, self.stochastic = blocks, stochastic
-        self.number = -(-spec.size // blocks.block)
+        self.number = blocks.number(spec.size)
         self.merge = Again(blocks)
 
     def layout(self) -> Layout:
         return {"blocks": Field(torch.uint8, (self.number * self.blocks.record,))}
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
-        size = self.number * self.blocks.block
-        x_CD = torch.nn.functional.pad(g_CD, (0, size - self.size))
-        shape = (len(g_CD), self.number, self.blocks.block)
-        u = random.uniform(ctx.keys("rounding"), size, g_CD.device).view(shape) if self.stochastic else None
-        return Message({"blocks": self.blocks.encode(x_CD.view(shape), u).flatten(1)}), state
+        keys_C = ctx.keys("rounding") if self.stochastic else None
+        return Message({"blocks": self.blocks.encode(g_CD, keys_C).flatten(1)}), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         records_CR = message.arrays["blocks"]
-        x_CNn = self.blocks.decode(records_CR.view(len(records_CR), self.number, self.blocks.record))
-        return x_CNn.flatten(1)[:, : self.size], peer
+        records_CNR = records_CR.view(len(records_CR), self.number, self.blocks.record)
+        return self.blocks.decode(records_CNR, self.size), peer
 
 
 def build(options: BlockwiseOptions, spec: Spec, setup: Setup) -> Method:

@@ -1,4 +1,4 @@
-"""Error feedback: what was not sent is added to the next (Stich et al. 2018, Karimireddy et al. 2019)."""
+"""Error feedback: what was not sent is added to the next (Stich et al. 2018, Karimireddy et al. 2019), or a part β."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from fedmpi.ops import fast
 
 
 class Feedback(Compressor):
-    """p = g + e is compressed, and e ← p − (what the receiver decodes) is kept: D numbers a client."""
+    """p = g + β e is compressed, and e ← p − (what the receiver decodes) is kept: D numbers a client."""
 
-    def __init__(self, inner: Compressor) -> None:
+    def __init__(self, inner: Compressor, beta: float = 1.0) -> None:
         if inner.size - inner.presence != inner.spec.size or inner.integer:
             raise ConfigError(
                 "method.feedback: expected a method whose message decodes to a gradient "
                 "(topk, signsgd with vote: mean, …); this one's does not, set feedback: false"
             )
         super().__init__(inner.spec, inner.size)
+        self._beta = beta
         self.inner, self.presence, self.optional = inner, inner.presence, inner.optional
         self.counters, self.replayable, self.merge = inner.counters, inner.replayable, inner.merge
         self.tells = inner.tells  # e is finite: p is if g is, but for an overflow
@@ -41,7 +42,7 @@ class Feedback(Compressor):
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
         residual_CD, before = state["residual"], unnest(state)
-        p_CD = torch.add(g_CD, residual_CD, out=fast.fresh(residual_CD))
+        p_CD = torch.add(g_CD, residual_CD, alpha=self._beta, out=fast.fresh(residual_CD))
         message, after = self.inner.compress(p_CD, before, ctx)
         if before or self.presence:  # what keeps something may keep p itself
             sent_CD, _ = self.inner.decompress(message, believed(self.inner, before), ctx)

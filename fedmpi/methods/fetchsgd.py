@@ -30,6 +30,7 @@ from fedmpi.method import Compressor, Context, Decoder, Method, Round, State, pl
 from fedmpi.methods.base import Entry, MeanServer, Options, Setup, count_of
 from fedmpi.ops.select import top_k
 from fedmpi.ops.sketch import CountSketch
+from fedmpi.ops.steps import add_at
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
 
@@ -92,7 +93,7 @@ class FetchDecoder(Decoder):
         momentum_S = self.momentum * memory["momentum"] + mean_S
         error_S = memory["error"].add(momentum_S, alpha=lr)
         # A run that has left the numbers goes on to the parameters, where the engine finds and names it.
-        u_D = self.sketch.estimate(error_S[None])[0].nan_to_num(math.inf, math.inf, -math.inf)
+        u_D = self.sketch.estimate(error_S[None])[0].nan_to_num_(math.inf, math.inf, -math.inf)
         index_K = top_k(u_D[None], self.k)[0]
         delta_K = u_D[index_K]
         sketch_S = self.sketch.encode(delta_K[None], index_K)[0]
@@ -115,7 +116,8 @@ class FetchServer(MeanServer):
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         index_K, delta_K, memory = self.decoder.step(state, mean_S, round.lr)
-        return self.moved(state, state["theta"].index_add(0, index_K, delta_K, alpha=-1)) | memory
+        theta_D = add_at(state["theta"], index_K, delta_K, -1)
+        return self.moved(state, theta_D, index_K) | memory
 
 
 def build(options: FetchSgdOptions, spec: Spec, setup: Setup) -> Method:

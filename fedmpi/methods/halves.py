@@ -8,7 +8,7 @@ is sound here: the residual is never larger than what was to be sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,8 +18,12 @@ from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Merge, Method, Round, State
 from fedmpi.methods.base import Entry, FeedbackOptions, Mean, MeanServer, Setup
 from fedmpi.methods.feedback import Feedback
+from fedmpi.ops import fast, halves
+from fedmpi.ops.flags import negated, refuse
 from fedmpi.ops.sums import finite
 from fedmpi.spec import Spec
+
+_ODD = "message: expected finite values (senders saturate), got infinity or NaN"
 
 
 class HalfOptions(FeedbackOptions):
@@ -35,31 +39,42 @@ class Rounded(Merge):
         self, rows_WN: Tensor, start: int, round: Round, optional_WB: Tensor | None = None
     ) -> Tensor:
         mean_N = rows_WN.float().mean(0)
-        if not finite(mean_N):  # bf16 reaches as far as float32, whose sums may overflow
-            mean_N = rows_WN.double().mean(0)
+        if fast.waits(mean_N) or not finite(mean_N):
+            # bf16 reaches as far as float32, whose sums may overflow. Of such numbers a 65536th is exact.
+            less_N = rows_WN.float().mul_(2.0**-16).mean(0).mul_(2.0**16)
+            mean_N = torch.where(mean_N.isfinite(), mean_N, less_N)
         return mean_N.to(rows_WN.dtype)
 
 
 class Half(Compressor):
     """Sends the D values in ``dtype``. Not additive: a rounded sum is not the sum of rounded terms."""
 
+    tells = True
+
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
         super().__init__(spec)
-        self.dtype, self.largest = dtype, torch.finfo(dtype).max
+        self.dtype = dtype
         self.merge = Rounded("gradient")
 
     def layout(self) -> Layout:
         return {"gradient": Field(self.dtype, (self.size,))}
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
-        return Message({"gradient": g_CD.clamp(-self.largest, self.largest).to(self.dtype)}), state
+        odd_1 = torch.zeros(1, dtype=torch.uint8, device=g_CD.device)
+        half_CD = halves.narrow(g_CD, self.dtype, odd_1)
+        return Message({"gradient": half_CD}, finite=fast.none(odd_1)), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
-        v_CD = message.arrays["gradient"].float()
-        # One pass: a sum of finite halves is finite in float64, and nothing makes one with infinity or NaN so.
-        if not bool(v_CD.sum(dtype=torch.float64).isfinite()):
-            raise MessageError("message: expected finite values (senders saturate), got infinity or NaN")
+        v_CD, good = halves.widen(message.arrays["gradient"])
+        refuse(negated(good), lambda: MessageError(_ODD))
         return v_CD, peer
+
+    def add(
+        self, total_CS: Tensor, message: Message, peer: State, ctx: Context, weights: Sequence[float]
+    ) -> State:
+        for total_S, half_S, weight in zip(total_CS, message.arrays["gradient"], weights, strict=True):
+            refuse(negated(halves.add(total_S, half_S, weight)), lambda: MessageError(_ODD))
+        return peer
 
 
 def _builder(dtype: torch.dtype) -> Callable[[HalfOptions, Spec, Setup], Method]:

@@ -30,8 +30,9 @@ from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Decoder, Method, Round, Server, State, nest, unnest
 from fedmpi.methods.base import Entry, Options, Setup
 from fedmpi.ops import fast
+from fedmpi.ops.flags import refuse
 from fedmpi.ops.subspace import MATRICES, Embedding
-from fedmpi.ops.sums import finite
+from fedmpi.ops.sums import are_finite
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
 
@@ -110,23 +111,26 @@ class Coordinates(Compressor):
         subspaces, epoch = self.subspaces, ctx.round.epoch
         if subspaces.count == 1:
             coordinates_Cd = subspaces.at(epoch, 0).project(g_CD)
-            return Message({"coordinates": coordinates_Cd}, finite=finite(coordinates_Cd)), state
+            return Message({"coordinates": coordinates_Cd}, finite=are_finite(coordinates_Cd)), state
         k_C = random.integers(ctx.keys("subspace"), 1, subspaces.count)[:, 0]
         coordinates_Cd = g_CD.new_empty(len(g_CD), subspaces.dim)
         for k in k_C.unique().tolist():
             rows_K = (k_C == k).nonzero()[:, 0].to(g_CD.device)
             coordinates_Cd[rows_K] = subspaces.at(epoch, k).project(g_CD[rows_K])
         arrays = {"coordinates": coordinates_Cd, "subspace": k_C.to(self._tag).to(g_CD.device)}
-        return Message(arrays, finite=finite(coordinates_Cd)), state
+        return Message(arrays, finite=are_finite(coordinates_Cd)), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         coordinates_Cd = message.arrays["coordinates"]
         if self.subspaces.count == 1:
             return coordinates_Cd, peer
         k_C = message.arrays["subspace"].long()
-        told = k_C.tolist()
-        if told and not 0 <= min(told) <= max(told) < self.subspaces.count:
-            raise MessageError(f"message: subspace {max(told)}, expected 0 to {self.subspaces.count - 1}")
+        told_C, last = k_C, self.subspaces.count - 1
+        refuse(
+            ((told_C < 0) | (told_C > last)).any(),
+            lambda: MessageError(f"message: subspace {int(told_C.max())}, expected 0 to {last}"),
+        )
+        k_C = k_C.clamp(0, last) if fast.waits(k_C) else k_C
         v_CKd = coordinates_Cd.new_zeros(len(k_C), self.subspaces.count, self.subspaces.dim)
         v_CKd[torch.arange(len(k_C), device=k_C.device), k_C] = coordinates_Cd
         return v_CKd.flatten(1), peer
@@ -209,7 +213,7 @@ class SubspaceServer(Server):
         return self._turned(state | {"version": state["version"] + 1})
 
     def _theta(self, base_D: Tensor, sigma_S: Tensor, epoch: int) -> Tensor:
-        return base_D + self.subspaces.lift(sigma_S[None], epoch)[0]
+        return self.subspaces.lift(sigma_S[None], epoch)[0].add_(base_D)
 
     def download(self, state: State, seen: int) -> Message:
         last = int(torch.searchsorted(state["starts"], seen, right=True)) - 1

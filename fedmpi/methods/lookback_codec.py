@@ -21,6 +21,8 @@ from fedmpi.method import Compressor, Context, Round, State, believed, nest, unn
 from fedmpi.methods import table
 from fedmpi.methods.base import FeedbackOptions, Options
 from fedmpi.methods.dense import DenseOptions
+from fedmpi.ops import pages
+from fedmpi.ops.flags import refuse
 from fedmpi.ops.sums import dots
 from fedmpi.validation import Strict
 
@@ -184,9 +186,7 @@ class LookBack(Compressor):
         return Message(arrays, lengths), new
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
-        tag_C = message.arrays["scalar"].cpu()
-        self._check(message, tag_C.long())
-        scalar_C = tag_C.bool()
+        scalar_C = self._scalars(message)
         full = (~scalar_C).nonzero()[:, 0]
         sent = self._sent(message, full)
         there_F = full.to(message.arrays["scalar"].device)
@@ -199,7 +199,9 @@ class LookBack(Compressor):
         if len(full) == len(scalar_C):
             return v_FS, new
         l_CS = self._load(peer, ctx)
-        v_CS = l_CS * rho_C[:, None]
+        v_CS = pages.empty_like(l_CS)
+        for v_S, l_S, rho in zip(v_CS, l_CS, rho_C, strict=True):
+            torch.mul(l_S, rho, out=v_S)
         v_CS[:, self._vector :] = l_CS[:, self._vector :]  # who had a gradient, not how often
         return v_CS.index_copy_(0, there_F, v_FS), new
 
@@ -210,15 +212,28 @@ class LookBack(Compressor):
             {name: message.lengths[f"inner.{name}"][full] for name in self._ragged},
         )
 
-    def _check(self, message: Message, tag_C: Tensor) -> None:
-        """Raises MessageError when row counts do not fit the tags, which are on the CPU as they are."""
+    def _scalars(self, message: Message) -> Tensor:
+        """Who sent ρ alone: bool, on the CPU, from the row counts, which are there.
+
+        Raises:
+          MessageError: row counts that do not fit the tags, or each other.
+        """
+
+        def misfit(name: str) -> MessageError:
+            return MessageError(f"message: the row counts of {name} do not fit the clients' tags")
+
+        tag_C, of_C = message.arrays["scalar"], message.lengths["rho"]
+        refuse((tag_C != of_C.to(tag_C.device)).any(), lambda: misfit("rho"))
+        if bool((of_C > 1).any()):
+            raise misfit("rho")
         for name, rows_C in message.lengths.items():
             if name.removeprefix("inner.") in self._ragged:
-                fits = not bool(rows_C[tag_C == 1].any())
+                fits = not bool(rows_C[of_C == 1].any())
             else:
-                fits = torch.equal(rows_C, tag_C if name == "rho" else 1 - tag_C)
+                fits = torch.equal(rows_C, of_C if name == "rho" else 1 - of_C)
             if not fits:
-                raise MessageError(f"message: the row counts of {name} do not fit the clients' tags")
+                raise misfit(name)
+        return of_C.bool()
 
     def lift(self, v_CS: Tensor, ctx: Context) -> Tensor:
         return self.inner.lift(v_CS, ctx)

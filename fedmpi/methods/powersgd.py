@@ -31,8 +31,8 @@ from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Decoder, Method, Round, Server, State, nest, unnest
 from fedmpi.methods.base import Entry, FeedbackOptions, Setup, missed_rounds, remember
 from fedmpi.methods.lowrank import Layer, Layers, orthonormal, set_product, subtract_product
-from fedmpi.ops import fast
-from fedmpi.ops.sums import finite
+from fedmpi.ops import fast, pages
+from fedmpi.ops.sums import are_finite
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
 
@@ -155,7 +155,7 @@ class Left(_Pass):
         p_CD = self.corrected(g_CD, state)
         parts = [(layer.of(p_CD) @ q_MR).flatten(1) for layer, q_MR in self.factors.right(ctx.shared["q"])]
         message = torch.cat(parts, dim=1)
-        sound = finite(message, self.factors.layers.dense(p_CD))
+        sound = are_finite(message, self.factors.layers.dense(p_CD))
         return Message({"p": message}, finite=sound), state | ({"corrected": p_CD} if self.feedback else {})
 
 
@@ -235,15 +235,25 @@ class PowerServer(Server):
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         p_P, lr = state["p"], torch.tensor(round.lr, dtype=torch.float32, device=mean_S.device)
-        g_D = self.factors.product(p_P, mean_S[None])[0]
+        g_D = self._product(p_P, mean_S)
         u_D, memory = self.optimizer.direction(unnest(state, "optimizer."), g_D)
+        theta_D = self._step(state["theta"], u_D, lr)
         return {
-            **self._after(state["theta"] - lr * u_D, self.factors.warm(mean_S), state["version"] + 1),
+            **self._after(theta_D, self.factors.warm(mean_S), state["version"] + 1),
             "lefts": remember(state["lefts"], p_P, self.keep),
             "rights": remember(state["rights"], mean_S, self.keep),
             "lr": remember(state["lr"], lr, self.keep),
             **nest(memory, "optimizer."),
         }
+
+    def _product(self, p_P: Tensor, mean_S: Tensor) -> Tensor:
+        """P̂ Qᵀ, in memory that the next one takes."""
+        g_1D = fast.scratch("product", 1, self.factors.layers.spec_size, mean_S.device)
+        return self.factors.product(p_P, mean_S[None], g_1D)[0]
+
+    def _step(self, theta_D: Tensor, u_D: Tensor, lr: Tensor) -> Tensor:
+        step_1D = fast.scratch("product", 1, len(theta_D), theta_D.device)  # it may be u itself
+        return torch.sub(theta_D, torch.mul(u_D, lr, out=step_1D[0]), out=pages.empty_like(theta_D))
 
     def _after(self, theta_D: Tensor, q_Q: Tensor, version: Tensor) -> State:
         # P̂ was this round's: what stands between rounds must follow from a download.
@@ -267,7 +277,7 @@ class PowerServer(Server):
         theta_D, q_Q = view["theta"], view["q"]
         rounds = zip(arrays["lefts"][0], arrays["rights"][0], arrays["lr"][0], strict=True)
         for p_P, mean_S, lr in rounds:
-            theta_D = theta_D - lr * self.factors.product(p_P, mean_S[None])[0]
+            theta_D = self._step(theta_D, self._product(p_P, mean_S), lr)
             q_Q = self.factors.warm(mean_S)
         return self._after(theta_D, q_Q, torch.tensor(version))
 

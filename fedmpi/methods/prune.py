@@ -27,6 +27,7 @@ Shape suffixes: C clients, D parameters, M survivors.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -47,13 +48,15 @@ from fedmpi.methods.base import (
     apply_changes,
     count_of,
     pack_changes,
+    shape_of_changes,
 )
 from fedmpi.methods.dense import Dense
 from fedmpi.methods.prune_clients import ClientMasks, as_indices
 from fedmpi.methods.rtopk import RTopKOptions
 from fedmpi.methods.topk import TopKOptions
 from fedmpi.ops import bits
-from fedmpi.ops.select import top_k
+from fedmpi.ops.select import top_by_key
+from fedmpi.ops.steps import add_at, changed_since, step
 from fedmpi.optimizers import Optimizer
 from fedmpi.spec import Spec
 
@@ -189,23 +192,21 @@ class PruneServer(MeanServer):
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
         if not len(state["kept"]):
-            sum_D = state["sum"] + mean_S[-self.size :]
+            sum_D = step(state["sum"], mean_S[-self.size :], 1.0)
             if not round.ends_epoch:
                 return {**state, "sum": sum_D} | super().finish(state, mean_S[: self.size], round)
             state = self._prune(state, sum_D)
         kept_M = state["kept"]
         u_M, memory = self.optimizer.direction(unnest(state, "optimizer."), mean_S[kept_M])
-        theta_D = state["theta"].index_add(0, kept_M, u_M, alpha=-round.lr)
-        return state | self.moved(state, theta_D) | nest(memory, "optimizer.")
+        theta_D = add_at(state["theta"], kept_M, u_M, -round.lr)
+        return state | self.moved(state, theta_D, kept_M) | nest(memory, "optimizer.")
 
     def _select(self, sum_D: Tensor) -> Tensor:
         """The survivors, by their gradients' sums or by their votes."""
         if self.m is None:
             return sum_D.nonzero()[:, 0]
-        order_D = random.permutation(self.key, self.size, sum_D.device)  # top_k takes the first of equals
         # What has left the numbers is kept, so that the engine finds it in the parameters.
-        finite_D = sum_D.nan_to_num(math.inf)
-        return order_D[top_k(finite_D[order_D][None], self.m)[0]].sort().values
+        return top_by_key(sum_D.nan_to_num(math.inf), self.m, self.key)
 
     def _prune(self, state: State, sum_D: Tensor) -> State:
         """``state`` without all that do not survive; version unchanged."""
@@ -220,13 +221,24 @@ class PruneServer(MeanServer):
         if not len(kept_M):
             return super().download(state, seen)
         arrays = pack_changes(state["theta"][kept_M], state["changed"][kept_M] > seen)
-        if seen < int(state["pruned"]):
-            if as_indices(len(kept_M), self.size):
-                arrays["mask.index"] = bits.pack_integers(kept_M[None], bits.index_width(self.size))
-            else:
-                mask_D = torch.zeros_like(state["theta"], dtype=torch.bool).index_fill_(0, kept_M, True)
-                arrays["mask.map"] = bits.pack(mask_D[None])
-        return Message(arrays)
+        return Message(arrays | (self._mask(kept_M) if seen < int(state["pruned"]) else {}))
+
+    def sizes(self, state: State, seen: Sequence[int]) -> list[Message]:
+        kept_M = state["kept"]
+        if not (len(kept_M) and seen):  # who keeps only a view is asked for none
+            return super().sizes(state, seen)
+        counts, masks = changed_since(state["changed"][kept_M], list(seen)), self._mask(kept_M)
+        return [
+            Message(shape_of_changes(count, len(kept_M)) | (masks if version < int(state["pruned"]) else {}))
+            for version, count in zip(seen, counts, strict=True)
+        ]
+
+    def _mask(self, kept_M: Tensor) -> dict[str, Tensor]:
+        """The mask's array of a download."""
+        if as_indices(len(kept_M), self.size):
+            return {"mask.index": bits.pack_integers(kept_M[None], bits.index_width(self.size))}
+        mask_D = torch.zeros(self.size, dtype=torch.bool, device=kept_M.device).index_fill_(0, kept_M, True)
+        return {"mask.map": bits.pack(mask_D[None])}
 
     def downloads(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]] | None:
         masks = dict.fromkeys(("mask.index", "mask.map"), (torch.uint8, (-1,)))

@@ -23,12 +23,13 @@ import torch
 from pydantic import Field as Option
 from torch import Tensor
 
-from fedmpi import random
 from fedmpi.errors import MessageError
 from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Method, State
 from fedmpi.methods.base import Entry, Mean, MeanServer, Options, Setup
 from fedmpi.ops import bits
+from fedmpi.ops.flags import refuse
+from fedmpi.ops.quantize import bucket_largest, bucket_squares, from_planes, to_planes
 from fedmpi.spec import Spec
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -61,7 +62,7 @@ class Qsgd(Compressor):
     def __init__(self, spec: Spec, width: int, bucket: int | None, norm: Literal["l2", "max"]) -> None:
         super().__init__(spec)
         self.width, self.bucket, self.norm = width, min(bucket or spec.size, spec.size), norm
-        self.levels, self.buckets = 2 ** (width - 1) - 1, -(-spec.size // self.bucket)
+        self.buckets = -(-spec.size // self.bucket)
 
     def layout(self) -> Layout:
         return {
@@ -70,41 +71,24 @@ class Qsgd(Compressor):
         }
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
-        size_CD = g_CD.abs()
-        norms_CN = self._norms(size_CD)
-        # No entry exceeds its norm, so that x ≤ s; in a bucket of zeros any divisor gives level 0.
-        x_CD = size_CD / self._spread(norms_CN.where(norms_CN > 0, 1.0)) * self.levels
-        low_CD = x_CD.floor()
-        up_CD = random.uniform(ctx.keys("rounding"), self.size, g_CD.device) < x_CD - low_CD
-        level_CD = (low_CD + up_CD).to(torch.uint8)
-        planes = [g_CD < 0, *((level_CD >> i) & 1 for i in range(self.width - 1))]
-        packed_CbB = torch.stack([bits.pack(plane_CD) for plane_CD in planes], 1)
-        return Message({"norms": norms_CN, "planes": packed_CbB}), state
+        norms_CN = self._norms(g_CD)
+        planes_CbB = to_planes(g_CD, norms_CN, self.bucket, self.width, ctx.keys("rounding"))
+        return Message({"norms": norms_CN, "planes": planes_CbB}), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         norms_CN = message.arrays["norms"]
-        if not bool(((norms_CN >= 0) & (norms_CN <= _LARGEST)).all()):
-            raise MessageError("message: expected finite norms ≥ 0, got a negative or infinite one or NaN")
-        negative_CD, *levels = (bits.unpack(p, self.size) for p in message.arrays["planes"].unbind(1))
-        level_CD = torch.zeros_like(negative_CD, dtype=torch.uint8)
-        for i, plane_CD in enumerate(levels):
-            level_CD |= plane_CD.to(torch.uint8) << i
-        v_CD = level_CD.float() / self.levels * self._spread(norms_CN)
-        return torch.where(negative_CD, -v_CD, v_CD), peer
+        refuse(
+            ~((norms_CN >= 0) & (norms_CN <= _LARGEST)).all(),
+            lambda: MessageError("message: expected finite norms ≥ 0, got a negative or infinite one or NaN"),
+        )
+        return from_planes(message.arrays["planes"], norms_CN, self.bucket, self.size), peer
 
-    def _norms(self, size_CD: Tensor) -> Tensor:
-        padded_CD = torch.nn.functional.pad(size_CD, (0, self.buckets * self.bucket - self.size))
-        size_CNn = padded_CD.view(-1, self.buckets, self.bucket)
+    def _norms(self, g_CD: Tensor) -> Tensor:
         if self.norm == "max":
-            return size_CNn.amax(2)
+            return bucket_largest(g_CD, self.bucket)
         # In float64, lest the order of the sum (which may hang on C) show in the float32. Beyond float32's
         # range its largest number serves as well: any norm that no entry exceeds is unbiased.
-        norms_CN: Tensor = torch.linalg.vector_norm(size_CNn, dim=2, dtype=torch.float64)
-        return norms_CN.clamp(max=_LARGEST).float()
-
-    def _spread(self, norms_CN: Tensor) -> Tensor:
-        """Each entry's own norm, ``(C, D)``."""
-        return norms_CN.repeat_interleave(self.bucket, 1)[:, : self.size]
+        return bucket_squares(g_CD, self.bucket).sqrt_().clamp_(max=_LARGEST).float()
 
 
 def build(options: QsgdOptions, spec: Spec, setup: Setup) -> Method:

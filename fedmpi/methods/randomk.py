@@ -10,6 +10,7 @@ Shape suffixes: C clients, D parameters, K values sent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -23,7 +24,8 @@ from fedmpi.method import Compressor, Context, Method, State
 from fedmpi.methods.base import Entry, Mean, MeanServer, Setup, count_of
 from fedmpi.methods.feedback import Feedback
 from fedmpi.methods.sparse import SparseOptions
-from fedmpi.methods.values import Kind, Values
+from fedmpi.methods.values import BLOCKED, Kind, Values
+from fedmpi.ops import pages
 from fedmpi.spec import Spec
 
 
@@ -40,7 +42,7 @@ class RandomK(Compressor):
 
     With ``factor`` D/k the decoded vector's mean over the draws is the gradient, and its variance
     (D/k − 1)‖g‖². Linear for a given key, but not additive: another client's key draws other coordinates. With
-    ``unbiased``, values of 8 or 4 bits are rounded stochastically.
+    ``unbiased``, values in blocks are rounded stochastically.
     """
 
     replayable = False  # the coordinates are those of the round in which it was sent
@@ -60,14 +62,24 @@ class RandomK(Compressor):
         return self.values.layout()
 
     def compress(self, g_CD: Tensor, state: State, ctx: Context) -> tuple[Message, State]:
-        u_CK = random.uniform(ctx.keys("rounding"), self.k, g_CD.device) if self.unbiased else None
         values_CK = g_CD.gather(1, self._coordinates(ctx, g_CD.device))
-        return Message({"values": self.values.encode(values_CK, u_CK)}), state
+        keys_C = ctx.keys("rounding") if self.unbiased else None
+        return Message({"values": self.values.encode(values_CK, keys_C)}), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         values_CK = self.values.decode(message.arrays["values"]) * self.factor
-        v_CD = values_CK.new_zeros(len(values_CK), self.size)
+        v_CD = pages.zeros(len(values_CK), self.size, device=values_CK.device)
         return v_CD.scatter_(1, self._coordinates(ctx, v_CD.device), values_CK), peer
+
+    def add(
+        self, total_CS: Tensor, message: Message, peer: State, ctx: Context, weights: Sequence[float]
+    ) -> State:
+        values_CK = self.values.decode(message.arrays["values"]) * self.factor
+        index_CK = self._coordinates(ctx, values_CK.device)
+        for total_S, index_K, values_K, weight in zip(total_CS, index_CK, values_CK, weights, strict=True):
+            # Different places: as if a vector of zeros elsewhere were added, to the bit.
+            total_S.index_copy_(0, index_K, total_S[index_K].add_(values_K, alpha=weight))
+        return peer
 
 
 def build(options: RandomKOptions, spec: Spec, setup: Setup) -> Method:
@@ -83,7 +95,7 @@ def build(options: RandomKOptions, spec: Spec, setup: Setup) -> Method:
             "large leaves a residual of 1 − D/k times itself, which grows from round to round"
         )
     unbiased = not options.feedback and options.scale != "none"
-    rounded = options.values in ("int8", "int4") and not options.feedback
+    rounded = options.values in BLOCKED and not options.feedback
     up = RandomK(spec, k, spec.size / k if unbiased else 1.0, options.values, rounded)
     return Method(
         (Feedback(up) if options.feedback else up,), MeanServer(spec, setup.optimizer, sparse=True), Mean()

@@ -16,7 +16,8 @@ from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, Decoder, Merge, Method, Round, Server, State
 from fedmpi.methods.base import Entry, FeedbackOptions, Mean, MeanServer, Setup, missed_rounds, remember
 from fedmpi.methods.feedback import Feedback
-from fedmpi.ops import bits, fast
+from fedmpi.ops import bits, fast, pages
+from fedmpi.ops.flags import refuse
 from fedmpi.ops.sums import absolute
 from fedmpi.spec import Spec
 
@@ -75,9 +76,10 @@ class Votes(Merge):
         if not self.skip:
             return Message({"signs": merged_1N})
         rows_EB = merged_1N.new_empty(0, bits.nbytes(self.count_rows), dtype=torch.uint8)
-        if optional_WB is not None:
-            empty_1R = bits.unpack(optional_WB, self.count_rows).all(0, keepdim=True)
-            rows_EB = bits.pack(empty_1R[_where(empty_1R.any(1).cpu(), empty_1R.device)])
+        if (
+            optional_WB is not None
+        ):  # where nobody abstains with everybody else, all zeros: no device is asked
+            rows_EB = bits.pack(bits.unpack(optional_WB, self.count_rows).all(0, keepdim=True))
         some_1 = torch.tensor([len(rows_EB) > 0])
         tag_1 = torch.full((1,), len(rows_EB) > 0, device=merged_1N.device)
         signs_1B = _tagged(merged_1N[:, : bits.nbytes(self.spec.size)], self.spec.size, tag_1)
@@ -124,13 +126,13 @@ class Sign(Compressor):
         if self.scaled:
             arrays["scale"] = (absolute(g_CD) / self.spec.size).float()
         if not self.skip:
-            return Message(arrays, finite=_none(odd_1)), state
+            return Message(arrays, finite=fast.none(odd_1)), state
         empty_CR = bits.empty_rows(g_CD, self.spec.rows_on(g_CD.device))
         some_C = empty_CR.any(1)
         arrays["signs"] = _tagged(arrays["signs"], self.spec.size, some_C)
         some_C = some_C.cpu()
         arrays["rows"] = bits.pack(empty_CR[_where(some_C, g_CD.device)])
-        return Message(arrays, {"rows": some_C.long()}, finite=_none(odd_1)), state
+        return Message(arrays, {"rows": some_C.long()}, finite=fast.none(odd_1)), state
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         size, signs_CB = self.spec.size, message.arrays["signs"]
@@ -155,12 +157,12 @@ class Sign(Compressor):
         """
         if not self.skip:
             return None
-        some_C, rows_EB = _tags(message.arrays["signs"], self.spec.size).cpu(), message.arrays["rows"]
-        if not torch.equal(message.lengths["rows"], some_C.long()):
-            raise MessageError(
-                f"message: {message.lengths['rows'].tolist()} arrays 'rows' of the clients, expected "
-                f"{some_C.long().tolist()} by their tags"
-            )
+        tags_C, rows_EB = _tags(message.arrays["signs"], self.spec.size), message.arrays["rows"]
+        lengths_C = message.lengths["rows"]
+        refuse((tags_C != lengths_C.to(tags_C.device)).any(), lambda: _mistagged(lengths_C, tags_C))
+        if bool((lengths_C > 1).any()):
+            raise _mistagged(lengths_C, tags_C)
+        some_C = lengths_C.bool()
         if not len(rows_EB):
             return None
         empty_CR = rows_EB.new_zeros(len(some_C), self.count_rows, dtype=torch.bool)
@@ -185,9 +187,10 @@ class Sign(Compressor):
         return peer
 
 
-def _none(odd_1: Tensor) -> bool | Tensor:
-    """Whether there was nothing odd, for whoever asks to wait for."""
-    return odd_1[0] == 0 if fast.waits(odd_1) else not odd_1
+def _mistagged(lengths_C: Tensor, tags_C: Tensor) -> MessageError:
+    return MessageError(
+        f"message: {lengths_C.tolist()} arrays 'rows' of the clients, expected {tags_C.long().tolist()} by their tags"
+    )
 
 
 def _where(some_C: Tensor, device: torch.device) -> Tensor:
@@ -270,8 +273,7 @@ class VoteServer(Server):
         return super().shapes(theta_D, state) | {"lr": (len(state["signs"]),)}
 
     def finish(self, state: State, mean_S: Tensor, round: Round) -> State:
-        positive_D = majority(mean_S[: self.size], round)
-        packed_1B = bits.pack(positive_D[None])
+        packed_1B = bits.pack_votes(mean_S[: self.size], round.key("tie"))[None]
         lr = torch.tensor(round.lr, dtype=torch.float32, device=mean_S.device)
         history, rows_B = {}, None
         if self.skips:
@@ -292,7 +294,7 @@ class VoteServer(Server):
         if rows_B is not None and (fast.waits(rows_B) or bool(rows_B.any())):
             still_1R = bits.unpack(rows_B[None], len(self.spec.rows) - 1)
             bits.clear_rows(step_1D, still_1R, self.spec.rows_on(theta_D.device))
-        return theta_D - step_1D[0]
+        return torch.sub(theta_D, step_1D[0], out=pages.empty_like(theta_D))
 
     def view(self, theta_D: Tensor) -> State:
         return {"theta": theta_D, "version": torch.tensor(0)}

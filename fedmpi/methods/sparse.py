@@ -24,7 +24,8 @@ from fedmpi.message import Field, Layout, Message
 from fedmpi.method import Compressor, Context, State
 from fedmpi.methods.base import FeedbackOptions
 from fedmpi.methods.values import Kind, Values
-from fedmpi.ops import bits, fast
+from fedmpi.ops import bits, fast, pages
+from fedmpi.ops.flags import refuse
 from fedmpi.ops.select import places
 from fedmpi.spec import Spec
 
@@ -37,7 +38,7 @@ class SparseOptions(FeedbackOptions):
     ratio: float = Option(0.01, gt=0, le=1, description="k as a share of the parameters")
     k: int | None = Option(None, description="number of values sent; overrides ratio")
     values: Kind = Option(
-        "float32", description="how values travel; int8, int4: with a scale of 4 bytes for each 64"
+        "float32", description="how values travel; int8, int4, int2: with scales of 4 bytes for each 64"
     )
 
     @property
@@ -88,24 +89,21 @@ class Coder:
             map_CU = bits.unpack(message.arrays["map"], self.map)
             counts_C = map_CU.sum(1)
             if not fast.waits(map_CU):
-                self._check(index_CK[:0], counts_C)
+                refuse((counts_C != self.count).any(), lambda: self._error(index_CK[:0], counts_C))
             place_CK = places(map_CU, self.count)
             high_CK = place_CK - torch.arange(self.count, device=place_CK.device)
             index_CK = index_CK | (high_CK << self.width)
-            if fast.waits(map_CU):  # both questions as one
-                wrong = (counts_C != self.count).any() | (index_CK >= self.size).any()
-                if not bool(wrong):
-                    return index_CK
-                self._check(index_CK, counts_C)
-        self._check(index_CK)
-        return index_CK
+        told_CK, wrong = index_CK, (index_CK >= self.size).any()
+        if self.map:  # both questions as one
+            wrong = wrong | (counts_C != self.count).any()
+        refuse(wrong, lambda: self._error(told_CK, counts_C if self.map else None))
+        return index_CK.clamp(0, self.size - 1) if fast.waits(index_CK) else index_CK
 
-    def _check(self, index_CK: Tensor, counts_C: Tensor | None = None) -> None:
+    def _error(self, index_CK: Tensor, counts_C: Tensor | None) -> MessageError:
         if counts_C is not None and bool((counts_C != self.count).any()):
             wrong = int(counts_C[counts_C != self.count][0])
-            raise MessageError(f"message: a map of {wrong} indices, expected {self.count}")
-        if index_CK.numel() and int(index_CK.max()) >= self.size:
-            raise MessageError(f"message: index {int(index_CK.max())}, expected less than {self.size}")
+            return MessageError(f"message: a map of {wrong} indices, expected {self.count}")
+        return MessageError(f"message: index {int(index_CK.max())}, expected less than {self.size}")
 
 
 class Sparse(Compressor):
@@ -131,7 +129,8 @@ class Sparse(Compressor):
 
     def decompress(self, message: Message, peer: State, ctx: Context) -> tuple[Tensor, State]:
         values_CK, index_CK = self._decoded(message)
-        return values_CK.new_zeros(len(values_CK), self.size).scatter_(1, index_CK, values_CK), peer
+        v_CD = pages.zeros(len(values_CK), self.size, device=values_CK.device)
+        return v_CD.scatter_(1, index_CK, values_CK), peer
 
     def add(
         self, total_CS: Tensor, message: Message, peer: State, ctx: Context, weights: Sequence[float]

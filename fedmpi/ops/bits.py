@@ -82,6 +82,28 @@ def pack_signs_reference(g_CN: Tensor, keys_C: Tensor, odd_1: Tensor | None = No
     return pack_reference(positive_CN)
 
 
+_VOTES = (torch.int8, torch.int16, torch.int32, torch.float32)
+
+
+def pack_votes(votes_N: Tensor, key: int) -> Tensor:
+    """What the sum of ±1 came to ``(N,)``, packed ``(B,)``: 1 where it is positive, and where it is 0 the key's coin
+    (:func:`fedmpi.random.coins`)."""
+    kernels = fast.compiled("bits", votes_N) if votes_N.dtype in _VOTES else None
+    if kernels is None or not votes_N.is_contiguous():
+        return pack_votes_reference(votes_N, key)
+    packed_B = torch.empty(nbytes(len(votes_N)), dtype=torch.uint8, device=votes_N.device)
+    kernels.pack_votes(votes_N, key, random.constants(), packed_B)
+    return packed_B
+
+
+def pack_votes_reference(votes_N: Tensor, key: int) -> Tensor:
+    """:func:`pack_votes` by torch."""
+    positive_N, tie_N = votes_N > 0, votes_N == 0
+    if fast.waits(votes_N) or bool(tie_N.any()):
+        positive_N |= tie_N & random.coins(key, len(votes_N), votes_N.device)
+    return pack_reference(positive_N[None])[0]
+
+
 def unpack_signs(
     bytes_CB: Tensor, n: int, scale_C: Tensor | None = None, out_CN: Tensor | None = None
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""When and how compiled kernels run in place of their torch references.
+"""When and how compiled kernels run in place of their torch references: numba's on the CPU, Triton's on CUDA.
 
 Every kernel returns the very bits of its reference, whatever the number of threads: both add up in the same fixed
 order. So it is no part of a result whether numba is installed, how many threads a rank has, or on which side of
@@ -17,11 +17,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fedmpi.ops import pages
 
 # Below so many numbers torch stays: importing numba and loading a kernel takes a second, compiling some seconds.
 SMALLEST = 1 << 16
@@ -30,16 +33,16 @@ KEPT = 1 << 30
 _PIECES = 4  # of the work, for each thread: a core that others use as well does fewer of them
 
 
-# Which package's kernels serve tensors of a kind of device; all others have the torch reference.
-_KERNELS = {"cpu": "fedmpi.ops.compiled"}
+# Which package's kernels serve tensors of a kind of device, and what it needs; all others have the torch reference.
+KERNELS = {"cpu": ("fedmpi.ops.compiled", "numba"), "cuda": ("fedmpi.ops.triton", "triton")}
 
 
-def compiled(name: str, *tensors: Tensor, count: int | None = None) -> ModuleType | None:
-    """The kernels of ``fedmpi.ops.compiled.<name>``; None where the torch reference has to do: without numba, for
-    tensors of a device that has no kernels, such as need a gradient, and for too few numbers (``count``, else the
-    first tensor's)."""
-    package = _KERNELS.get(tensors[0].device.type)
-    if package is None or any(t.device != tensors[0].device for t in tensors):
+def compiled(name: str, *tensors: Tensor, count: int | None = None, having: str = "") -> ModuleType | None:
+    """The kernels of this name for the tensors' device; None where the torch reference has to do: for a device or a
+    name that has none, without what they are compiled by, for tensors that need a gradient, and for too few numbers
+    (``count``, else the first tensor's). ``having``: a function that not every package has."""
+    package, _ = KERNELS.get(tensors[0].device.type, ("", ""))
+    if not package or any(t.device != tensors[0].device for t in tensors):
         return None
     module = f"{package}.{name}"
     least = LOADED if module in sys.modules else SMALLEST
@@ -47,7 +50,8 @@ def compiled(name: str, *tensors: Tensor, count: int | None = None) -> ModuleTyp
         return None
     if any(t.requires_grad for t in tensors):
         return None
-    return _module(module)
+    kernels = _module(module, tensors[0].device.type)
+    return None if having and not hasattr(kernels, having) else kernels
 
 
 def waits(x: Tensor) -> bool:
@@ -56,11 +60,28 @@ def waits(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
+def none(odd_1: Tensor) -> bool | Tensor:
+    """Whether a kernel, which sets ``odd_1`` to 1, met nothing odd: of a device for whoever asks to wait for."""
+    return odd_1[0] == 0 if waits(odd_1) else not odd_1
+
+
 @lru_cache
-def _module(module: str) -> ModuleType | None:
+def lacking(device: str) -> str | None:
+    """Why no kernels serve this type of device; None where they do."""
+    package, needs = KERNELS.get(device, ("", ""))
+    if not package:
+        return "there are none for it"
     try:
-        import_module("numba")  # missing, or made for another numpy
-    except ImportError:
+        import_module(needs)  # missing, or made for another numpy
+    except ImportError as error:
+        return f"{needs} cannot be imported ({error})"
+    problem = getattr(import_module(package), "problem", lambda: "")()
+    return problem or None
+
+
+@lru_cache
+def _module(module: str, device: str) -> ModuleType | None:
+    if lacking(device) is not None or find_spec(module) is None:
         return None
     return import_module(module)
 
@@ -88,7 +109,7 @@ def scratch(name: str, rows: int, size: int, device: torch.device) -> Tensor:
     buffer = _own.buffers.pop(key, None)
     if buffer is None or len(buffer) < count:
         del buffer  # freed before a larger one is asked for
-        buffer = torch.empty(count, device=device)
+        buffer = pages.empty(count, device=device)
     if 4 * len(buffer) <= KEPT:
         _own.buffers[key] = buffer
     return buffer[:count].view(rows, size)
@@ -97,7 +118,7 @@ def scratch(name: str, rows: int, size: int, device: torch.device) -> Tensor:
 def fresh(like: Tensor) -> Tensor:
     """An uninitialised tensor of this shape and type: one that this thread was given back, if one fits."""
     spare = _own.spare.pop((like.shape, like.dtype, like.device), None)
-    return torch.empty_like(like, memory_format=torch.contiguous_format) if spare is None else spare
+    return pages.empty_like(like) if spare is None else spare
 
 
 def give_back(x: Tensor) -> None:

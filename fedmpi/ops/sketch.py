@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedmpi import random
-from fedmpi.ops import fast
+from fedmpi.ops import fast, pages
 
 _BLOCK = 1 << 15  # coordinates estimated at a time: their R rows stay in a core's cache
 
@@ -43,7 +43,11 @@ class CountSketch:
           g_CN: ``(C, D)``; with ``index_N``, the values at these coordinates, all others being zero.
           index_N: int64, different coordinates.
         """
-        kernels = fast.compiled("counters", g_CN) if index_N is None and g_CN.dtype == torch.float32 else None
+        kernels = (
+            fast.compiled("counters", g_CN, having="sketch_encode")
+            if index_N is None and g_CN.dtype == torch.float32
+            else None
+        )
         if index_N is None and g_CN.shape[1] != self.size:
             raise ValueError(f"g: expected rows of D = {self.size} numbers, got {g_CN.shape[1]}")
         if kernels is not None:
@@ -52,9 +56,7 @@ class CountSketch:
             fast.run(kernels.sketch_encode, self.rows, g_CN.contiguous().numpy(), *drawn, sums_CRT.numpy())
             plus_CS, minus_CS = sums_CRT.view(len(g_CN), self.length, 2).unbind(-1)
             return plus_CS - minus_CS
-        places_RN = self._places(g_CN.device)
-        if index_N is not None:
-            places_RN = places_RN[:, index_N]
+        places_RN = self._places(g_CN.device) if index_N is None else self._places_at(index_N)
         sums_CT = g_CN.new_zeros(len(g_CN), 2 * self.length)
         for sums_T, g_N in zip(sums_CT, g_CN, strict=True):
             for places_N in places_RN:
@@ -66,9 +68,9 @@ class CountSketch:
         """The estimates of all coordinates from each sketch, ``(C, D)``; of an even number of rows the median
         is the mean of the two in the middle."""
         count = len(v_CS) * self.size if v_CS.dtype == torch.float32 else 0
-        kernels = fast.compiled("counters", v_CS, count=count)
+        kernels = fast.compiled("counters", v_CS, count=count, having="sketch_estimate")
         if kernels is not None:
-            out_CD, chunks = torch.empty(len(v_CS), self.size, device="cpu"), -(-self.size // kernels.CHUNK)
+            out_CD, chunks = pages.empty(len(v_CS), self.size), -(-self.size // kernels.CHUNK)
             v_CRK = v_CS.reshape(len(v_CS), self.rows, self.columns).contiguous().numpy()
             drawn = *self._keys(), random.constants().numpy()
             fast.run(kernels.sketch_estimate, chunks, v_CRK, *drawn, out_CD.numpy())
@@ -97,6 +99,17 @@ class CountSketch:
         both = (_row_keys(self.key, r) for r in range(self.rows))
         buckets, signs = zip(*both, strict=True)
         return np.array(buckets, np.int64), np.array(signs, np.int64)
+
+    def _places_at(self, index_N: Tensor) -> Tensor:
+        """Those of some coordinates, ``(R, N)``, drawn by themselves: few of all are asked for."""
+        drawn = (_row_keys(self.key, r) for r in range(self.rows))
+        return torch.stack(
+            [
+                2 * (r * self.columns + random.integers_at(buckets, index_N, self.columns))
+                + ~random.coins_at(signs, index_N)
+                for r, (buckets, signs) in enumerate(drawn)
+            ]
+        )
 
     def _places(self, device: torch.device) -> Tensor:
         return _draw(self.size, self.rows, self.columns, self.key, device)

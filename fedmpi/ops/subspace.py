@@ -9,14 +9,12 @@ import math
 from abc import ABC, abstractmethod
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedmpi import random
-from fedmpi.ops import fast
+from fedmpi.ops import fast, pages
 from fedmpi.ops.hadamard import fwht
 
 
@@ -32,7 +30,7 @@ class Embedding(ABC):
             raise ValueError(f"v: expected rows of d = {self.dim} numbers, got {v_Cd.shape[1]}")
         if out is not None and (out.shape != (len(v_Cd), self.size) or not out.is_contiguous()):
             raise ValueError(f"out: expected {(len(v_Cd), self.size)}, contiguous, got {tuple(out.shape)}")
-        result_CD = v_Cd.new_empty(len(v_Cd), self.size) if out is None else out
+        result_CD = pages.huge(v_Cd.new_empty(len(v_Cd), self.size)) if out is None else out
         self._lift(v_Cd, result_CD)
         return result_CD
 
@@ -83,53 +81,41 @@ class Fastfood(Embedding):
 
     def _lift(self, v_Cd: Tensor, out_CD: Tensor) -> None:
         small_CM = fwht(torch.nn.functional.pad(v_Cd, (0, self.m - self.dim)))
-        kernels = self._kernels(v_Cd)
+        kernels = self._kernels(v_Cd, "fastfood_spread")
         if kernels is None:
             signs_N, weight_N, column_N = _fastfood_parts(self.n, self.m, self.key, v_Cd.device)
             x_CN = fwht(small_CM[:, column_N] * weight_N)
             torch.mul((x_CN * signs_N)[:, : self.size], self.scale, out=out_CD)
             return
         x_CN = fast.scratch("fastfood", len(v_Cd), self.n, v_Cd.device)
-        fast.run(
-            kernels.fastfood_spread, self.n // kernels.CHUNK, small_CM.numpy(), *self._drawn(), x_CN.numpy()
-        )
+        kernels.fastfood_spread(small_CM.contiguous(), *self._drawn(), x_CN)
         fwht(x_CN, x_CN)
-        self._flip(x_CN, self.scale, out_CD)
+        kernels.flip(x_CN, random.key(self.key, stream="B"), self.scale, out_CD)
 
     def _project(self, g_CD: Tensor) -> Tensor:
-        kernels = self._kernels(g_CD)
+        kernels = self._kernels(g_CD, "fastfood_gather")
         if kernels is None:
             signs_N, weight_N, column_N = _fastfood_parts(self.n, self.m, self.key, g_CD.device)
             x_CN = torch.nn.functional.pad(g_CD * signs_N[: self.size], (0, self.n - self.size))
             small_CM = _add_columns(fwht(x_CN), weight_N, column_N, self.m)
         else:
-            x_CN = self._flip(
-                g_CD.contiguous(), 1.0, fast.scratch("fastfood", len(g_CD), self.n, g_CD.device)
-            )
+            x_CN = fast.scratch("fastfood", len(g_CD), self.n, g_CD.device)
+            kernels.flip(g_CD.contiguous(), random.key(self.key, stream="B"), 1.0, x_CN)
             fwht(x_CN, x_CN)
-            sums_BCM = torch.zeros(self.n // _block(self.n, self.m), len(g_CD), self.m, device="cpu")
-            fast.run(kernels.fastfood_gather, len(sums_BCM), x_CN.numpy(), *self._drawn(), sums_BCM.numpy())
+            shape = self.n // _block(self.n, self.m), len(g_CD), self.m
+            sums_BCM = torch.zeros(shape, device=g_CD.device)
+            kernels.fastfood_gather(x_CN, *self._drawn(), sums_BCM)
             small_CM = _in_order(sums_BCM)
         return fwht(small_CM)[:, : self.dim] * self.scale
 
-    def _kernels(self, x: Tensor) -> ModuleType | None:
+    def _kernels(self, x: Tensor, name: str) -> ModuleType | None:
         usable = x.dtype == torch.float32 and self.n >= random.SORT_BELOW and x.numel()
-        return fast.compiled("counters", x, count=self.n) if usable else None
+        return fast.compiled("counters", x, count=self.n, having=name) if usable else None
 
-    def _drawn(self) -> tuple[Any, ...]:
+    def _drawn(self) -> tuple[int, Tensor]:
         """What the kernels need to draw G and Π by themselves, for any key and dimension."""
         rounds = random.bijection(random.key(self.key, stream="Π"), self.n.bit_length() - 1)
-        constants = random.half_normal_table().numpy(), random.constants().numpy()
-        return random.key(self.key, stream="G"), rounds.numpy(), *constants
-
-    def _flip(self, x_CX: Tensor, scale: float, out: Tensor) -> Tensor:
-        """``out`` = B x · scale, cut or filled with zeros to its length."""
-        kernels = self._kernels(x_CX)
-        assert kernels is not None, "called where there are kernels"
-        key, constants = random.key(self.key, stream="B"), random.constants().numpy()
-        chunks = -(-out.shape[1] // kernels.CHUNK)
-        fast.run(kernels.flip, chunks, x_CX.numpy(), key, constants, np.float32(scale), out.numpy())
-        return out
+        return random.key(self.key, stream="G"), rounds
 
 
 class Orthonormal(Dense):
@@ -151,34 +137,29 @@ class Hashed(Embedding):
     """
 
     def _lift(self, v_Cd: Tensor, out_CD: Tensor) -> None:
-        kernels = self._kernels(v_Cd)
+        kernels = self._kernels(v_Cd, "hashed_lift")
         if kernels is None:
             column_D, sign_D = _hashed_parts(self.size, self.dim, self.key, v_Cd.device)
             torch.mul(v_Cd[:, column_D] * sign_D, self.factor, out=out_CD)
             return
-        factor, chunks = np.float32(self.factor), -(-self.size // kernels.CHUNK)
-        fast.run(
-            kernels.hashed_lift, chunks, v_Cd.contiguous().numpy(), *self._drawn(), factor, out_CD.numpy()
-        )
+        kernels.hashed_lift(v_Cd.contiguous(), *self._drawn(), self.factor, out_CD)
 
     def _project(self, g_CD: Tensor) -> Tensor:
-        kernels = self._kernels(g_CD)
+        kernels = self._kernels(g_CD, "hashed_project")
         if kernels is None:
             column_D, sign_D = _hashed_parts(self.size, self.dim, self.key, g_CD.device)
             return _add_columns(g_CD, sign_D, column_D, self.dim) * self.factor
         size = _block(self.size, self.dim)
-        sums_BCd = torch.zeros(-(-self.size // size), len(g_CD), self.dim, device="cpu")
-        arguments = g_CD.contiguous().numpy(), *self._drawn(), size, sums_BCd.numpy()
-        fast.run(kernels.hashed_project, len(sums_BCd), *arguments)
+        sums_BCd = torch.zeros(-(-self.size // size), len(g_CD), self.dim, device=g_CD.device)
+        kernels.hashed_project(g_CD.contiguous(), *self._drawn(), size, sums_BCd)
         return _in_order(sums_BCd) * self.factor
 
-    def _kernels(self, x: Tensor) -> ModuleType | None:
+    def _kernels(self, x: Tensor, name: str) -> ModuleType | None:
         usable = x.dtype == torch.float32 and x.numel()
-        return fast.compiled("counters", x, count=self.size) if usable else None
+        return fast.compiled("counters", x, count=self.size, having=name) if usable else None
 
-    def _drawn(self) -> tuple[Any, ...]:
-        keys = random.key(self.key, stream="h"), random.key(self.key, stream="s")
-        return *keys, random.constants().numpy()
+    def _drawn(self) -> tuple[int, int]:
+        return random.key(self.key, stream="h"), random.key(self.key, stream="s")
 
 
 def _block(count: int, dim: int) -> int:

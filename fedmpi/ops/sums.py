@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedmpi.ops import fast
+from fedmpi.ops.flags import Flag
 
 _BLOCK = 1 << 10
 _FRACTION = 40
@@ -24,11 +25,10 @@ def dots(v_CS: Tensor, w_CS: Tensor) -> Tensor:
     kernels = fast.compiled("sums", v_CS, w_CS)
     if kernels is None or v_CS.shape != w_CS.shape or {v_CS.dtype, w_CS.dtype} != {torch.float32}:
         return dots_reference(v_CS, w_CS)
-    blocks_3CB = torch.empty(
-        3, len(v_CS), -(-v_CS.shape[1] // kernels.BLOCK), dtype=torch.float64, device="cpu"
-    )
+    blocks = -(-v_CS.shape[1] // kernels.BLOCK)
+    blocks_3CB = torch.empty(3, len(v_CS), blocks, dtype=torch.float64, device=v_CS.device)
     for c, (v_S, w_S) in enumerate(zip(v_CS.contiguous(), w_CS.contiguous(), strict=True)):
-        fast.run(kernels.dots, blocks_3CB.shape[2], v_S.numpy(), w_S.numpy(), blocks_3CB[:, c].numpy())
+        kernels.dots(v_S, w_S, blocks_3CB[:, c])
     return _tree(blocks_3CB)
 
 
@@ -45,9 +45,10 @@ def absolute(v_CS: Tensor) -> Tensor:
     kernels = fast.compiled("sums", v_CS)
     if kernels is None or v_CS.dtype != torch.float32:
         return absolute_reference(v_CS)
-    blocks_CB = torch.empty(len(v_CS), -(-v_CS.shape[1] // kernels.BLOCK), dtype=torch.float64, device="cpu")
+    blocks = -(-v_CS.shape[1] // kernels.BLOCK)
+    blocks_CB = torch.empty(len(v_CS), blocks, dtype=torch.float64, device=v_CS.device)
     for v_S, blocks_B in zip(v_CS.contiguous(), blocks_CB, strict=True):
-        fast.run(kernels.absolute, len(blocks_B), v_S.numpy(), blocks_B.numpy())
+        kernels.absolute(v_S, blocks_B)
     return _tree(blocks_CB)
 
 
@@ -55,6 +56,13 @@ def absolute_reference(v_CS: Tensor) -> Tensor:
     """:func:`absolute` by torch."""
     v = torch.nn.functional.pad(v_CS.abs().double(), (0, -v_CS.shape[-1] % _BLOCK))
     return _tree(_tree(v.unflatten(-1, (-1, _BLOCK))))
+
+
+def squares_reference(x: Tensor) -> Tensor:
+    """Σ x² over the last axis, float64, added up as :func:`dots` does."""
+    x = x.double()
+    products = torch.nn.functional.pad(x * x, (0, -x.shape[-1] % _BLOCK))
+    return _tree(_tree(products.unflatten(-1, (-1, _BLOCK))))
 
 
 def _tree(x: Tensor) -> Tensor:
@@ -69,12 +77,17 @@ def _tree(x: Tensor) -> Tensor:
 def finite(*tensors: Tensor) -> bool:
     """No infinity or NaN in any. A finite sum has neither in it, and takes one pass at memory's speed; one that is not
     finite may have overflowed, and then the entries are looked at. A device is asked once for all of them."""
+    return bool(are_finite(*tensors))
+
+
+def are_finite(*tensors: Tensor) -> Flag:
+    """:func:`finite`; a device is not asked."""
     floats = [x for x in tensors if x.is_floating_point()]
     there = [x.sum().isfinite() | x.isfinite().all() for x in floats if fast.waits(x)]
     here = (x for x in floats if not fast.waits(x))
-    return all(math.isfinite(float(x.sum())) or bool(x.isfinite().all()) for x in here) and (
-        not there or bool(torch.stack(there).all())
-    )
+    if not all(math.isfinite(float(x.sum())) or bool(x.isfinite().all()) for x in here):
+        return False
+    return torch.stack(there).all() if there else True
 
 
 def finite_rows(x_C: Tensor) -> Tensor:
@@ -104,10 +117,9 @@ def add_fixed(total_S: Tensor, v_S: Tensor, weight: float, largest: float) -> bo
     fit = v_S.shape == total_S.shape and total_S.is_contiguous()
     if kernels is None or v_S.dtype != torch.float32 or not fit:
         return add_fixed_reference(total_S, v_S, weight, largest)
-    fits = torch.empty(-(-len(v_S) // kernels.BLOCK), dtype=torch.bool, device="cpu")
-    arguments = v_S.contiguous().numpy(), weight, 2.0**_FRACTION, largest, total_S.numpy(), fits.numpy()
-    fast.run(kernels.add_fixed, len(fits), *arguments)
-    return bool(fits.all())
+    fits_B = torch.empty(-(-len(v_S) // kernels.BLOCK), dtype=torch.bool, device=v_S.device)
+    kernels.add_fixed(total_S, v_S.contiguous(), weight, 2.0**_FRACTION, largest, fits_B)
+    return bool(fits_B.all())
 
 
 def add_fixed_reference(total_S: Tensor, v_S: Tensor, weight: float, largest: float) -> bool:

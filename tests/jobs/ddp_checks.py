@@ -24,9 +24,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fedmpi
@@ -270,7 +271,7 @@ def interrupted_is_uninterrupted() -> None:
 
 @check
 def sync_is_the_hook_without_overlap() -> None:
-    method = {"name": "fetchsgd", "rows": 3, "columns": 2000, "k": 500}
+    method = {"name": "intrinsic", "dim": 200, "schedule": "time_varying"}
     expected = steps(hooked(method)[0], 4)
     module = DDP(Net().to(DEVICE))
     average = fedmpi.sync(module, method, comm=COMM, exact_below=100)
@@ -349,6 +350,10 @@ def modules_that_no_hook_fits_are_named() -> None:
     refuses(ConfigError, "one process has nothing to average", lambda: attach(nn.Linear(2, 2)))
     frozen = nn.Linear(4, 4).requires_grad_(False)
     refuses(ConfigError, "with requires_grad, got none", lambda: fedmpi.sync(frozen, "bf16", comm=COMM))
+    early = nn.Linear(4, 4)
+    _apply_optimizer_in_backward(torch.optim.SGD, early.parameters(), {"lr": 0.1})
+    for make in (lambda: attach(DDP(early)), lambda: fedmpi.sync(early, "bf16", comm=COMM)):
+        refuses(ConfigError, "parameter weight steps during backward", make)
     with pytest.warns(UserWarning, match=r"signsgd compresses nothing.*the largest is weight, .6, 5..*=30"):
         attach(DDP(nn.Linear(5, 6)), "signsgd")
 
@@ -442,6 +447,29 @@ def a_gradient_that_no_rank_has_stays_missing() -> None:
     assert net[2].weight.grad is None
     assert torch.equal(net[0].weight.grad, torch.ones(40, 40))
     assert torch.allclose(net[1].weight.grad, torch.full((40, 40), 1 / dist.get_world_size()))
+
+
+@check
+def plain_bf16_is_torchs_own() -> None:
+    """Whole buckets, to the bit; and with a setting that says how tensors travel, small ones go exactly."""
+    mine, torchs, exactly = (DDP(Net().to(DEVICE)) for _ in range(3))
+    fedmpi.ddp.attach(mine, "bf16", seed=3)
+
+    def hook(group, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations
+        return bf16_compress_hook(group, bucket)
+
+    torchs.register_comm_hook(dist.group.WORLD, hook)
+    fedmpi.ddp.attach(exactly, "bf16", exact_below=100)
+    for t in range(3):
+        for module in (mine, torchs, exactly):
+            module.zero_grad()
+            backward(module, t)
+    assert same([gradients(mine)], [gradients(torchs)])
+    small = {name for name, g in gradients(exactly).items() if g.dim() < 2}
+    assert small
+    rounded = {name for name, g in gradients(exactly).items() if torch.equal(g, g.bfloat16().float())}
+    assert not small & rounded
+    assert small <= {name for name, g in gradients(mine).items() if torch.equal(g, g.bfloat16().float())}
 
 
 @check

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedmpi import methods
 from fedmpi.comm import run_ranks
 from fedmpi.comm.base import Comm
 from fedmpi.errors import ConfigError
@@ -39,7 +40,7 @@ PARTS = [
     {"match": "conv", "travels": {"name": "signsgd", "feedback": True}},
     {"match": "bias", "travels": "exact"},
 ]
-METHODS: tuple[dict[str, Any], ...] = (
+_ALL: tuple[dict[str, Any], ...] = (
     {"name": "bf16"},
     {"name": "topk", "ratio": 0.3, "feedback": True},
     {"name": "signsgd", "momentum": 0.9},
@@ -51,6 +52,7 @@ METHODS: tuple[dict[str, Any], ...] = (
     AUTO,
     MIXED,
 )
+METHODS = tuple(method for method in _ALL if method["name"] in methods.METHODS)
 
 
 def pool(rng: random.Random) -> Any:

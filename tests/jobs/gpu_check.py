@@ -1,12 +1,16 @@
 """One phase of launch/gpu-check.sh, as JSON lines:
 
-    python tests/jobs/gpu_check.py facts|tests|train|kernels|hook [--device cuda] [--small]
+    python tests/jobs/gpu_check.py facts|tests|train|kernels|hook|ranks|rounds [--device cuda] [--small]
 
 facts    what this machine is
 tests    pytest -m gpu: messages of every method with the CPU's bits, runs, DDP
 train    configs/quickstart.yaml and ResNet-9 on the device and on the CPU: clients a second, how far parameters differ
 kernels  each kernel against a copy on the device of as many floats (2^27), and its bits against the CPU's
-hook     a step of DistributedDataParallel on one rank: no hook, torch's bf16 hook, each method
+hook     a step of DistributedDataParallel on one rank: no hook, torch's bf16 hook, each method (nothing is sent, and
+         nothing coded)
+ranks    the same of two ranks that share the device, over Gloo under torchrun, and over MPI where mpiexec is here
+         (NCCL refuses two ranks on one GPU: collectives between GPUs stay unproven)
+rounds   fedmpi bench rounds there
 
 A phase exits with 1 when something was not as it must be; times have no bounds here.
 """
@@ -14,8 +18,10 @@ A phase exits with 1 when something was not as it must be; times have no bounds 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -185,50 +191,95 @@ def network(small: bool) -> tuple[nn.Module, Callable[[nn.Module, torch.device],
 
 
 def hook(phase: Phase) -> None:
+    backend = "nccl" if phase.device.type == "cuda" else "gloo"
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+        steps(phase, backend, "group", 9)
+        dist.destroy_process_group()
+
+
+def steps(phase: Phase, backend: str, comm: str, times: int) -> None:
+    """Each method's step of this rank; rank 0 tells. Parameters stay finite, and the same on all ranks."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
     from torch.nn.parallel import DistributedDataParallel
 
     import fedmpi
 
-    backend = "nccl" if phase.device.type == "cuda" else "gloo"
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
-        plain = None
-        for method in METHODS:
-            if method == "torch's bf16" and backend != "nccl":  # which it wants
-                continue
-            torch.manual_seed(0)
-            model, loss, what = network(phase.small)
-            ddp = DistributedDataParallel(model.to(phase.device))
-            state = None
-            if method == "torch's bf16":
-                ddp.register_comm_hook(None, bf16_compress_hook)
-            elif method != "none":
-                state = fedmpi.ddp.attach(ddp, method)
-            optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    rank, plain = dist.get_rank(), None
+    for method in METHODS:
+        if method == "torch's bf16" and backend != "nccl":  # which it wants
+            continue
+        torch.manual_seed(0)
+        model, loss, what = network(phase.small)
+        ddp = DistributedDataParallel(model.to(phase.device))
+        state = None
+        if method == "torch's bf16":
+            ddp.register_comm_hook(None, bf16_compress_hook)
+        elif method != "none":
+            state = fedmpi.ddp.attach(ddp, method, comm=comm)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+        torch.manual_seed(rank)
 
-            def step(ddp: Any = ddp, loss: Any = loss, optimizer: Any = optimizer) -> None:
-                optimizer.zero_grad()
-                with torch.autocast(phase.device.type, torch.bfloat16):
-                    value = loss(ddp, phase.device)
-                value.backward()
-                optimizer.step()
+        def step(ddp: Any = ddp, loss: Any = loss, optimizer: Any = optimizer) -> None:
+            optimizer.zero_grad()
+            with torch.autocast(phase.device.type, torch.bfloat16):
+                value = loss(ddp, phase.device)
+            value.backward()
+            optimizer.step()
 
-            try:
-                took = phase.ms(step, 3 if phase.small else 9)
-                plain = plain or took
-                finite = all(bool(p.isfinite().all()) for p in model.parameters())
-                sent = {} if state is None else {"payload": state.stats().get("payload_bytes")}
-                phase.say(
-                    str(method), finite, model=what, ms=round(took, 1), to_none=round(took / plain, 2), **sent
-                )
-            except Exception as error:
-                phase.say(str(method), False, error=f"{type(error).__name__}: {error}"[:300])
-            del ddp, model, optimizer, state, step
-        dist.destroy_process_group()
+        try:
+            took = phase.ms(step, 3 if phase.small else times)
+            plain = plain or took
+            last = [p.detach().flatten()[:1000].cpu() for p in model.parameters()]
+            everybody: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everybody, hashlib.sha256(torch.cat(last).numpy().tobytes()).hexdigest())
+            right = all(bool(p.isfinite().all()) for p in last) and len(set(everybody)) == 1
+            found = {"ms": round(took, 1), "to_none": round(took / plain, 2)}
+            if state is not None:
+                stats = state.stats()
+                found |= {what: stats[what] for what in ("steps", "payload_bytes", "wire_sent_bytes")}
+            if rank == 0:
+                phase.say(str(method), right, model=what, ranks=len(everybody), comm=comm, **found)
+        except Exception as error:
+            phase.say(str(method), False, error=f"{type(error).__name__}: {error}"[:300])
+        del ddp, model, optimizer, state, step
 
 
-PHASES = {row.__name__: row for row in (facts, tests, train, kernels, hook)}
+def ranks(phase: Phase) -> None:
+    rest = [str(Path(__file__)), "pair", "--device", phase.device.type, *(["--small"] if phase.small else [])]
+    launches = {
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    }
+    if shutil.which("mpiexec"):
+        launches["mpiexec"] = ["mpiexec", "-n", "2", sys.executable]
+    for name, launch in launches.items():
+        done = subprocess.run([*launch, *rest], cwd=ROOT, capture_output=True, text=True, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        for line in lines:
+            told = json.loads(line)
+            del told["phase"]
+            phase.say(f"{told.pop('what')} under {name}", told.pop("right"), **told)
+        if done.returncode or not lines:
+            phase.say(name, False, exit=done.returncode, error=done.stderr[-600:])
+
+
+def pair(phase: Phase) -> None:
+    """A rank of two: torchrun's or MPI's."""
+    import fedmpi
+
+    fedmpi.ddp.init_process_group("gloo")
+    steps(phase, "gloo", "group" if "TORCHELASTIC_RUN_ID" in os.environ else "mpi", 3)
+
+
+def rounds(phase: Phase) -> None:
+    from fedmpi.bench import rounds as bench
+
+    table = bench.run(1 if phase.small else 5, str(phase.device))
+    for row in table.rows:
+        phase.say(row.name, ms=round(1e3 * row.seconds.median, 2), ratio=round(row.ratio.median, 3))
+
+
+PHASES = {row.__name__: row for row in (facts, tests, train, kernels, hook, ranks, pair, rounds)}
 
 
 def main() -> int:

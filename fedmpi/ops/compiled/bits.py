@@ -42,7 +42,7 @@ def _compare(test: str) -> Any:
         place, kind = _place(context, builder, signature, arguments, 0)
         x, zeros = builder.load(place, align=1), ir.Constant(kind, None)
         real = isinstance(kind.element, ir.FloatType)
-        mask = builder.fcmp_ordered(test, x, zeros) if real else builder.icmp_unsigned(test, x, zeros)
+        mask = builder.fcmp_ordered(test, x, zeros) if real else builder.icmp_signed(test, x, zeros)
         return builder.bitcast(mask, _INT64)
 
     @intrinsic
@@ -149,6 +149,27 @@ def _pack_signs(
         _put(out, row * row_bytes + 8 * w, word, count)
     if sound != -1:
         odd[0] = 1
+
+
+@kernel
+def _pack_votes(first: int, last: int, x: Array, key: int, mixing: Array, out: Bytes) -> None:
+    """Words ``first`` to ``last`` of x > 0, or of the key's coin where x is 0."""
+    step, one, two = mixing[0], mixing[1], mixing[2]
+    for w in range(first, last):
+        begin, count = 64 * w, min(64, len(x) - 64 * w)
+        word, zero = np.int64(0), np.int64(0)
+        if count == 64:
+            word, zero = _positive(x, begin), _zero(x, begin)
+        else:
+            for j in range(count):
+                word |= np.int64(x[begin + j] > 0) << j
+                zero |= np.int64(x[begin + j] == 0) << j
+        if zero != 0:
+            coins = key + (w + 1) * step
+            coins = (coins ^ ((coins >> 30) & 0x3FFFFFFFF)) * one
+            coins = (coins ^ ((coins >> 27) & 0x1FFFFFFFFF)) * two
+            word |= zero & (coins ^ ((coins >> 31) & 0x1FFFFFFFF))
+        _put(out, 8 * w, word, count)
 
 
 @kernel
@@ -293,6 +314,11 @@ def pack_signs(g_CN: Tensor, keys_C: Tensor, mixing: Tensor, out_CB: Tensor, odd
     x, out = g_CN.view(-1).numpy(), out_CB.view(-1).numpy()
     arguments = x, n, keys_C.numpy(), mixing.numpy(), out, odd_1.numpy()
     fast.run(_pack_signs, len(g_CN) * -(-n // _WORD), *arguments)
+
+
+def pack_votes(votes_N: Tensor, key: int, mixing: Tensor, out_B: Tensor) -> None:
+    arguments = votes_N.numpy(), key, mixing.numpy(), out_B.numpy()
+    fast.run(_pack_votes, -(-len(votes_N) // _WORD), *arguments)
 
 
 def unpack(packed_CB: Tensor, yes_C: Tensor, no_C: Tensor, out_CN: Tensor) -> None:

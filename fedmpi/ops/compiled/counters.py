@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from fedmpi import random
+from fedmpi.ops import fast
 from fedmpi.ops.compiled.base import kernel
 
 CHUNK = 1 << 10
@@ -78,7 +81,7 @@ def _normals(key: int, place: Ints, table: Ints, c: Ints, words: Ints, mass: Arr
 
 
 @kernel
-def fastfood_spread(
+def _spread(
     first: int, last: int, small: Floats, key: int, rounds: Ints, table: Ints, c: Ints, out: Floats
 ) -> None:
     """``Π G`` of the repeated ``small`` (C, M): out (C, N), chunks ``first`` to ``last``."""
@@ -95,7 +98,7 @@ def fastfood_spread(
 
 
 @kernel
-def fastfood_gather(
+def _gather(
     first: int, last: int, x: Floats, key: int, rounds: Ints, table: Ints, c: Ints, sums: Floats
 ) -> None:
     """Its adjoint, the blocks ``first`` to ``last`` of x (C, N) each into its own ``sums`` (B, C, M)."""
@@ -112,7 +115,7 @@ def fastfood_gather(
 
 
 @kernel
-def flip(first: int, last: int, x: Floats, key: int, c: Ints, scale: np.float32, out: Floats) -> None:
+def _flip(first: int, last: int, x: Floats, key: int, c: Ints, scale: np.float32, out: Floats) -> None:
     """out = ± scale · x with the signs of ``key``, as far as x goes, and 0 beyond; or as far as ``out`` goes."""
     size = min(x.shape[1], out.shape[1])
     coins = np.empty(CHUNK, np.int64)
@@ -129,7 +132,7 @@ def flip(first: int, last: int, x: Floats, key: int, c: Ints, scale: np.float32,
 
 
 @kernel
-def hashed_lift(
+def _hashed_lift(
     first: int, last: int, v: Floats, h: int, s: int, c: Ints, factor: np.float32, out: Floats
 ) -> None:
     """out (C, D): ± v[h(i)] · factor, with buckets and signs of the keys ``h`` and ``s``."""
@@ -146,7 +149,7 @@ def hashed_lift(
 
 
 @kernel
-def hashed_project(
+def _hashed_project(
     first: int, last: int, g: Floats, h: int, s: int, c: Ints, size: int, sums: Floats
 ) -> None:
     """Its adjoint without the factor, blocks of ``size`` coordinates each into its own ``sums`` (B, C, d)."""
@@ -216,3 +219,33 @@ def sketch_estimate(
                 below = seen[rows // 2 - 1]
                 for t in range(count):
                     target[t] = (below[t] + middle[t]) * np.float32(0.5)
+
+
+def fastfood_spread(small_CM: Tensor, key: int, rounds: Tensor, out_CN: Tensor) -> None:
+    """``Π G`` of the repeated ``small``: the key's normals, and the bijection's rounds."""
+    drawn = key, rounds.numpy(), random.half_normal_table().numpy(), random.constants().numpy()
+    fast.run(_spread, out_CN.shape[1] // CHUNK, small_CM.numpy(), *drawn, out_CN.numpy())
+
+
+def fastfood_gather(x_CN: Tensor, key: int, rounds: Tensor, sums_BCM: Tensor) -> None:
+    """Its adjoint, each block of x into its own sums."""
+    drawn = key, rounds.numpy(), random.half_normal_table().numpy(), random.constants().numpy()
+    fast.run(_gather, len(sums_BCM), x_CN.numpy(), *drawn, sums_BCM.numpy())
+
+
+def flip(x_CX: Tensor, key: int, scale: float, out_CY: Tensor) -> None:
+    """``out`` = ± scale · x with the signs of ``key``, cut or filled with zeros to its length."""
+    chunks = -(-out_CY.shape[1] // CHUNK)
+    fast.run(_flip, chunks, x_CX.numpy(), key, random.constants().numpy(), np.float32(scale), out_CY.numpy())
+
+
+def hashed_lift(v_Cd: Tensor, h: int, s: int, factor: float, out_CD: Tensor) -> None:
+    """``out`` = ± v[h(i)] · factor, with buckets and signs of the keys ``h`` and ``s``."""
+    drawn = h, s, random.constants().numpy(), np.float32(factor)
+    fast.run(_hashed_lift, -(-out_CD.shape[1] // CHUNK), v_Cd.numpy(), *drawn, out_CD.numpy())
+
+
+def hashed_project(g_CD: Tensor, h: int, s: int, size: int, sums_BCd: Tensor) -> None:
+    """Its adjoint without the factor, each block of ``size`` coordinates into its own sums."""
+    drawn = h, s, random.constants().numpy(), size
+    fast.run(_hashed_project, len(sums_BCd), g_CD.numpy(), *drawn, sums_BCd.numpy())

@@ -60,3 +60,36 @@ def reach(x_D: Tensor, threshold: float, least: int, most: int) -> Tensor | None
     out = np.empty(ends[-1], np.int64)
     fast.run(_collect, len(counts), x, bits, ends, out)
     return torch.from_numpy(out)
+
+
+@kernel
+def _tally(x: Words, shift: int, above: int, counts: Indices) -> None:
+    """How often each value of the bits from ``shift`` on occurs, as many as there are counts, of magnitudes whose bits
+    above these are ``above``. Four tallies, lest equal neighbours wait for each other."""
+    mask, wide = len(counts) - 1, shift
+    size = len(counts)
+    while size > 1:
+        size //= 2
+        wide += 1
+    tallies = np.zeros((4, len(counts)), np.int64)
+    for i in range(len(x)):
+        word = x[i] & _MAGNITUDE
+        if word >> wide == above:
+            tallies[i & 3, (word >> shift) & mask] += 1
+    for t in range(4):
+        for j in range(len(counts)):
+            counts[j] += tallies[t, j]
+
+
+def kth(x_D: Tensor, k: int) -> float:
+    """The k-th largest magnitude of float32 numbers, none of which is NaN: by its bits, from the highest on."""
+    x = x_D.numpy().view(np.int32)
+    above, left = 0, k
+    for shift, bits in ((20, 11), (10, 10), (0, 10)):
+        counts = np.zeros(1 << bits, np.int64)
+        _tally(x, shift, above, counts)
+        later = counts[::-1].cumsum()[::-1]
+        value = int((later >= left).nonzero()[0][-1])
+        left -= int(later[value] - counts[value])
+        above = (above << bits) | value
+    return float(np.int32(above).view(np.float32))

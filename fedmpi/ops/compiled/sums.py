@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from fedmpi.ops import fast
 from fedmpi.ops.compiled.base import kernel
 
 BLOCK = 1 << 10  # a power of two: products of a block are added up as a tree
@@ -30,7 +32,7 @@ def fold(x: Doubles) -> float:
 
 
 @kernel
-def dots(first: int, last: int, v: Floats, w: Floats, out: Doubles) -> None:
+def _dots(first: int, last: int, v: Floats, w: Floats, out: Doubles) -> None:
     """<v, w>, <v, v> and <w, w> of blocks ``first`` to ``last`` of vectors, the last block filled with zeros."""
     vw, vv, ww = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
     for block in range(first, last):
@@ -44,7 +46,7 @@ def dots(first: int, last: int, v: Floats, w: Floats, out: Doubles) -> None:
 
 
 @kernel
-def absolute(first: int, last: int, v: Floats, out: Doubles) -> None:
+def _absolute(first: int, last: int, v: Floats, out: Doubles) -> None:
     """Σ|v| of the blocks."""
     room = np.empty(BLOCK, np.float64)
     for block in range(first, last):
@@ -57,7 +59,7 @@ def absolute(first: int, last: int, v: Floats, out: Doubles) -> None:
 
 
 @kernel
-def add_fixed(
+def _add_fixed(
     first: int, last: int, v: Array, weight: float, one: float, largest: float, total: Array, fits: Array
 ) -> None:
     """total += v · weight in multiples of 1 / ``one``, to the nearest, ties to even; a block with a product above
@@ -71,3 +73,20 @@ def add_fixed(
         if outside == 0:
             for i in range(len(a)):
                 sums[i] += np.int64(np.rint(np.float64(a[i]) * weight * one))
+
+
+def dots(v_S: Tensor, w_S: Tensor, out_3B: Tensor) -> None:
+    """The three products of each block, float64."""
+    fast.run(_dots, out_3B.shape[1], v_S.numpy(), w_S.numpy(), out_3B.numpy())
+
+
+def absolute(v_S: Tensor, out_B: Tensor) -> None:
+    """Σ|v| of each block, float64."""
+    fast.run(_absolute, len(out_B), v_S.numpy(), out_B.numpy())
+
+
+def add_fixed(
+    total_S: Tensor, v_S: Tensor, weight: float, one: float, largest: float, fits_B: Tensor
+) -> None:
+    """``fits``: bool of each block."""
+    fast.run(_add_fixed, len(fits_B), v_S.numpy(), weight, one, largest, total_S.numpy(), fits_B.numpy())
