@@ -137,8 +137,8 @@ class Config(_Section):
         "uniform",
         description="uniform: a new draw in each round; weighted: with probability proportional to their samples "
         "(messages then have equal weights); poisson: each client independently with probability cohort / clients, so "
-        "rounds differ in size; round_robin: in order; epoch_shuffle: each client exactly once in an epoch; or your own "
-        "function by import path",
+        "rounds differ in size; round_robin: in order; epoch_shuffle: each client exactly once in an epoch; or your "
+        "own function by import path",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="probability that a called client's message is lost")
     time: TimeConfig | None = Field(

@@ -38,7 +38,5 @@ def _of(value: Tensor) -> str:
     sample = words[:: max(1, step)].contiguous()
     known = f"{value.dtype} {tuple(value.shape)} {int(words.sum(dtype=torch.int64))}"
     digest = hashlib.blake2b(known.encode(), digest_size=12)
-    digest.update(
-        sample.flatten().view(torch.uint8).numpy().tobytes()
-    )  # flat: an axis of one may have no stride
+    digest.update(sample.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
