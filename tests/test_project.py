@@ -18,6 +18,7 @@ import fedmpi
 from fedmpi import config, project
 from fedmpi.cli import arguments_of, main
 from fedmpi.errors import ConfigError
+from fedmpi.methods import METHODS
 
 from .test_layers import LAYERS
 
@@ -227,6 +228,13 @@ def test_the_pages_together_name_every_command() -> None:
     code = [line for page in PAGES for line in code_of(page.read_text())]
     named = {command for line in code for command, _ in called(line)}
     assert {words for words in COMMANDS if words and " " not in words} <= named
+
+
+def test_every_method_stands_in_the_tables() -> None:
+    for page, row in (("README.md", r"^\| (`.*)$"), ("docs/methods.md", r"^\| (`[^|]*)\|")):
+        rows = re.findall(row, (ROOT / page).read_text(), re.MULTILINE)
+        named = {name for line in rows for name in re.findall(r"`(\w+)`", line.split("|")[0])}
+        assert METHODS.keys() <= named, page
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
