@@ -9,6 +9,7 @@ Shape suffixes: C clients, D parameters.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import resource
@@ -115,8 +116,10 @@ def least(work: Work, turns: int, clock: Callable[[], float] = time.thread_time)
 
 def peak(work: Work) -> int | None:
     """Bytes that this process holds at most while ``work`` runs, over what it holds before; None but on Linux."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # what was freed and is kept for the next vector counts again
     try:
-        gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the mark of the largest size starts afresh
     except OSError:
         return None
