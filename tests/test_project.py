@@ -151,7 +151,7 @@ def test_init_writes_files_that_fit_and_says_what_each_is(
 def _pointers(text: str) -> list[str]:
     """Files named in a text and missing here, but for those that it says are the repository's."""
     lines = " ".join(line for line in text.splitlines() if "of the repository" not in line)
-    named = re.findall(r"(?<![\w./{-])(?:configs|docs|examples|launch|slurm|tests)/[\w./-]*\w", lines)
+    named = re.findall(r"(?<![\w./{-])(?:configs|docs|launch|slurm|tests)/[\w./-]*\w", lines)
     return sorted(
         path for path in set(named) if not Path(path).exists() and not Path(f"slurm/{path}").exists()
     )
@@ -194,9 +194,7 @@ def missing(page: Path) -> list[str]:
     code = "\n".join(code_of(text))
     named = {
         ROOT / path
-        for path in re.findall(
-            r"(?<![\w./-])(?:configs|docs|examples|launch|slurm|tests|fedmpi)/[\w./-]*\w", code
-        )
+        for path in re.findall(r"(?<![\w./-])(?:configs|docs|launch|slurm|tests|fedmpi)/[\w./-]*\w", code)
     }
     linked = {page.parent / path for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)}
     return sorted(str(path) for path in named | linked if "yours" not in path.name and not path.exists())
