@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
 
@@ -41,6 +41,16 @@ def _chooser(where: str, table: Any) -> BeforeValidator:
     return BeforeValidator(parse)
 
 
+def _sampling(value: Any) -> Any:
+    """A name, or an import path with options."""
+    given = {"name": value} if isinstance(value, str) else value
+    if isinstance(given, dict) and own.is_path(str(given.get("name"))):
+        options = {k: v for k, v in given.items() if k != "name"}
+        no_words(options, "sampling")
+        return Choice(name=given["name"], options=options)
+    return value
+
+
 _flat = PlainSerializer(lambda choice: {"name": choice.name, **choice.options})
 _short = PlainSerializer(
     lambda choice: {"name": choice.name, **choice.options} if choice.options else choice.name
@@ -49,4 +59,9 @@ DataChoice = Annotated[Choice, _chooser("data", DATA), _flat]
 ModelChoice = Annotated[Choice, _chooser("model", MODELS), _flat]
 PartitionChoice = Annotated[Choice, _chooser("partition", PARTITIONS), _flat]
 LossChoice = Annotated[Choice, _chooser("loss", OBJECTIVES), _short]
+SamplingChoice = Annotated[
+    Literal["uniform", "weighted", "poisson", "round_robin", "epoch_shuffle"] | Choice,
+    BeforeValidator(_sampling),
+    PlainSerializer(lambda one: one if isinstance(one, str) else {"name": one.name, **one.options}),
+]
 MetricChoice = Annotated[Choice, _chooser("metrics", METRICS), _short]

@@ -19,10 +19,18 @@ from pydantic import (
 )
 
 from fedmpi import methods
-from fedmpi.choice import DataChoice, LossChoice, MetricChoice, ModelChoice, PartitionChoice
+from fedmpi.choice import (
+    Choice,
+    DataChoice,
+    LossChoice,
+    MetricChoice,
+    ModelChoice,
+    PartitionChoice,
+    SamplingChoice,
+)
 from fedmpi.errors import ConfigError
 from fedmpi.local import MOST as _MOST
-from fedmpi.local import Local, Schedule
+from fedmpi.local import ClientTest, ClientTesting, Local, Schedule, TimeConfig
 from fedmpi.methods.base import Options
 from fedmpi.optimizers import Name, Optimizer
 from fedmpi.overrides import override, read
@@ -66,26 +74,6 @@ class ServerConfig(_Section):
                 f"normalised, so local.lr is no default; set server.lr"
             )
         return self
-
-
-class TimeConfig(_Section):
-    """Simulated time of clients, and which of them a round waits for (:mod:`fedmpi.engine.timing`)."""
-
-    compute: float = Field(gt=0, description="seconds a sample, forward and backward (the median client's)")
-    compute_spread: float = Field(0.0, ge=0, le=5, description="σ of its logarithm over clients")
-    jitter: float = Field(0.0, ge=0, le=5, description="σ of its logarithm from round to round")
-    upload: float = Field(gt=0, description="Mb/s, 10^6 bits a second (the median client's)")
-    download: float = Field(gt=0, description="Mb/s")
-    bandwidth_spread: float = Field(0.0, ge=0, le=5, description="σ of both logarithms over clients")
-    first: int | None = Field(
-        None,
-        ge=1,
-        le=_MOST,
-        description="a round ends after this many messages; later ones are dropped",
-    )
-    deadline: float | None = Field(
-        None, gt=0, description="seconds that a round waits; it always waits for the first message"
-    )
 
 
 class ClipConfig(_Section):
@@ -145,11 +133,12 @@ class Config(_Section):
     cohort: StrictInt | StrictFloat | None = Field(
         None, description="clients a round: a number, or a fraction as a float (default: all)"
     )
-    sampling: Literal["uniform", "weighted", "poisson", "round_robin", "epoch_shuffle"] = Field(
+    sampling: SamplingChoice = Field(
         "uniform",
         description="uniform: a new draw in each round; weighted: with probability proportional to their samples "
         "(messages then have equal weights); poisson: each client independently with probability cohort / clients, so "
-        "rounds differ in size; round_robin: in order; epoch_shuffle: each client exactly once in an epoch",
+        "rounds differ in size; round_robin: in order; epoch_shuffle: each client exactly once in an epoch; or your "
+        "own function by import path",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="probability that a called client's message is lost")
     time: TimeConfig | None = Field(
@@ -216,12 +205,10 @@ class Config(_Section):
         False, description="the same bits at any number of ranks: one thread a rank, fixed-point sums"
     )
     seed: int = Field(0, ge=0, lt=2**63)
-    client_test: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="share of its samples that each client holds out. The model (with local parts, its own) is "
-        "tested on them, and the mean, median, worst tenth and spread of the clients' accuracies are reported",
+    client_test: ClientTesting = Field(
+        ClientTest.model_validate({"of": 0.0}),
+        description="what each client's model is tested on: the share of its samples that it holds out, or groups, or "
+        "{of: 0.2, after: true, save: true}. Mean, median, worst tenth and spread of accuracies are reported",
     )
     evaluate_every: int = Field(1, ge=1, le=_MOST, description="rounds between evaluations on the test set")
     test_batch: int = Field(512, ge=1, le=_MOST, description="test samples in a batch")
@@ -243,6 +230,11 @@ class Config(_Section):
             str, tuple[Any, Any, str]
         ] = {  # key → value, the only one that goes, why or what instead
             "cohort": (self.cohort, None, " (every rank trains in every round)"),
+            "sampling": (
+                self.own_sampling and self.own_sampling.name,
+                None,
+                " of your own (every rank trains in every round)",
+            ),
             "dropout": (self.dropout, 0, ""),
             "topology": (self.topology, "allreduce", ""),
             "local.epochs": (local.epochs, None, " (use local.steps: H for local updates)"),
@@ -317,9 +309,14 @@ class Config(_Section):
         return max(1, round(self.cohort * self.clients))
 
     @property
+    def own_sampling(self) -> Choice | None:
+        """The user's function that draws cohorts."""
+        return self.sampling if isinstance(self.sampling, Choice) else None
+
+    @property
     def largest_cohort(self) -> int:
         """So many clients a round at the most."""
-        return self.clients if self.sampling == "poisson" else self.cohort_size
+        return self.clients if self.sampling == "poisson" or self.own_sampling else self.cohort_size
 
     @property
     def rounds_per_epoch(self) -> int:

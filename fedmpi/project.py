@@ -21,8 +21,8 @@ FILES = {
     "configs/own.yaml": "the same with a data set, a model and a method of your own",
     "configs/own.py": "which are in this file: change it",
     "configs/kjv/*.yaml": "a language model byte by byte: across slow links (DiLoCo) in three sizes, and 1,189 clients",
-    "examples/ddp.py": "a DistributedDataParallel job with compressed gradients, two lines more than without",
-    "examples/trainer.py": "a transformers.Trainer job with compressed gradients, one callback more than without",
+    "configs/jobs/ddp.py": "a DistributedDataParallel job with compressed gradients, two lines more than without",
+    "configs/jobs/trainer.py": "a transformers.Trainer job with compressed gradients, one callback more than without",
     "launch/mpirun.sh": "mpirun for one machine: more ranks than cores, root, threads",
     "launch/mpi.sh": "what it is made of",
     "slurm/*.sbatch": "Slurm jobs: one node, many, GPUs, MPICH, sweeps, requeueing",
@@ -47,7 +47,7 @@ sbatch slurm/cpu.sbatch configs/quickstart.yaml                    # on a cluste
 fedmpi train configs/own.yaml                                      # data, model and method of your own
 fedmpi train configs/csv.yaml                                      # a table of your own
 fedmpi sweep configs/quickstart.yaml configs/sweep.over.yaml       # a grid of values and seeds, with a report
-torchrun --nproc-per-node 2 examples/ddp.py                        # compressed gradients in a job of your own
+torchrun --nproc-per-node 2 configs/jobs/ddp.py                    # compressed gradients in a job of your own
 fedmpi report runs/*                                               # a table and plots of what was run
 ```
 
@@ -80,7 +80,7 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def shelf() -> Path:
-    """The folder that holds configs/, examples/, launch/ and slurm/: in an installed wheel, or in the repository."""
+    """The folder that holds configs/, launch/ and slurm/: in an installed wheel, or in the repository."""
     inside = _PACKAGE / "share"
     return inside if inside.is_dir() else _PACKAGE.parent
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -65,6 +67,51 @@ def recurrent(shape: tuple[int, ...], classes: int) -> nn.Module:
 
 def attention(shape: tuple[int, ...], classes: int) -> nn.Module:
     return Attention(shape[-1], classes)
+
+
+class Means(nn.Module):
+    """Running means that it assigns anew."""
+
+    level: Tensor
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(inputs, 8), nn.Linear(8, classes)
+        self.register_buffer("level", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x.flatten(1))
+        if self.training:
+            self.level = 0.9 * self.level + 0.1 * h.detach().mean(0)
+        output: Tensor = self.last(torch.relu(h - self.level))
+        return output
+
+
+def means(shape: tuple[int, ...], classes: int) -> nn.Module:
+    return Means(torch.Size(shape).numel(), classes)
+
+
+class Skipping(nn.Module):
+    """Stochastic depth by generators of its own: NumPy's, Python's and torch's."""
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(inputs, 8), nn.Linear(8, classes)
+        self.branches = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.numpy, self.python, self.torch = np.random.default_rng(), random.Random(), torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x.flatten(1))
+        draws = self.numpy.random(), self.python.random(), float(torch.rand((), generator=self.torch))
+        for branch, draw in zip(self.branches, draws, strict=True):
+            if not self.training or draw < 0.5:
+                h = h + torch.relu(branch(h))
+        output: Tensor = self.last(h)
+        return output
+
+
+def skipping(shape: tuple[int, ...], classes: int) -> nn.Module:
+    return Skipping(torch.Size(shape).numel(), classes)
 
 
 class Colours(nn.Module):

@@ -66,6 +66,8 @@ WAITS = {
     "topk coded": (2, 2),  # a look at the indices and one at the values,
     "topk coded, 4 bits": (2, 2),  # or their scales
     "rtopk coded": (2, 2),
+    "sparseloco": (2, 2),
+    "sparseloco packed": (2, 2),
 }
 PARTS = {
     "conv.weight": {"name": "powersgd", "rank": 1, "feedback": True},

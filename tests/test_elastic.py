@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+
+import fedmpi
+from fedmpi.errors import CommError, ConfigError
 
 from .conftest import JOBS
 from .jobs import elastic as job
@@ -20,13 +26,13 @@ Rows = dict[str, list[dict[str, Any]]]
 
 
 def run(folder: Path, seconds: float, every: float, seed: int = 0) -> tuple[dict[str, Any], Rows, str]:
-    """Its events and exit codes, each rank's rows, and all that they printed."""
+    """Its events and exit codes, each rank's rows, and all that they printed, and the rank of a stopped coordinator."""
     words = [str(JOBS / "elastic.py"), str(folder), str(seconds), str(every), str(seed)]
     done = subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, timeout=abs(seconds) + 200, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    said = "\n".join(path.read_text() for path in sorted(folder.glob("rank*.out")))
+    said = "\n".join([*(path.read_text() for path in sorted(folder.glob("rank*.out"))), done.stdout])
     rows = {
         path.stem: [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
         for path in sorted(folder.glob("rank*.jsonl"))
@@ -74,6 +80,8 @@ def test_one_is_killed_another_comes_and_the_coordinator_is_replaced(tmp_path: P
     check_exits(found, said, (refused,))
     assert check_digests({name: mine for name, mine in rows.items() if name != refused}) >= 7
     assert "has method.name 'topk', this rank has 'dense'" in said
+    # A stopped one, for which torch's own client would wait for ever.
+    assert re.search(r"elastic: no coordinator answers at \S+ for 0.1 s \(no answer within \d+ s\)", said)
     killed, newcomer = rows["rank002"], rows["rank006"]
     assert killed[-1]["what"] == "synchronised"
     joined = next(row for row in newcomer if row["what"] == "joined")
@@ -120,3 +128,41 @@ def final_loss(rows: Rows) -> float:
     synchronised = [row for mine in rows.values() for row in mine if row["what"] == "synchronised"]
     last = max(row["synchronisation"] for row in synchronised if row["ranks"] >= job.RANKS - 1)
     return statistics.fmean(row["loss"] for row in synchronised if row["synchronisation"] == last)
+
+
+def wrapped(**how: Any) -> Any:
+    net = nn.Linear(8, 8)
+    return fedmpi.local_sgd(net, torch.optim.SGD(net.parameters(), lr=0.1), **how)
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ({"elastic": "here"}, r'elastic: expected the coordinator\'s "host:port", got \'here\''),
+        ({"elastic": {"at": "here:1", "leese": 3}}, r"elastic.leese: unknown key"),
+        (
+            {"elastic": "here:1", "every": lambda cycle: 5},
+            r"every: expected a number with elastic, got a function",
+        ),
+        ({"elastic": "here:1", "overlap": 1}, r"overlap: expected 0 with elastic, got 1"),
+        (
+            {"elastic": "here:1", "exchange": "owner"},
+            r"exchange: expected gather or sum with elastic, got owner",
+        ),
+        ({"elastic": "here:1", "comm": "mpi"}, r"elastic: expected neither group nor comm with it"),
+    ],
+)
+def test_what_does_not_go_with_it_is_said(how: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        wrapped(**how)
+
+
+def test_a_coordinator_that_is_not_there_or_does_not_answer_is_named() -> None:
+    def refused(port: int) -> str:
+        with pytest.raises(CommError) as error:
+            wrapped(elastic={"at": f"127.0.0.1:{port}", "coordinator": 0.1})
+        return str(error.value)
+
+    said = refused(port := job.free_port())
+    assert said.startswith(f"elastic: no coordinator answers at 127.0.0.1:{port} for 0.1 s ([Errno 111]")
+    assert said.endswith(f"start one there with: fedmpi coordinator --port {port}")

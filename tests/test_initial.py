@@ -115,10 +115,14 @@ def test_a_file_that_does_not_fit_is_named(tmp_path: Path, mine: str) -> None:
     refused("expected one value of a.weight, b.weight, which are tied, got several", tied, f"{mine}:build")
     (tmp_path / "a.safetensors").write_bytes(b"no")
     refused("expected safetensors")
-    for word in ("pretrained", "model.pt"):
-        with pytest.raises(
-            ConfigError, match=r"expected the path of a \.safetensors file, got .*pretrained, the name"
-        ):
+    for word, message in (
+        ("model.pt", r"expected the path of a \.safetensors file, got .*pretrained, the name"),
+        (
+            "pretrained",
+            r"no pretrained values of model linear here; save those .* set model\.init: FILE, or let",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
             build("linear", (64,), 10, 0, init=word)
 
 

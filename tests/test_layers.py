@@ -40,13 +40,14 @@ LAYERS = {
     "methods": BASE
     | {"method", "message", "spec", "ops", "optimizers", "own", "validation"},  # never comm or engine
     "meet": {"comm", "errors", "message", "method", "methods", "ops", "phases"},
-    "local": {"methods", "validation"},
+    "local": {"methods", "own", "validation"},
     "plan": BASE | {"method", "methods", "spec", "validation"},
     "choice": {"own", "tasks", "validation"},
     "config": {"choice", "errors", "local", "methods", "optimizers", "overrides", "plan", "validation"},
     "engine": BASE
     | {
         "callbacks",
+        "choice",
         "comm",
         "config",
         "local",

@@ -15,14 +15,15 @@ from fedmpi.cli import main
 from fedmpi.comm import solo
 from fedmpi.engine.clients import cohort
 from fedmpi.engine.rounds import Simulation
-from fedmpi.errors import ConfigError, DataError
+from fedmpi.errors import CommError, ConfigError, DataError
 from fedmpi.tasks.data import DATA, load
 from fedmpi.tasks.partitions import divide
 
 from .conftest import SMALL, metrics, write_config
-from .interrupted import SAVED, outcome, rounds_saved, train
+from .interrupted import SAVED, only, outcome, rounds_saved, train
 
 MODULE = """
+import threading
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
@@ -30,7 +31,7 @@ from fedmpi.tasks.data import Data, Split
 
 rng = np.random.default_rng(2)
 x = rng.standard_normal((30, 2))
-y = (x[:, 0] > 0).astype(np.int32)
+y, z = (x[:, 0] > 0).astype(np.int32), x[:, 1].copy()
 
 class Pairs(Dataset):
     def __init__(self, n=20, noise=0.0, broken=None, ragged=None):
@@ -51,12 +52,20 @@ class Stream(IterableDataset):
     def __iter__(self):
         return ((torch.from_numpy(x[i]), torch.tensor(y[i])) for i in range(20))
 
+def frame(values):
+    import pandas
+    return pandas.DataFrame(values)
+
 def load(folder, kind="arrays"):
     test = (x[20:], y[20:])
     return {
         "arrays": lambda: ((x[:20], y[:20]), test),
         "splits": lambda: Data("mine", Split(x[:20], y[:20], np.arange(20, dtype=np.uint16) // 5), Split(*test), 2),
         "floats": lambda: ((x[:20].astype(np.float16), x[:20, 1]), (x[20:].astype(np.float16), x[20:, 1])),
+        "lists": lambda: ((x[:20].tolist(), y[:20].tolist()), (x[20:].tolist(), y[20:].tolist())),
+        "frames": lambda: ((frame(x[:20]), frame(y[:20])[0]), (frame(x[20:]), frame(y[20:])[0])),
+        "column": lambda: ((x[:20], z[:20, None]), (x[20:], z[20:, None])),
+        "labels": lambda: ((x[:20], x[:20] > 0), (x[20:], x[20:] > 0)),
         "dataset": lambda: (Pairs(), Pairs(10)),
         "stream": lambda: (Stream(), Pairs(10)),
         "noisy": lambda: (Pairs(noise=1.0), Pairs(10)),
@@ -75,6 +84,23 @@ def none(folder, **rest):
 
 def divide(targets, clients, seed, groups, step=1):
     return (np.arange(len(targets)) * step + seed) % clients
+
+def large(round, clients, cohort, sizes, seed, least=1):
+    # Random ones of those that hold enough.
+    return np.random.permutation(np.flatnonzero(sizes.numpy() >= least))[:cohort]
+
+calls, idents = [], {}
+
+def turns(round, clients, cohort, sizes, seed):
+    calls.append(round)
+    return [len(calls) % clients]
+
+def apart(round, clients, cohort, sizes, seed):
+    # Another client on each rank (which are threads here), once the run has begun.
+    return [0] if round == 0 else [idents.setdefault(threading.get_ident(), len(idents))]
+
+def odd(round, clients, cohort, sizes, seed, kind="twice"):
+    return {"twice": [1, 1], "beyond": [clients], "halves": [0.5], "word": "ab", "none": None}[kind]
 
 def beyond(targets, clients, seed, groups):
     return torch.full((len(targets),), clients)
@@ -111,6 +137,8 @@ def arrays(mine: str) -> Any:
         ("splits", ["train.groups converted from uint16 to int64"]),
         ("floats", ["train.x converted from float16 to float32", "1 values a sample"]),
         ("dataset", ["train.x converted from float64", "2 classes"]),
+        ("lists", ["train.x converted from float64", "2 classes"]),
+        ("frames", ["train.x converted from float64", "train.y converted from int32", "2 classes"]),
         ("stream", ["train.x converted from float64", "train.y converted from int32"]),
         ("noisy", ["train gives another sample 0 each time; each is read once"]),
     ],
@@ -133,6 +161,21 @@ def test_own_data_become_tensors_and_it_is_said(mine: str, kind: str, notes: lis
     if kind == "splits":
         assert found.train.groups is not None
         assert found.train.groups.tolist() == [i // 5 for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [("floats", "squared_error"), ("column", "squared_error"), ("labels", "binary_cross_entropy")],
+)
+def test_targets_of_values_and_of_several_labels_train(mine: str, kind: str, loss: str) -> None:
+    """(N,), (N, 1) as slices of arrays have it, and whether each of several labels is so."""
+    values = {**SMALL, "data": {"name": f"{mine}:load", "kind": kind}, "loss": loss, "partition": "iid"}
+    sim = Simulation(config.parse({**values, "rounds": 20, "evaluate_every": 1}), solo())
+    losses = []
+    for t in range(20):
+        sim.round(t)
+        losses.append(sim.measures["test_loss"])
+    assert losses[-1] < 0.7 * losses[0]
 
 
 @pytest.mark.parametrize(
@@ -327,6 +370,51 @@ def test_poisson_sampling_calls_each_client_for_itself() -> None:
     assert float(sizes.double().var()) == pytest.approx(40 * 3 / 16, rel=0.25)
     whole = config.parse({**values, "cohort": None})
     assert cohort(whole, made.partition, 3).tolist() == list(range(40))
+
+
+def test_an_own_sampling(mine: str, tmp_path: Path) -> None:
+    """Its draws are the round's, whoever draws: three ranks and a resume call the same clients."""
+    sampling = {"name": f"{mine}:large", "least": 200}
+    values = {**SAVED, "sampling": sampling, "checkpoint": {"rounds": 2, "keep": 9}, "cohort": 2}
+    parsed = config.parse(values)
+    assert parsed.plain()["sampling"] == sampling
+    assert config.parse(parsed.plain()) == parsed
+    made = Simulation(parsed, solo())
+    called = [cohort(parsed, made.partition, t) for t in range(20)]
+    assert all(int(made.partition.sizes_of(c).min()) >= 200 and len(c) == 2 for c in called)
+    assert len({tuple(c.tolist()) for c in called}) > 1
+    train(values, tmp_path / "1")
+    train(values, tmp_path / "3", ranks=3)
+    expected = outcome(tmp_path / "1")
+    assert outcome(tmp_path / "3") == expected
+    only(tmp_path / "3", 2)
+    train(values, tmp_path / "3", ranks=2, resume=True)
+    assert outcome(tmp_path / "3") == expected
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ("turns", "turns gives another cohort when it is asked for round 0 again"),
+        ({"kind": "twice"}, "odd: expected each client once, got 1 2 times"),
+        ({"kind": "beyond"}, "odd: expected clients from 0 to 5, got 6"),
+        ({"kind": "halves"}, r"odd returned shape \(1,\) of torch.float64, expected sample\(round"),
+        ({"kind": "word"}, "odd returned a str, expected sample"),
+        ({"kind": "none"}, "odd returned a NoneType, expected sample"),
+        ({"kinds": "none"}, "does not take what it is given .*'kinds'"),
+        ({"kind": "what"}, "odd failed: KeyError: 'what'"),
+    ],
+    ids=str,
+)
+def test_an_own_sampling_that_fails_is_named(mine: str, sampling: Any, message: str) -> None:
+    sampling = f"{mine}:{sampling}" if isinstance(sampling, str) else {"name": f"{mine}:odd", **sampling}
+    with pytest.raises(ConfigError, match=message):
+        Simulation(config.parse({**SMALL, "sampling": sampling}), solo())
+
+
+def test_ranks_that_sample_apart_end(mine: str, tmp_path: Path) -> None:
+    with pytest.raises(CommError, match="ranks disagree on the clients of round 1: rank 0 has"):
+        train({**SMALL, "sampling": f"{mine}:apart", "clients": 5}, tmp_path, ranks=2)
 
 
 @pytest.mark.parametrize("method", ["signsgd", {"name": "lookback", "threshold": 0.5}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,24 @@ DRAWS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+_GENERATOR = np.random.default_rng(0)
+DRAWS |= {
+    "NumPy's, held by the model": lambda: Net(
+        lambda net, x: net.l(x) + (net.own.random() if net.training else 0), own=np.random.default_rng(0)
+    ),
+    "Python's, held by the model": lambda: Net(
+        lambda net, x: net.l(x) + (net.own.random() if net.training else 0), own=random.Random(0)
+    ),
+    "torch's, held by the model": lambda: Net(
+        lambda net, x: net.l(x * (torch.rand(6, generator=net.own) > 0.5) if net.training else x),
+        own=torch.Generator(),
+    ),
+    "NumPy's, of the module": lambda: Net(
+        lambda net, x: net.l(x) + (_GENERATOR.random() if net.training else 0)
+    ),
+}
+
+
 @pytest.mark.parametrize("case", DRAWS)
 def test_models_that_draw_are_found(case: str) -> None:
     traits = probe.look("mine", DRAWS[case](), measured("cross_entropy", CLASSES), CLASSES)
@@ -131,10 +150,32 @@ def test_buffers_that_change_are_found() -> None:
     assert not found.alone
 
 
+def compiled() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced: nn.Module = torch.jit.trace(nn.Linear(6, 3), X[:2])
+    return traced
+
+
 REFUSED = {
     "a generator of its own": (
-        lambda: Net(lambda net, x: net.l(x) + np.random.default_rng().random()),
+        lambda: Net(lambda net, x: net.l(x) + (np.random.default_rng().random() if net.training else 0)),
         "two passes in training over the same samples give different outputs",
+    ),
+    "compiled": (
+        compiled,
+        "expected a module of Python's",
+    ),
+    "draws in evaluation": (
+        lambda: Net(lambda net, x: F.dropout(net.l(x), 0.5)),
+        "its output in evaluation is random; expected random numbers in training alone",
+    ),
+    "a step in forward": (
+        lambda: Net(
+            lambda net, x: net.l(F.embedding((x > 0).long(), net.e, max_norm=0.1).sum(1)),
+            e=nn.Parameter(torch.ones(2, 6)),
+        ),
+        "its forward changes the parameter e; expected that steps alone do: leave out max_norm",
     ),
     "running means": (lambda: Net(remembers, level=torch.zeros(6)), "changes its attribute level"),
     "hidden running means": (

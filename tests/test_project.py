@@ -18,6 +18,7 @@ import fedmpi
 from fedmpi import config, project
 from fedmpi.cli import arguments_of, main
 from fedmpi.errors import ConfigError
+from fedmpi.methods import METHODS
 
 from .test_layers import LAYERS
 
@@ -150,7 +151,7 @@ def test_init_writes_files_that_fit_and_says_what_each_is(
 def _pointers(text: str) -> list[str]:
     """Files named in a text and missing here, but for those that it says are the repository's."""
     lines = " ".join(line for line in text.splitlines() if "of the repository" not in line)
-    named = re.findall(r"(?<![\w./{-])(?:configs|docs|examples|launch|slurm|tests)/[\w./-]*\w", lines)
+    named = re.findall(r"(?<![\w./{-])(?:configs|docs|launch|slurm|tests)/[\w./-]*\w", lines)
     return sorted(
         path for path in set(named) if not Path(path).exists() and not Path(f"slurm/{path}").exists()
     )
@@ -193,9 +194,7 @@ def missing(page: Path) -> list[str]:
     code = "\n".join(code_of(text))
     named = {
         ROOT / path
-        for path in re.findall(
-            r"(?<![\w./-])(?:configs|docs|examples|launch|slurm|tests|fedmpi)/[\w./-]*\w", code
-        )
+        for path in re.findall(r"(?<![\w./-])(?:configs|docs|launch|slurm|tests|fedmpi)/[\w./-]*\w", code)
     }
     linked = {page.parent / path for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)}
     return sorted(str(path) for path in named | linked if "yours" not in path.name and not path.exists())
@@ -227,6 +226,13 @@ def test_the_pages_together_name_every_command() -> None:
     code = [line for page in PAGES for line in code_of(page.read_text())]
     named = {command for line in code for command, _ in called(line)}
     assert {words for words in COMMANDS if words and " " not in words} <= named
+
+
+def test_every_method_stands_in_the_tables() -> None:
+    for page, row in (("README.md", r"^\| (`.*)$"), ("docs/methods.md", r"^\| (`[^|]*)\|")):
+        rows = re.findall(row, (ROOT / page).read_text(), re.MULTILINE)
+        named = {name for line in rows for name in re.findall(r"`(\w+)`", line.split("|")[0])}
+        assert METHODS.keys() <= named, page
 
 
 def test_every_page_is_reached_from_the_readme() -> None:

@@ -265,6 +265,7 @@ WANTED = {  # of each reader, a file that a folder without it is told of
     "mnist": "t10k-labels-idx1-ubyte",
     "emnist": "emnist-balanced-train-images-idx3-ubyte",
     "femnist": "train, test",
+    "leaf": "train, test",
     "cifar-10": "data_batch_1.bin",
     "csv": "houses.csv",
     "kjv": "kjv.txt",

@@ -50,7 +50,7 @@ def test_batch_norm_and_dropout(method: str, tmp_path: Path) -> None:
     same_everywhere({**RUN, "model": {"name": "tests.nets:build"}, "method": METHODS[method]}, tmp_path)
 
 
-@pytest.mark.parametrize("model", ["recurrent", "attention"])
+@pytest.mark.parametrize("model", ["recurrent", "attention", "skipping"])
 def test_dropout_within_layers(model: str, tmp_path: Path) -> None:
     train({**RUN, "model": {"name": f"tests.nets:{model}"}}, tmp_path / "1")
     train({**RUN, "model": {"name": f"tests.nets:{model}"}}, tmp_path / "2", ranks=2)

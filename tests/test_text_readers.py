@@ -170,10 +170,25 @@ class TestHub:
         assert got.test.y.tolist() == [0]
         assert got.train.groups is not None
         assert got.train.groups.tolist() == [0, 1, 0]
+        assert got.test.groups is not None
+        assert got.test.groups.tolist() == [2], "somebody else than in training"
         with pytest.raises(DataError, match="expected a column 'sentence', got line, mood, who"):
             load("hub", tmp_path, **{**options, "input": "sentence"})
         with pytest.raises(DataError, match=r"data\.dataset: expected a hub name .* got '/none/such'"):
             load("hub", tmp_path, dataset="/none/such")
+
+    def test_several_columns_of_numbers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        tables = tmp_path / "tables"
+        tables.mkdir()
+        for part in ("train", "test"):
+            (tables / f"{part}.csv").write_text("size,rooms,label\n1.5,2,0\n2.5,3,1\n")
+        got = load("hub", tmp_path, dataset=str(tables), input=["size", "rooms"])
+        assert got.train.x.tolist() == [[1.5, 2.0], [2.5, 3.0]]
+        assert got.test.y.tolist() == [0, 1]
+        with pytest.raises(DataError, match="expected a column 'colour', got size, rooms, label"):
+            load("hub", tmp_path, dataset=str(tables), input=["size", "colour"])
 
     @pytest.mark.parametrize(
         ("file", "content", "message"),

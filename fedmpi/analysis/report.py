@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fedmpi.analysis import plots
+from fedmpi.analysis import clients, plots
 from fedmpi.analysis.legend import apart, common, setting
 from fedmpi.analysis.page import FORMATS, Page, Table, text_table, write
 from fedmpi.analysis.plots import panels_for, score_picture
@@ -23,7 +23,8 @@ _NOTHING = "-"  # where a run has no such number: never evaluated, or nothing wa
 
 
 def report(runs: Sequence[Path], out: Path | None = None, format: str = "png") -> str:
-    """Compare runs; writes ``report.md``, ``report.html`` and ``report.png``.
+    """Compare runs; writes ``report.md``, ``report.html`` and ``report.png``, and ``clients.png`` where clients
+    were tested.
 
     Args:
       runs: the runs' folders. One given twice counts once; one that holds a report is passed over, so that
@@ -77,6 +78,9 @@ def report(runs: Sequence[Path], out: Path | None = None, format: str = "png") -
     page = _page(
         tables, loaded, f"fedmpi report {words(folders.values())} --out {words([out])}", pictures["png"]
     )
+    found = {run.name: of for run in loaded if (of := clients.load(run.folder)) is not None}
+    if found:
+        page.picture("clients", clients.picture(shown, found), "Clients from the worst to the best")
     written = page.write(out, "report")
     for kind in pictures.keys() - {"png"}:
         write(out / f"report.{kind}", pictures[kind], "--out")
@@ -169,11 +173,13 @@ def columns_for(runs: Iterable[Run]) -> list[Column]:
     runs = list(runs)
     names = dict.fromkeys(name for run in runs for name in run.summary.metrics)
     show = _percent if all(_is_share(run.summary.metric) for run in runs) else _number
-    clients = (
+    tested = (
         Column("clients' mean", lambda run: run.summary.client_score, show, always=False),
         Column("worst tenth", lambda run: run.summary.client_worst, show, always=False),
+        Column("mean after", lambda run: run.summary.client_after_score, show, always=False),
+        Column("worst after", lambda run: run.summary.client_after_worst, show, always=False),
     )
-    every = (*map(_measured, names), *clients, *_COLUMNS)
+    every = (*map(_measured, names), *tested, *_COLUMNS)
     return [c for c in every if c.always or any(c.value(run) is not None for run in runs)]
 
 

@@ -42,6 +42,8 @@ class Summary(BaseModel):
     simulated_seconds: float | None = None
     client_score: float | None = None
     client_worst: float | None = None
+    client_after_score: float | None = None
+    client_after_worst: float | None = None
     seed: int
     ranks: int = 1
     comm: str = ""
@@ -57,7 +59,8 @@ class Summary(BaseModel):
     @classmethod
     def _by_name(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(name := values.get("metric", "accuracy"), str):
-            for key, of in (("score", name), ("client_score", f"client_{name}")):
+            after = "client_after_score", f"client_after_{name}"
+            for key, of in (("score", name), ("client_score", f"client_{name}"), after):
                 if of in values:
                     values = {**values, key: values[of]}
         return values

@@ -38,6 +38,8 @@ _KEPT = (  # of a run's summary, in the results
     "client_accuracy",
     "client_median",
     "client_worst",
+    "client_after_accuracy",
+    "client_after_worst",
     "loss",
     "upload_bytes",
     "download_bytes",

@@ -29,7 +29,8 @@ _LR = 0.05
 
 
 class Bare:
-    """Federated averaging of one pass a client over its samples, as a plain loop; for clients of one size."""
+    """Federated averaging of one pass a client over its samples, as a plain loop; for clients of one size. Buffers are
+    averaged, too; of counters the largest counts."""
 
     def __init__(self, like: Simulation) -> None:
         self.config = like.config
@@ -44,15 +45,17 @@ class Bare:
             like.partition,
         )
         self.theta = [p.detach().clone() for p in self.model.parameters()]
+        self.buffers = [b.detach().clone() for b in self.model.buffers()]
 
     def rounds(self, count: int) -> None:
-        config, parameters = self.config, list(self.model.parameters())
+        config, parameters, buffers = self.config, list(self.model.parameters()), list(self.model.buffers())
+        self.model.train()
         clients, cohort, batch, rate = config.clients, config.cohort_size, config.local.batch, config.local.lr
         for _ in range(count):
-            mean = [torch.zeros_like(p) for p in self.theta]
+            mean, kept = [torch.zeros_like(p) for p in self.theta], [torch.zeros_like(b) for b in buffers]
             for client in torch.randperm(clients)[:cohort].tolist():
                 with torch.no_grad():
-                    for p, value in zip(parameters, self.theta, strict=True):
+                    for p, value in zip(parameters + buffers, self.theta + self.buffers, strict=True):
                         p.copy_(value)
                 index_N = self.parts.of(client)
                 for batch_B in index_N[torch.randperm(len(index_N))].split(batch):
@@ -65,7 +68,12 @@ class Bare:
                 with torch.no_grad():
                     for sums, p in zip(mean, parameters, strict=True):
                         sums.add_(p, alpha=1 / cohort)
-            self.theta = mean
+                    for sums, b in zip(kept, buffers, strict=True):
+                        if b.is_floating_point():
+                            sums.add_(b, alpha=1 / cohort)
+                        else:
+                            torch.maximum(sums, b, out=sums)
+            self.theta, self.buffers = mean, kept
 
 
 class Engine:
@@ -107,7 +115,7 @@ def _epochs(model: str, target: float, rounds: int, repeats: int, device: torch.
         device=str(device),
     )
     ours, bare = Engine(engine), Bare(engine)
-    name = f"{model}, {_CLIENTS} clients × {_SAMPLES} samples, cohort {_COHORT}, batch {_BATCH}"
+    name = f"{model.rpartition(':')[2]}, {_CLIENTS} clients × {_SAMPLES} samples, cohort {_COHORT}, batch {_BATCH}"
     return measure(
         name, partial(ours.rounds, rounds), partial(bare.rounds, rounds), 1 / target, repeats, device
     )
@@ -147,6 +155,8 @@ def run(repeats: int = 5, device: str = "cpu") -> Table:
     rows = [
         _epochs("linear", 1.3, 20, repeats, where),
         _epochs("cnn", 0.95, 1, repeats, where),
+        _epochs(synthetic.NORM_CNN, 1 / 1.1, 1, repeats, where),
+        _epochs(synthetic.NORM_MLP, 1 / 1.1, 10, repeats, where),
         _one_step("linear", {"name": "dense"}, 10, repeats, where),
         _one_step("fcn", {"name": "intrinsic", "dim": 1000}, 10, repeats, where),
         _one_step("cnn", {"name": "intrinsic", "dim": 1000}, None, repeats, where),

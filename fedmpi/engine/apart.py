@@ -2,8 +2,8 @@
 
 Set before a client's training and read after it; buffers that nobody expects to change are looked at.
 
-Shape suffixes: X numbers that all share (D parameters, then buffers), L that each client keeps for itself, O of the
-parameters that a client steps (D, then its own).
+Shape suffixes: C clients, X numbers that all share (D parameters, then buffers), L that each client keeps for itself, O
+of the parameters that a client steps (D, then its own), N of the buffers that training changes.
 """
 
 from __future__ import annotations
@@ -89,6 +89,33 @@ class Apart:
         now = self._buffers.read()
         g_X = torch.cat([g_O[:size], x_X[size : size + shared] - now[:shared]])
         return g_X, torch.cat([theta_O[size:], now[shared:]])
+
+    @property
+    def changing(self) -> Spec:
+        """The buffers that training changes: shared, then each client's own."""
+        return self._buffers.spec
+
+    def begin_all(self, x_X: Tensor, kept_CL: Tensor | None, clients: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`begin`, of several clients at once: the parameters that all start from ``(O,)``, or a row of each,
+        and what they hold of :attr:`changing`, a row of each. Nothing is set."""
+        size, end = self.plan.trained.size, self.plan.trained.size + self.plan.buffers.size
+        kept_CL = self.kept_L.expand(clients, -1) if kept_CL is None else kept_CL
+        own_CL, local_CL = kept_CL[:, : self._own.size], kept_CL[:, self._own.size :]
+        start_O = x_X[:size]
+        if self._own.size:
+            start_O = torch.cat([start_O.expand(clients, -1), own_CL], 1)
+        return start_O, torch.cat([x_X[size:end].expand(clients, -1), local_CL], 1)
+
+    def end_all(
+        self, x_X: Tensor, g_CO: Tensor, theta_CO: Tensor, buffers_CN: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`end`, of clients that hold ``buffers_CN`` after their steps."""
+        size, shared = self.plan.trained.size, self.plan.buffers.size
+        if not (shared or self._own.size):
+            return g_CO, buffers_CN
+        moved_CN = x_X[size : size + shared] - buffers_CN[:, :shared]
+        kept_CL = torch.cat([theta_CO[:, size:], buffers_CN[:, shared:]], 1)
+        return torch.cat([g_CO[:, :size], moved_CN], 1), kept_CL
 
     def mask(self, frozen_X: Tensor | None) -> Tensor | None:
         """Of the O parameters those that stay as they are."""

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import heapq
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fedmpi import random
+from fedmpi import own, random
+from fedmpi.choice import Choice
 from fedmpi.config import Config
+from fedmpi.engine.draws import generators, seed_all
+from fedmpi.errors import ConfigError
 from fedmpi.tasks.partitions import Partition
+
+USAGE = "sample(round: int, clients: int, cohort: int, sizes, seed: int, **options) -> different clients"
 
 
 def cohort(config: Config, partition: Partition, t: int) -> Tensor:
-    """The clients of round t, int64, increasing: a function of the seed and the round alone."""
+    """The clients of round t, int64, increasing: a function of the seed and the round alone.
+
+    Raises:
+      ConfigError: the user's own sampling fails.
+    """
+    if config.own_sampling is not None:
+        return _own_cohort(config.own_sampling, config, partition, t)
     size, clients = config.cohort_size, config.clients
     if size == clients and not (config.sampling == "poisson" and config.cohort not in (None, 1.0, clients)):
         return torch.arange(clients)
@@ -32,6 +44,53 @@ def cohort(config: Config, partition: Partition, t: int) -> Tensor:
         key, first = random.key(config.seed, epoch, -1, "cohort"), turn * size
         chosen = random.sample(key, clients, min(size, clients - first), start=first)
     return chosen.sort().values
+
+
+def check_sampling(config: Config, partition: Partition) -> None:
+    """Raises:
+    ConfigError: the user's own sampling gives another cohort when it is asked again.
+    """
+    if config.own_sampling is None:
+        return
+    first, again = (cohort(config, partition, 0) for _ in range(2))
+    if not torch.equal(first, again):
+        raise ConfigError(
+            f"sampling: {config.own_sampling.name} gives another cohort when it is asked for round 0 again; expected a "
+            "function of its arguments alone: no state, no generator of its own without a seed"
+        )
+
+
+def _own_cohort(own_sampling: Choice, config: Config, partition: Partition, t: int) -> Tensor:
+    """By a user's function, while all generators stand at a key of the round."""
+    path, options = own_sampling.name, own_sampling.options
+    arguments = t, config.clients, config.cohort_size, partition.sizes, config.seed
+    with generators(True):
+        seed_all(random.key(config.seed, t, -1, "cohort"))
+        found = own.call("sampling.name", path, *arguments, options=options, usage=USAGE)
+    try:
+        ids = found if isinstance(found, Tensor) else torch.as_tensor(np.asarray([*found]))
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(
+            f"sampling.name: {path} returned a {type(found).__name__}, expected {USAGE}"
+        ) from None
+    ids = ids.long() if not len(ids) else ids
+    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ConfigError(
+            f"sampling.name: {path} returned shape {tuple(ids.shape)} of {ids.dtype}, expected {USAGE}"
+        )
+    ids = ids.long()
+    if len(wrong := ids[(ids < 0) | (ids >= config.clients)]):
+        raise ConfigError(
+            f"sampling.name: {path}: expected clients from 0 to {config.clients - 1}, got {int(wrong[0])}"
+        )
+    values, counts = torch.unique(ids, return_counts=True)
+    if len(values) < len(ids):
+        raise ConfigError(
+            f"sampling.name: {path}: expected each client once, got {int(values[counts.argmax()])} "
+            f"{int(counts.max())} times"
+        )
+    called: Tensor = values
+    return called
 
 
 def _by_samples(key: int, partition: Partition, size: int) -> Tensor:

@@ -38,5 +38,5 @@ def _of(value: Tensor) -> str:
     sample = words[:: max(1, step)].contiguous()
     known = f"{value.dtype} {tuple(value.shape)} {int(words.sum(dtype=torch.int64))}"
     digest = hashlib.blake2b(known.encode(), digest_size=12)
-    digest.update(sample.view(torch.uint8).numpy().tobytes())
+    digest.update(sample.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from fedmpi.methods.base import Setup
 from fedmpi.plan import Plan
 from fedmpi.tasks import data, metrics, models, objectives, partitions
 from fedmpi.tasks.data import Data
+from fedmpi.tasks.held import by_group, hold_out
 from fedmpi.tasks.metrics import Measures
 from fedmpi.tasks.partitions import Partition
 
@@ -24,7 +25,9 @@ class Parts(NamedTuple):
     data: Data
     measured: Measures
     partition: Partition
-    held: Partition | None  # what clients keep for their own tests
+    held: (
+        Partition | None
+    )  # what clients keep for their own tests: of the training set, or (groups) of the test set
     model: nn.Module
     traits: Traits
     plan: Plan
@@ -46,11 +49,14 @@ def load(config: Config) -> Parts:
         config.partition.name, found.train, config.clients, config.seed, **config.partition.options
     )
     held = None
-    if config.client_test:
-        partition, held = partitions.hold_out(partition, config.client_test)
+    share = config.client_test.of
+    if share == "groups":
+        held = by_group(partition, found)
+    elif share:
+        partition, held = hold_out(partition, share)
         if not len(held.index_N):
             raise ConfigError(
-                f"client_test: expected a share that leaves some client a sample, got {config.client_test}: the "
+                f"client_test: expected a share that leaves some client a sample, got {share}: the "
                 f"largest has {int(partition.sizes.max())}"
             )
     if workers and int(partition.sizes.min()) == 0:
@@ -72,6 +78,11 @@ def load(config: Config) -> Parts:
         raise ConfigError(
             f"parts.travels: local: {made.local.names[0]} is each client's own, so that no model is everybody's; "
             "expected client_test, the share of each client's samples that its own model is tested on (0.2, say)"
+        )
+    if config.client_test.save and not made.local.names:
+        raise ConfigError(
+            "client_test.save: expected parts that clients keep (parts: travels: local), got none: model.safetensors "
+            "is everybody's"
         )
     if made.method.server.samples > samples:
         raise ConfigError(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedmpi import own
+from fedmpi.engine.draws import held, seed_held, standing
 from fedmpi.errors import ConfigError, FedMPIError
 from fedmpi.tasks import objectives
 from fedmpi.tasks.data import Data
@@ -44,11 +45,13 @@ class Traits(NamedTuple):
       changes: buffers that a pass in training changes.
       draws: it computes with random numbers.
       alone: a sample's row is the same whatever else is in the batch.
+      maps: its loss can be mapped over batches.
     """
 
     changes: tuple[str, ...] = ()
     draws: bool = False
     alone: bool = True
+    maps: bool = True
 
     @property
     def plain(self) -> bool:
@@ -68,6 +71,11 @@ def look(name: str, model: nn.Module, measured: Measures, data: Data) -> Traits:
     Raises:
       ConfigError: the model fails on samples, its output does not fit the loss, or it keeps state that is no buffer.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(
+            f"model {name}: expected a module of Python's, whose buffers and random numbers can be set, got one that "
+            "torch.jit has compiled; return the module that it was made of"
+        )
     few = sum(p.numel() for p in model.parameters()) > _LARGE
     # Some that stand far from each other: the first ones may be alike.
     index = torch.linspace(0, len(data.train.y) - 1, _FEW if few else _SAMPLES).long()
@@ -91,16 +99,24 @@ class _Probe:
         """All of it; ``fits`` says what of an output does not fit."""
         buffers = dict(self.model.named_buffers())
         self._start = {name: (buffer, buffer.clone()) for name, buffer in buffers.items()}
+        self._own = held(self.model)
+        parameters = [(name, p, p.detach().clone()) for name, p in self.model.named_parameters()]
         evaluated = self._run(self.x_B, train=False)
         for output in (evaluated, self._run(self.x_B)):
             if wrong := fits(output):
                 raise ConfigError(f"{self.title}: {wrong}")
+        if changed := next((name for name, p, value in parameters if not torch.equal(p, value)), None):
+            raise ConfigError(
+                f"{self.title}: its forward changes the parameter {changed}; expected that steps alone do: leave out "
+                "max_norm of an embedding and changes in place, or compute with a changed copy"
+            )
         now = dict(self.model.named_buffers())
         changes = tuple(
             name
             for name, (_, value) in self._start.items()
             if _differ(value, now[name], 0) or now[name] is not self._start[name][0]
         )
+        self._evaluates_alike()
         draws = self._draws()
         self._restore()
         before = _numbers(self.model)
@@ -112,13 +128,13 @@ class _Probe:
                 f"{self.title}: its output in evaluation is another after passes in training, without a step between; "
                 "expected no state but parameters and buffers: keep running statistics in buffers (register_buffer)"
             )
-        alone = self._takes_each_sample_alone()
+        alone, maps = self._takes_each_sample_alone(), True
         self._restore()
         if measured.own:
             found = _look_at_own(measured, evaluated, y_B)
-            draws, alone = draws or found.draws, alone and found.alone
+            draws, alone, maps = draws or found.draws, alone and found.alone, found.alone
         self._has_gradients(lambda output: measured.objective.loss(output, y_B))
-        return Traits(changes, draws, alone)
+        return Traits(changes, draws, alone, maps)
 
     def _restore(self) -> None:
         """Buffers as they were."""
@@ -136,14 +152,29 @@ class _Probe:
                 "leave it out"
             )
 
+    def _evaluates_alike(self) -> None:
+        """In evaluation it draws nothing: what is measured would be another value each time."""
+        outputs = []
+        for seed in (1, 2):
+            self._restore()
+            _states(seed, self._own)
+            outputs.append(self._run(self.x_B, train=False))
+        if _differ(outputs[0], outputs[1]):
+            raise ConfigError(
+                f"{self.title}: its output in evaluation is random; expected random numbers in training alone: ask "
+                "for self.training first"
+            )
+        self._restore()
+
     def _draws(self) -> bool:
         """It computes with random numbers of torch, NumPy or Python."""
         outputs, moved = [], ""
         for seed in (1, 2):
             self._restore()
-            before = _states(seed)
+            before = _states(seed, self._own)
             outputs.append(self._run(self.x_B))
-            moved = moved or next((who for who, state in _states().items() if state != before[who]), "")
+            after = _states(own=self._own)
+            moved = moved or next((who for who, state in after.items() if state != before[who]), "")
         changes = _differ(outputs[0], outputs[1])
         if changes and not moved:
             raise ConfigError(
@@ -318,17 +349,19 @@ def _numbers(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _states(seed: int | None = None) -> dict[str, bytes]:
-    """What the three generators stand at, after ``seed`` if there is one."""
+def _states(seed: int | None = None, own: tuple[Any, ...] = ()) -> dict[str, bytes]:
+    """What the three generators and a model's ``own`` stand at, after ``seed`` if there is one."""
     if seed is not None:
         torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
         np.random.seed(seed)  # noqa: NPY002 - the one that a model's forward may draw from
         random.seed(seed)
+        seed_held(own, seed)
     kind, words, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "torch": torch.get_rng_state().numpy().tobytes(),
         "NumPy": np.asarray(words).tobytes() + repr((kind, rest)).encode(),
         "Python": repr(random.getstate()).encode(),
+        "own": "".join(map(standing, own)).encode(),
     }
 
 

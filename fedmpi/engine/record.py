@@ -1,4 +1,5 @@
-"""A run's folder: config.yaml, metrics.jsonl, summary.json, model(-best).safetensors."""
+"""A run's folder: config.yaml, metrics.jsonl, summary.json, model(-best).safetensors, and with ``client_test``
+clients.csv (each client's metric) and, where that is asked for, clients.safetensors."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ class Record:
         self.folder = folder
         with writing(self.folder, "--out"):
             folder.mkdir(parents=True, exist_ok=True)
-            for name in ("summary.json", "model.safetensors", "model-best.safetensors"):
+            stale = "summary.json", "model.safetensors", "model-best.safetensors"
+            for name in (*stale, "clients.csv", "clients.safetensors"):
                 (folder / name).unlink(missing_ok=True)  # of an earlier run: never shown as this one's
             write_aside(folder / "config.yaml", dump(config, sort_keys=False).encode())
             # In place of what lies there, be it longer or a link to elsewhere.
@@ -77,11 +79,19 @@ class Record:
         with writing(self.folder, "--out"):
             write_aside(self.folder / "model-best.safetensors", save(model))
 
-    def finish(self, summary: dict[str, Any], model: dict[str, Tensor]) -> None:
+    def finish(
+        self, summary: dict[str, Any], model: dict[str, Tensor], clients: str, own: dict[str, Tensor]
+    ) -> None:
         """Args:
         model: its state dict; no two tensors share memory.
+        clients: the lines of clients.csv; "" for none.
+        own: what clients keep of the model; {} for nothing.
         """
         with writing(self.folder, "--out"):
+            if clients:
+                write_aside(self.folder / "clients.csv", clients.encode())
+            if own:
+                write_aside(self.folder / "clients.safetensors", save(own))
             write_aside(self.folder / "model.safetensors", save(model))
             write_aside(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedmpi.comm.agree import agree
 from fedmpi.comm.base import Comm, together
 from fedmpi.comm.placement import own_cpus
 from fedmpi.config import Config
 from fedmpi.engine import updates
 from fedmpi.engine.batches import local_steps, work
-from fedmpi.engine.clients import cohort, place, survivors
+from fedmpi.engine.by_client import Tested, by_client, of_clients
+from fedmpi.engine.clients import check_sampling, cohort, place, survivors
 from fedmpi.engine.device import Place, explained, repeatable
-from fedmpi.engine.evaluate import by_client, of_clients
 from fedmpi.engine.fingerprint import fingerprint
 from fedmpi.engine.goals import Goals
 from fedmpi.engine.ledger import Ledger
@@ -26,6 +29,7 @@ from fedmpi.engine.manifest import Lost, Peak
 from fedmpi.engine.parts import load
 from fedmpi.engine.passes import Call, Passes
 from fedmpi.engine.replica import Kind, Replica, sums_of
+from fedmpi.engine.servers_own import servers_own
 from fedmpi.engine.status import SUMMED, Status
 from fedmpi.engine.store import Kept, fits_here, make_store, nobody
 from fedmpi.engine.timing import Clock
@@ -59,6 +63,7 @@ class Simulation:
         self.around: Callable[[], AbstractContextManager[None]] = nullcontext
         parts = load(config)
         self.data, self.measured, self.partition = parts.data, parts.measured, parts.partition
+        check_sampling(config, self.partition)
         self.plan, self.spec, self.method = parts.plan, parts.plan.spec, parts.plan.method
         of_file = config.model.options.get("init") is not None
         self.fingerprint = fingerprint(self.data, self.partition, parts.start_X if of_file else None)
@@ -113,8 +118,9 @@ class Simulation:
         self.counts: dict[str, int] = dict.fromkeys(self.counters, 0)
         self.simulated_seconds = 0.0
         self.held = parts.held
-        of_held = of_clients(self.measured) if self.held else ()
+        of_held = of_clients(self.measured, config.client_test.after) if self.held else ()
         self.measures: dict[str, float | None] = dict.fromkeys([*self.measured.metrics, TEST_LOSS, *of_held])
+        self.tested: Tested | None = None  # as of the last evaluation in this process
         self.goals = Goals.of(config, self.measured, self.measures)
         self.peaks: dict[str, Peak] = {}
         self.best_X: Tensor | None = None  # the model of config.best's peak
@@ -176,10 +182,10 @@ class Simulation:
 
     def _round(self, t: int) -> dict[str, Any]:
         started = time.monotonic()
-        call, status = self.call(t), Status(self.counters, self.error)
+        call, status = self._called(t), Status(self.counters, self.error)
         if t == 0 and self.method.server.samples:
             theta_D, samples = self.replica.parameters(), self.method.server.samples
-            self.replica.prepare(self.trainer.servers_own(theta_D, self.data.train, samples, self.comm))
+            self.replica.prepare(servers_own(self.trainer, theta_D, self.data.train, samples, self.comm))
         if self.clock:
             self.clock.start(t, call.clients)
         with status.watch():
@@ -201,10 +207,11 @@ class Simulation:
 
     def _evaluate(self, t: int) -> None:
         """On the test set; where clients keep parts of the model, on what they hold out themselves."""
-        x_X, of = self.replica.parameters(), (self.trainer, self.measured)
+        x_X = self.replica.parameters()
         clients: dict[str, float | None] = {}
         if self.held is not None:
-            clients, found = by_client(*of, x_X, self.data.train, self.held, self.own, self.home, self.comm)
+            self.tested = self.test_clients(t)
+            clients, found = self.tested.measures, self.tested.whole
         if self.held is None or not self.plan.local.names:
             test, batch = self.data.test, self.config.test_batch
             found = self.trainer.evaluate(self.measured, x_X, test, batch, self.comm)
@@ -212,6 +219,34 @@ class Simulation:
         self.peaks, self.ended = self.goals.after(t, self.measures, self.peaks)
         if (best := self.config.best) in self.peaks and self.peaks[str(best)].round == t:
             self.best_X = x_X.clone()
+
+    def test_clients(self, t: int) -> Tested:
+        """Each client's model on what it is tested on, as of the end of round ``t``."""
+        assert self.held is not None
+        x_X, asked, train = self.replica.parameters(), self.config.client_test, self.data.train
+        frozen_X = self.method.server.frozen(self.replica.state)
+        tuned = partial(self.trainer.after, x_X, train, self.partition, t, frozen_X) if asked.after else None
+        split = self.data.test if asked.of == "groups" else train
+        of = self.trainer, self.measured, x_X, split, self.held
+        return by_client(*of, self.own, self.home, self.comm, tuned)
+
+    def _called(self, t: int) -> Call:
+        """The round's call. A user's own sampling may fail, or do otherwise, on one rank alone.
+
+        Raises:
+          ConfigError: it failed.
+          CommError: ranks have different cohorts.
+        """
+        if self.config.own_sampling is None:
+            return self.call(t)
+        with together(self.comm, "sampling clients"):
+            call = self.call(t)
+        digest = hashlib.blake2b(call.called.numpy().tobytes(), digest_size=6).hexdigest()
+        agree(
+            self.comm,
+            {f"the clients of round {t}": f"{call.called[:8].tolist()} of {len(call.called)}, {digest}"},
+        )
+        return call
 
     def call(self, t: int) -> Call:
         """Who takes part in round t, with what weight, and where."""

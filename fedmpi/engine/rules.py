@@ -23,7 +23,7 @@ class Rule(NamedTuple):
     """One rule with its constants.
 
     Attributes:
-      name: sgd, nesterov, adam or adamw.
+      name: sgd, nesterov, adam or adamw; own: a class of torch's kind steps by the u that this one makes.
       mu: FedProx's μ: the gradient of μ/2 ‖θ − θ₀‖², with θ₀ what the client started from, is added.
       clip: the gradient of a step has at most this L2 norm; None: any.
     """
@@ -40,7 +40,7 @@ class Rule(NamedTuple):
     @classmethod
     def of(cls, local: Local) -> Rule:
         return cls(
-            local.optimizer,
+            local.optimizer if isinstance(local.optimizer, str) else "own",
             local.momentum,
             local.weight_decay,
             local.beta1,
@@ -112,3 +112,10 @@ class Rule(NamedTuple):
             rho = self.momentum
             return (tau_C - rho * (1 - rho**tau_C) / (1 - rho)) / (1 - rho)
         return tau_C
+
+    def factors(self, local: Local, steps_C: Tensor, factor: float) -> Tensor | None:
+        """What clients' accumulated gradients are multiplied by at ``factor`` times their rate, float32 ``(C, 1)`` or
+        ``(1, 1)``, with FedNova divided by what their steps weigh; None for 1."""
+        if local.fednova:
+            return (factor / self.weight(steps_C, local.lr * factor)).float()[:, None]
+        return None if factor == 1 else torch.full((1, 1), factor)

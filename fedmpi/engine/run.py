@@ -8,10 +8,13 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fedmpi.callbacks import Callback, Calls
 from fedmpi.comm.agree import agree, versions
 from fedmpi.comm.base import Comm, LostError, together
 from fedmpi.config import Config
+from fedmpi.engine.by_client import personal_parts, table
 from fedmpi.engine.checkpoint import Checkpoints, unless_stopped
 from fedmpi.engine.device import Place, explained
 from fedmpi.engine.evaluate import state_dict
@@ -143,14 +146,14 @@ def _train(
         record, calls = None, Calls()
         with together(comm, "preparing the run"):
             if comm.rank == 0:
-                plain, own = simulation.config.plain(), []
+                plain, first = simulation.config.plain(), []
                 if checkpoints:
                     claim.take(checkpoints.run, comm)  # another rank's, whose end made this one rank 0
                     record = Record(checkpoints.run, plain, lines)
                     stack.callback(record.close)
                     _keep_best(simulation, record)
-                    own.append(TensorBoard(checkpoints.run))
-                calls = Calls([*own, *callbacks])
+                    first.append(TensorBoard(checkpoints.run))
+                calls = Calls([*first, *callbacks])
                 stack.callback(calls.close)
                 calls("run_start", plain, faults.done)
                 if checkpoints:
@@ -160,13 +163,14 @@ def _train(
         with checkpoints.listening() if checkpoints else nullcontext():
             _rounds(faults, simulation, display, record, calls)
         result = summary(simulation, faults.done)
+        clients, own = _of_clients(simulation, faults.done)
         with together(comm, "writing the results"):
             if simulation.error is not None:
                 raise simulation.error
             if record or calls:
                 model = state_dict(simulation.trainer, simulation.replica.parameters())
                 if record:
-                    record.finish(result, model)
+                    record.finish(result, model, clients, own)
                 calls("run_end", result, model)
         comm.settle()  # from here on nobody is needed any more
     return result
@@ -199,6 +203,18 @@ def _rounds(
             _told(simulation, calls, "evaluation", t, found)
         if faults.checkpoints:
             faults.checkpoints.after(simulation, t + 1)
+
+
+def _of_clients(simulation: Simulation, done: int) -> tuple[str, dict[str, Tensor]]:
+    """What clients.csv and clients.safetensors hold, on every rank; "" and {} where they are not asked for."""
+    test, comm = simulation.config.client_test, simulation.comm
+    if simulation.held is None or not done:
+        return "", {}
+    tested = simulation.tested or simulation.test_clients(done - 1)  # another process did the last evaluation
+    lines = table(tested, simulation.partition.sizes, simulation.measured.first)
+    return lines, personal_parts(
+        simulation.trainer, simulation.own, simulation.config.clients, comm
+    ) if test.save else {}
 
 
 def _told(simulation: Simulation, calls: Calls, event: str, *arguments: Any) -> None:

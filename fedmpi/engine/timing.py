@@ -21,8 +21,8 @@ from torch import Tensor
 
 from fedmpi import random
 from fedmpi.comm.base import Comm
-from fedmpi.config import TimeConfig
 from fedmpi.engine.ledger import Ledger
+from fedmpi.local import TimeConfig
 
 
 class Clock:

@@ -5,7 +5,6 @@ Shape suffixes: C clients of a chunk, O of them that go on, D parameters, B samp
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
 from time import perf_counter
 
@@ -13,24 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from fedmpi import random
-from fedmpi.comm.base import Comm, together
-from fedmpi.engine.apart import Apart, forward
+from fedmpi.comm.base import Comm
+from fedmpi.engine.apart import Apart
 from fedmpi.engine.batches import Batches, Orders, alike, local_steps
 from fedmpi.engine.device import Place, Samples, synchronize
-from fedmpi.engine.draws import generators, seed_all
+from fedmpi.engine.draws import generators, held, seed_all
+from fedmpi.engine.gradient import LEAST, Gradient
 from fedmpi.engine.layout import Layout
+from fedmpi.engine.own_optimizer import TorchOptimizer
 from fedmpi.engine.probe import Traits
 from fedmpi.engine.rules import Rule
-from fedmpi.engine.stacked import LEAST, Stacked, at_once
+from fedmpi.engine.stacked import Stacked, at_once, suits
+from fedmpi.engine.tallied import tallied
 from fedmpi.engine.updates import Update, on_host
-from fedmpi.errors import NumericalError
 from fedmpi.local import Local
-from fedmpi.message import CPU, Message, from_bytes, to_bytes
+from fedmpi.message import CPU
 from fedmpi.method import State, nest, placed, unnest
 from fedmpi.phases import phase, phased
 from fedmpi.plan import Plan
 from fedmpi.tasks.data import Split
-from fedmpi.tasks.metrics import Measures, Tally
+from fedmpi.tasks.metrics import Measures
 from fedmpi.tasks.objectives import Objective
 from fedmpi.tasks.partitions import Partition
 
@@ -44,8 +45,8 @@ class Trainer:
     The accumulated gradient is the sum of the local steps' directions, as in LBGM's Algorithm 1
     (lines 3 and 4); for plain SGD it is (θ₀ − θ_τ)/η, and for one step it is the gradient to the bit.
 
-    A client shuffles its samples afresh in every round, or, ``continuing`` (data-parallel training), goes on
-    where it was: it sees each sample once before it sees one again, and its rate changes from step to step.
+    A client shuffles its samples afresh in every round, or, ``continuing`` (data-parallel training), goes on where it
+    was: it sees each sample once before it sees one again, and its rate changes from step to step.
 
     Attributes:
       together: small models' clients train at once, which gives the same up to rounding.
@@ -72,27 +73,30 @@ class Trainer:
         """
         model = model.to(place.device)
         self._place, self.device = place, place.device
-        self._samples: dict[int, Samples] = {}  # those on a device, by their split
+        self._samples: dict[int, Samples] = {}  # those on a device
         self.model, self.plan, self.loss, self.local, self.seed = model, plan, objective.loss, local, seed
         self.spec = spec = plan.trained
         self.continuing, self.together = continuing, False
         self._objective, self._pads = objective, objective.pads
+        self._gradient = Gradient(model, objective, local, place.device)
         self._orders = Orders(seed, local, continuing)
-        self._draws, self._apart = traits.draws, Apart(model, plan)
-        own = self._apart.trained
-        # In the order of their memory, which is not that of ``own`` where convolutions are laid out otherwise.
+        self._draws, self._held, self._apart = traits.draws, held(model), Apart(model, plan)
+        own = self._apart.trained  # what follows lies otherwise where convolutions do
         self.theta_D, self.grad_D = (torch.zeros(own.size, device=self.device) for _ in range(2))
         self._laid = Layout(model, own)
         self._laid.bind(self.theta_D, self.grad_D)
         self.rule, self._rounds = Rule.of(local), rounds
         self._parts = (local.steps or 1) if continuing else 1  # of a round, each with a rate of its own
-        remembers = bool(self.rule.init(self.theta_D[:0]))
-        self._keeps = remembers and (self._parts > 1 if local.keep is None else local.keep)
+        keep = self._parts > 1 if local.keep is None else local.keep
+        self._foreign = TorchOptimizer.of(local, model, own.names, keep)
+        self._draws = self._draws or (self._foreign is not None and self._foreign.draws)
+        self._keeps = keep and bool(self._memory(self.theta_D[:0]))
         self._plain = traits.plain and self._apart.empty and not (self._keeps or plan.control)
         # θ_s = θ₀ − η Σ g then, and the sum is what is wanted: no pass over the parameters but this one.
         self._sums = self.rule.plain and own is spec and not plan.control and self._parts == 1
-        plain = self._plain and local.accumulate == 1 and local.precision == "float32"
-        self._stacked = Stacked(model, spec, self.loss) if plain and not continuing else None
+        self._alone, whole = traits.alone, local.accumulate == 1 and local.precision == "float32"
+        stacks = whole and traits.maps and not (traits.draws or plan.control or continuing or self._foreign)
+        self._stacked = Stacked(model, own, self.loss, self._apart.changing) if stacks else None
         self._worth: bool | None = None  # to train several clients so
 
     @property
@@ -129,10 +133,19 @@ class Trainer:
         """What a client keeps for itself before its first round, without the axis C; {} for nothing."""
         kept = {"local": self._apart.kept_L} if self.plan.local.size else {}
         if self._keeps:
-            kept |= nest(self.rule.init(self.theta_D), "optimizer.")
+            kept |= nest(self._memory(self.theta_D), "optimizer.")
         if self.plan.control:
             kept["control"] = torch.zeros(self.spec.size, device=self.device)
         return kept
+
+    def _mask(self, frozen_X: Tensor | None) -> Tensor | None:
+        """Of what a client steps, as it lies, what stays as it is."""
+        frozen_O = self._apart.mask(frozen_X)
+        return None if frozen_O is None else self._laid.inside(frozen_O)
+
+    def _memory(self, like: Tensor) -> State:
+        """The rule's, of vectors of this length, or the own optimizer's, before a client's first step."""
+        return self._foreign.fresh if self._foreign else self.rule.init(like)
 
     @phased("compute")
     def train(
@@ -154,19 +167,16 @@ class Trainer:
         """
         sizes_C = partition.sizes_of(clients_C)
         steps_C = local_steps(self.local, sizes_C)
-        if self._stacks(x_X, data, sizes_C):
-            assert self._stacked is not None
+        if stacked := self._stacks(x_X, data, sizes_C):
             lr = self.local.lr * self.local.schedule.factor(round, self._rounds)
             batches = partial(Batches, self.seed, partition, round=round, batch=self.local.batch)
-            how = self._stacked, self.rule, self._objective, lr
-            g_CX, loss_C = at_once(*how, x_X, self.samples(data), batches, clients_C, steps_C, frozen_X)
-            return Update(self._scaled(g_CX, steps_C, round), loss_C, steps_C)
+            how = stacked, self._apart, self.rule, self._objective, lr, x_X, self.samples(data), batches
+            update = at_once(*how, clients_C, steps_C, frozen_X, kept or {})
+            return update._replace(g_CD=self._scaled(update.g_CD, steps_C, round))
         self._orders.prepare(partition, clients_C, sizes_C, round)
         g_CX, losses = torch.zeros(len(clients_C), self.plan.spec.size, device=self.device), []
         after = {name: value.clone() for name, value in (kept or {}).items()}
-        frozen_O = self._apart.mask(frozen_X)
-        frozen_O = None if frozen_O is None else self._laid.inside(frozen_O)
-        theta_O = self._laid.inside(x_X) if self._plain else None
+        theta_O, frozen_O = self._laid.inside(x_X) if self._plain else None, self._mask(frozen_X)
         with generators(self._draws, self.device):
             for row, (client, steps) in enumerate(zip(clients_C.tolist(), steps_C.tolist(), strict=True)):
                 call = self.samples(data), partition.of(client), steps, client, round, frozen_O
@@ -215,39 +225,17 @@ class Trainer:
     def _scaled(self, g_CX: Tensor, steps_C: Tensor, round: int) -> Tensor:
         """Accumulated gradients as the server takes them: in units of ``local.lr``, divided by what FedNova says."""
         factor = self.local.schedule.factor(round, self._rounds) if self._parts == 1 else 1.0
-        if self.local.fednova:
-            weight_C = self.rule.weight(steps_C, self.local.lr * factor)
-            g_CX[:, : self.spec.size] *= (factor / weight_C).float()[:, None].to(g_CX.device)
-        elif factor != 1:
-            g_CX[:, : self.spec.size] *= factor
+        if (factor_C := self.rule.factors(self.local, steps_C, factor)) is not None:
+            g_CX[:, : self.spec.size] *= factor_C.to(g_CX.device)
         return g_CX
 
-    @phased("compute")
-    def servers_own(self, x_X: Tensor, data: Split, samples: int, comm: Comm) -> Tensor:
-        """The accumulated gradient ``(X,)`` of the server on so many samples of its own, drawn from the training set.
-        Rank 0 makes it for all: another rank's machine may differ in the last bits.
-
-        Raises:
-          NumericalError: on every rank; it is not finite.
-        """
-        g_X = torch.zeros_like(x_X)
-        with together(comm, "the server's own training"):
-            if comm.rank == 0:
-                index = random.sample(random.key(self.seed, stream="server data"), len(data.y), samples)
-                steps, g_O = (
-                    int(local_steps(self.local, torch.tensor(samples))),
-                    torch.zeros_like(self.grad_D),
-                )
-                start_O = self._laid.inside(self._apart.begin(x_X))
-                with generators(self._draws, self.device):
-                    self._one(start_O, g_O, self.samples(data), index, steps, -1, 0, None)
-                if not bool(g_O.isfinite().all()):
-                    raise NumericalError(
-                        f"server: its own gradient is not finite; try a smaller local.lr than {self.local.lr:g}"
-                    )
-                g_X[: self.spec.size] = g_O[: self.spec.size]
-        sent = comm.broadcast(to_bytes(Message({"gradient": g_X[None]})))
-        return from_bytes(sent, device=self.device).arrays["gradient"][0]
+    def alone(self, x_X: Tensor, data: Split, index: Tensor) -> Tensor:
+        """The accumulated gradient ``(D,)`` of nobody's training on these samples."""
+        steps, g_O = int(local_steps(self.local, torch.tensor(len(index)))), torch.zeros_like(self.grad_D)
+        start_O = self._laid.inside(self._apart.begin(x_X))
+        with generators(self._draws, self.device):
+            self._one(start_O, g_O, self.samples(data), index, steps, -1, 0, None)
+        return g_O[: self.spec.size]
 
     def load(self, x_X: Tensor, kept: State | None = None) -> nn.Module:
         """The model with ``x_X``, and what one client keeps for itself (by default, what a new one starts with)."""
@@ -255,25 +243,38 @@ class Trainer:
         self.theta_D.copy_(self._laid.inside(self._apart.begin(x_X, kept.get("local"))))
         return self.model
 
-    @torch.no_grad()
+    @torch.enable_grad()
+    def after(
+        self,
+        x_X: Tensor,
+        data: Split,
+        partition: Partition,
+        round: int,
+        frozen_X: Tensor | None,
+        client: int,
+        kept: State,
+    ) -> nn.Module:
+        """The model as one client has it after its local steps of a round from ``x_X``; ``kept`` stays as it is."""
+        index = partition.of(client)
+        steps = int(local_steps(self.local, torch.tensor(len(index))))
+        if not steps:  # no sample
+            return self.load(x_X, kept)
+        own = {name: value.clone() for name, value in placed(kept, self.device).items()}
+        call = self.samples(data), index, steps, client, round
+        with generators(self._draws, self.device):
+            self._with_kept(x_X, torch.zeros_like(x_X), own, *call, self._mask(frozen_X))
+        if self._sums:  # which leaves out the last step
+            start_O = self._laid.inside(self._apart.begin(x_X, own.get("local")))
+            lr = self.local.lr * self.local.schedule.factor(round, self._rounds)
+            torch.add(start_O, self.grad_D, alpha=-lr, out=self.theta_D)
+        return self.model
+
     @phased("evaluate")
     def evaluate(
         self, measured: Measures, x_X: Tensor, test: Split, batch: int, comm: Comm
     ) -> dict[str, float | None]:
-        """Metrics and mean loss of ``x_X`` on a test set, whose batches the ranks share out.
-
-        Raises:
-          FedMPIError: on every rank; the user's loss or metric failed on one.
-        """
-        model, samples = self.load(x_X).eval(), self.samples(test)
-        batches = torch.arange(len(test.y)).split(batch)
-        tally = Tally(measured, len(batches), len(test.y))
-        with together(comm, "evaluating") if measured.own else nullcontext():
-            for b in range(comm.rank, len(batches), comm.size):
-                x, y = samples.take(batches[b])
-                tally.add(b, batches[b], model(x), y)
-        comm.sum(tally.tensors)
-        return tally.values()
+        """Metrics and mean loss of ``x_X`` on a test set, on every rank, as :func:`tallied`."""
+        return tallied(self.load(x_X).eval(), self.samples(test), measured, len(test.y), batch, comm)
 
     @phased("compute")
     def pool(
@@ -303,7 +304,7 @@ class Trainer:
             with phase("load"):
                 batches = Batches(self.seed, partition, clients_C[rows], round, self.local.batch)
                 x_CB, y_CB = batches.step(0, len(rows)).of(self.samples(data))
-            with self._autocast():
+            with self._gradient.autocast():
                 output = self.model(x_CB.flatten(0, 1))
                 losses_C = self._objective.losses(output.unflatten(0, x_CB.shape[:2]), y_CB)
             (losses_C * weights_C[rows].to(losses_C)).sum().backward()
@@ -320,19 +321,16 @@ class Trainer:
         self.theta_D.copy_(theta_D)
         self.model.train()
 
-    def _autocast(self) -> torch.autocast:
-        mixed = self.local.precision == "bfloat16"
-        return torch.autocast(self.theta_D.device.type, torch.bfloat16, enabled=mixed)
-
-    def _stacks(self, theta_D: Tensor, data: Split, sizes_C: Tensor) -> bool:
-        """These clients train at once."""
-        if not self.together or self._stacked is None or len(sizes_C) == 1:
-            return False
+    def _stacks(self, x_X: Tensor, data: Split, sizes_C: Tensor) -> Stacked | None:
+        """What trains these clients at once; None where they train one after the other."""
+        several = len(sizes_C) > 1 and suits(sizes_C, self.local.batch, self._pads, self._alone)
+        if not (self.together and several) or self._stacked is None:
+            return None
         if self._worth is None:
             batch = min(self.local.batch or int(sizes_C.double().mean()), len(data.y))
-            self._begin(self._laid.inside(theta_D))
+            self._begin(self._laid.inside(self._apart.begin(x_X)))
             self._worth = self._stacked.worth(*self.samples(data).take(torch.arange(batch)))
-        return self._worth and (self._pads or bool((sizes_C == sizes_C[0]).all()))
+        return self._stacked if self._worth else None
 
     def _one(
         self,
@@ -354,7 +352,10 @@ class Trainer:
         self.grad_D.zero_()
         factor, parts = partial(self.local.schedule.factor, round, self._rounds), self._parts
         lr = self.local.lr * (factor() if parts == 1 else 1)
+        foreign, kept = self._foreign, memory
         memory = self.rule.init(self.theta_D) if memory is None else memory
+        if foreign:
+            foreign.begin(kept)
         sum_D = self.grad_D if self._sums else torch.zeros_like(self.theta_D)
         total: float | Tensor = 0.0
         seen = 0.0
@@ -362,8 +363,9 @@ class Trainer:
             with phase("load"):
                 chosen = self._orders.batch(index, batch, client, round, step)
             if self._draws:
-                seed_all(random.key(self.seed, round, client, f"draws {step}"), self.device)
-            loss, weight = self._backward(data, chosen)
+                key = random.key(self.seed, round, client, f"draws {step}")
+                seed_all(key, self.device, self._held)
+            loss, weight = self._gradient.add(data, chosen)
             total += loss * weight
             seen += weight
             if self._sums:  # backward adds to what there is
@@ -376,25 +378,18 @@ class Trainer:
                 self.grad_D.add_(shift_D)
             direction_D = self.rule.direction(memory, self.grad_D, self.theta_D, theta_D, frozen_D)
             share = factor(step, parts) if parts > 1 else 1.0
+            if foreign:
+                self.grad_D.copy_(direction_D)
+                foreign.step(lr * share)
+                if frozen_D is not None:
+                    self.theta_D.copy_(torch.where(frozen_D, theta_D, self.theta_D))
+                self.grad_D.zero_()
+                continue
             sum_D.add_(direction_D, alpha=share)
             self.theta_D.add_(direction_D, alpha=-lr * share)
             self.grad_D.zero_()
+        if foreign:
+            foreign.end(kept)
+            torch.sub(theta_D, self.theta_D, out=sum_D).div_(lr)
         self._laid.outside(sum_D, g_D)
         return total / max(seen, LEAST)
-
-    def _backward(self, data: Samples, chosen: Tensor) -> tuple[float | Tensor, float]:
-        """Add the gradient of the mean loss over what counts of the samples, in so many parts as asked for; returns the
-        loss (of a device, which nobody waits for, as float64 there) and how many samples' worth that is."""
-        parts = chosen.chunk(self.local.accumulate)
-        weights = [float(self._objective.weights(data.host.y[part][None])) for part in parts]
-        total: float | Tensor = 0.0
-        whole = sum(weights)
-        for part, weight in zip(parts, weights, strict=True):
-            with phase("load"):
-                x, y = data.take(part)
-            with self._autocast():
-                loss = self.loss(forward(self.model, x), y)
-            share = weight / max(whole, LEAST)
-            (loss if share == 1 else loss * share).backward()
-            total += (loss.item() if self.device == CPU else loss.detach().double()) * share
-        return total, whole

@@ -19,7 +19,7 @@ from fedmpi.method import Compressor, Context, Merge, Method, Round, State
 from fedmpi.methods.base import Entry, FeedbackOptions, Mean, MeanServer, Setup
 from fedmpi.methods.feedback import Feedback
 from fedmpi.ops import fast, halves
-from fedmpi.ops.flags import negated, refuse
+from fedmpi.ops.flags import Flag, negated, refuse
 from fedmpi.ops.sums import finite
 from fedmpi.spec import Spec
 
@@ -72,8 +72,10 @@ class Half(Compressor):
     def add(
         self, total_CS: Tensor, message: Message, peer: State, ctx: Context, weights: Sequence[float]
     ) -> State:
+        good: Flag = True
         for total_S, half_S, weight in zip(total_CS, message.arrays["gradient"], weights, strict=True):
-            refuse(negated(halves.add(total_S, half_S, weight)), lambda: MessageError(_ODD))
+            good = good & halves.add(total_S, half_S, weight)
+        refuse(negated(good), lambda: MessageError(_ODD))
         return peer
 
 

@@ -58,7 +58,7 @@ def data_of(name: str, found: Any) -> Data:
         classes = train.y[0].numel() if values else 1 + max(int(train.y.max()), int(test.y.max()))
         notes.append(f"data: {classes} {'values a sample' if values else 'classes'}, counted in the targets")
     else:
-        classes = 0  # the check that follows says what is missing
+        classes = 1  # the check that follows says what is missing
     return Data(name, train, test, classes, tuple(notes))
 
 
@@ -75,6 +75,8 @@ def _split(title: str, value: Any, notes: list[str], part: str, data: Data | Non
 
 
 def _tensor(title: str, field: str, value: Any, notes: list[str]) -> Any:
+    if not isinstance(value, Tensor | np.ndarray) and (isinstance(value, list) or hasattr(value, "to_numpy")):
+        value = _array(value)
     before = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor | np.ndarray) else ""
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         if value.dtype.kind == "u" and value.dtype.itemsize > 1:
@@ -89,7 +91,8 @@ def _tensor(title: str, field: str, value: Any, notes: list[str]) -> Any:
             return value
     if not isinstance(value, Tensor):
         return value
-    if value.dtype in _REAL and field != "groups":
+    flags = field == "y" and value.dtype == torch.bool and value.dim() == 2  # several labels, each so or not
+    if flags or (value.dtype in _REAL and field != "groups"):
         value = value.float()
     elif value.dtype in _WHOLE and (field != "x" or value.dtype not in (torch.uint8, torch.bool)):
         value = value.long()
@@ -97,6 +100,15 @@ def _tensor(title: str, field: str, value: Any, notes: list[str]) -> Any:
     if before not in ("", now):
         notes.append(f"data: {title} converted from {before} to {now}")
     return value
+
+
+def _array(value: Any) -> Any:
+    """A list, or a table or column of pandas', as an array; itself where it is none of numbers."""
+    try:
+        array = value.to_numpy(copy=True) if hasattr(value, "to_numpy") else np.asarray(value)
+    except (TypeError, ValueError):  # rows of several lengths
+        return value
+    return array if array.dtype.kind in "biuf" else value
 
 
 def _materialised(title: str, data: Any, notes: list[str], part: str) -> Split:

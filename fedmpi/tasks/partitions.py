@@ -142,23 +142,6 @@ def divide(name: str, train: Split, clients: int, seed: int, /, **options: objec
     return split(name, train.y, clients, key, train.groups, **options)
 
 
-def hold_out(partition: Partition, share: float) -> tuple[Partition, Partition]:
-    """What clients train with, and what each holds out for its own tests: ⌊share · n⌋ of its n samples, at random."""
-    sizes = partition.sizes
-    held = (sizes * share + 1e-9).long()
-    owner_N = torch.arange(partition.clients).repeat_interleave(sizes)
-    place_N = torch.arange(len(partition.index_N)) - partition.offset[owner_N]
-    out_N = place_N >= (sizes - held)[owner_N]
-    return (
-        Partition(partition.index_N[~out_N], _offset(sizes - held)),
-        Partition(partition.index_N[out_N], _offset(held)),
-    )
-
-
-def _offset(sizes: Tensor) -> Tensor:
-    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-
-
 def iid(labels_N: Tensor, clients: int, key: int, options: IidOptions) -> Partition:
     """A random partition whose sizes differ by at most one."""
     order_N = _shuffled(key, len(labels_N), "order")

@@ -3,7 +3,7 @@
 Four ranks train with fedmpi.local_sgd(…, elastic=…) for SECONDS. Every EVERY seconds one is killed, or stopped and
 continued 4 seconds later, and another one is started. EVERY 0 is a plan instead, whatever time it takes: one is killed,
 one comes, the coordinator is killed and another one takes its place; and nobody is disturbed in SECONDS that are
-negative, in which the job ends after so many steps.
+negative, in which the job ends after so many steps. After the plan a coordinator is stopped, and one rank comes.
 
 Each rank writes FOLDER/<name>.jsonl: a line when it joins, one for each synchronisation, and its end. All are forks of
 this process, which imports once.
@@ -34,7 +34,7 @@ from fedmpi.errors import FedMPIError
 from fedmpi.integrations.local_sgd import LocalSGD
 
 H, SHORT, STEP, RANKS, AWAY = 40, 10, 0.025, 4, 4.0
-PATIENT = {"lease": 2.5, "late": 60.0, "collective": 30.0, "coordinator": 60.0, "join": 60.0}
+PATIENT = {"lease": 4.0, "late": 60.0, "collective": 30.0, "coordinator": 60.0, "join": 60.0}
 LIMITS = {"lease": 0.8, "late": 1.5, "collective": 2.0, "coordinator": 15.0, "join": 30.0}
 METHOD = {"name": "topk", "ratio": 0.1, "feedback": True}
 
@@ -68,7 +68,7 @@ def worker(
     log = (folder / f"{name}.jsonl").open("a", buffering=1)
     net = nn.Sequential(nn.Linear(32, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4)
-    generator, test = torch.Generator().manual_seed(seed), batch(torch.Generator().manual_seed(1), 2000)
+    generator, test = torch.Generator().manual_seed(seed), batch(torch.Generator().manual_seed(1), 500)
     at = {"at": f"127.0.0.1:{port}", "workers": RANKS, **limits}
 
     def tell(what: str, **more: Any) -> None:
@@ -89,11 +89,11 @@ def worker(
         seen = outer.stats()
         made, spent, then = made + 1, spent + time.monotonic() - began, time.monotonic()
         optimizer.step()
-        stats = outer.stats()
+        stats, waited = outer.stats(), time.monotonic() - then
         if stats["synchronisations"] > seen["synchronisations"]:
             lost = stats["rejoined"] > seen["rejoined"]
             mine = {"step": outer.step, "digest": digest(net), "counted": 0 if lost else made, "lost": lost}
-            mine |= {"spent": 0.0 if lost else spent, "waited": time.monotonic() - then}
+            mine |= {"spent": 0.0 if lost else spent, "waited": waited}
             made, spent = 0, 0.0
             net.eval()
             with torch.no_grad():
@@ -106,6 +106,8 @@ def worker(
                 ranks=stats["ranks"],
                 loss=loss,
             )
+        else:
+            spent += waited  # the optimizer's own time
     tell("end", **{name: value for name, value in outer.stats().items() if name != "dropped_rounds"})
 
 
@@ -233,15 +235,19 @@ class Job:
         self.note("kill", "coordinator1")
         time.sleep(0.5)
         self.coordinate()
-        self.wait_for(newcomer, 4)
+        self.wait_for(newcomer, 2)
         (self.folder / "enough").touch()
 
-    def wait_for(self, name: str, synchronisations: int) -> None:
-        """Until this rank has had so many; what has not come by the job's end is seen in what the ranks wrote."""
-        path = self.folder / f"{name}.jsonl"
+    def wait_for(self, name: str, more: int) -> None:
+        """Until this rank has had so many more synchronisations; what has not come by the job's end is seen in what the
+        ranks wrote."""
+        path, begun = self.folder / f"{name}.jsonl", None
         while time.time() < self.end:
-            if path.exists() and path.read_text().count('"synchronised"') >= synchronisations:
-                return
+            if path.exists():
+                count = path.read_text().count('"synchronised"')
+                begun = count if begun is None else begun
+                if count >= begun + more:
+                    return
             time.sleep(0.02)
 
     def finish(self) -> None:
@@ -256,6 +262,21 @@ class Job:
         (self.folder / "events.json").write_text(json.dumps({"events": self.events, "codes": codes}))
 
 
+def stopped(folder: Path) -> None:
+    """What a rank says whose coordinator is there, and does not answer."""
+    children, port = Children(folder), free_port()
+    children.fork("coordinator", lambda: serve("127.0.0.1", port, lambda _: (folder / "up").touch()))
+    while not (folder / "up").exists():
+        time.sleep(0.01)
+    os.kill(children.pids["coordinator"], signal.SIGSTOP)
+    limits = {**PATIENT, "coordinator": 0.1}
+    children.fork("alone", lambda: worker("alone", port, folder, 0, 10, 0.0, limits))
+    code = children.wait("alone", 90)
+    children.kill("coordinator")
+    print((folder / "alone.out").read_text())
+    assert code == 2, code
+
+
 def main() -> None:
     folder, seconds, every = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
     folder.mkdir(parents=True, exist_ok=True)
@@ -266,6 +287,8 @@ def main() -> None:
     elif seconds > 0:
         job.planned()
     job.finish()
+    if seconds > 0 and not every:
+        stopped(folder)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,12 @@ def load_initial(name: str, module: nn.Module, path: str) -> nn.Module:
     Raises:
       ConfigError: the file cannot be read, or lacks or has other tensors than the model; names the first.
     """
+    if path == "pretrained":
+        raise ConfigError(
+            f"model.init: expected a file, for there are no pretrained values of model {name} here; save those that "
+            "you have, safetensors.torch.save_file(model.state_dict(), FILE), and set model.init: FILE, or let your "
+            "own model (model: {name: 'package.module:build'}) load them; text models take pretrained: NAME instead"
+        )
     file = Path(path).expanduser()
     title = f"model.init: {file}"
     if file.suffix != ".safetensors":

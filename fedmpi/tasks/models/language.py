@@ -11,13 +11,32 @@ from __future__ import annotations
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from fedmpi.errors import ConfigError
+from fedmpi.tasks import Options
 from fedmpi.tasks.dataset import PAD
 from fedmpi.tasks.hf import library, loaded
 from fedmpi.tasks.models.initial import ModelOptions
+
+
+class LoraOptions(Options):
+    """Low-rank adapters (Hu et al., "LoRA: low-rank adaptation of large language models", 2021): W + (alpha / rank)
+    B A, of which A and B are trained, and travel. Means of A and of B are no mean of B A; with A frozen they are (Sun
+    et al., "Improving LoRA in privacy-preserving federated learning", FFA-LoRA, 2024)."""
+
+    rank: PositiveInt = Field(8, description="of B A")
+    alpha: float = Field(16.0, gt=0, description="B A counts alpha / rank times")
+    targets: list[str] | str = Field(
+        "all-linear",
+        min_length=1,
+        description="ends of the names of the layers that get one; all-linear: every linear",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what comes to A, in training")
+    freeze_a: bool = Field(
+        False, description="only B is trained and travels (FFA-LoRA): averaging is then exact"
+    )
 
 
 class TransformerOptions(ModelOptions):
@@ -28,6 +47,9 @@ class TransformerOptions(ModelOptions):
     )
     settings: dict[str, int | float | str | bool] = Field(
         {}, description="fields of transformers' own configuration, e.g. hidden_size"
+    )
+    lora: LoraOptions | None = Field(
+        None, description="only adapters are trained and travel, by PEFT: {rank: 8, targets: [query, value]}"
     )
 
 
@@ -99,14 +121,52 @@ def encoder(shape: tuple[int, ...], classes: int, options: EncoderOptions) -> nn
         inner.pooler = None  # BERT's own is not used, and would be sent
     model = _Classifier(inner, config.max_position_embeddings, shape[0], classes, options.pool)
     if options.train == "head":
+        if options.lora is not None:
+            raise ConfigError(
+                "model encoder.lora: expected none with train: head, which trains no part of the encoder"
+            )
         model.inner.requires_grad_(False)
+    if options.lora is not None:
+        model.inner = _adapted("encoder", inner, options.lora)
     return model
 
 
 def decoder(shape: tuple[int, ...], classes: int, options: DecoderOptions) -> nn.Module:
     """A language model: logits ``(B, L, V)``; the loss is ``next_token``."""
     inner, config = _inner("decoder", "AutoModelForCausalLM", shape, options)
-    return _LanguageModel(inner, config.max_position_embeddings, shape[0], "decoder")
+    model = _LanguageModel(inner, config.max_position_embeddings, shape[0], "decoder")
+    if options.lora is not None:
+        model.inner = _adapted("decoder", inner, options.lora)
+    return model
+
+
+def _adapted(name: str, inner: nn.Module, options: LoraOptions) -> nn.Module:
+    """The model with adapters, which alone are trained."""
+    peft = library("peft")
+    config = peft.LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        target_modules=options.targets,
+        lora_dropout=options.dropout,
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in inner.modules()),  # GPT-2's
+    )
+    try:
+        adapted: nn.Module = peft.get_peft_model(inner, config)
+    except ValueError as error:
+        layers = dict.fromkeys(
+            n.rpartition(".")[2]
+            for n, m in inner.named_modules()
+            if isinstance(m, nn.Linear) or n.endswith("c_attn")
+        )
+        raise ConfigError(
+            f"model {name}.lora.targets: expected ends of the names of its layers, {', '.join(layers)}, got "
+            f"{options.targets!r}: {str(error).splitlines()[0]:.200}"
+        ) from error
+    if options.freeze_a:
+        for title, p in adapted.named_parameters():
+            if ".lora_A." in title or ".lora_embedding_A." in title:
+                p.requires_grad_(False)
+    return adapted
 
 
 def _inner(name: str, auto: str, shape: tuple[int, ...], options: Any) -> tuple[Any, Any]:

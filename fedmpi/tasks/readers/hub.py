@@ -23,7 +23,11 @@ class HubOptions(ImageOptions):
     config: str | None = Field(None, description="of the data set, where it has several")
     train: str = Field("train", description="the split to train on")
     test: str = Field("test", description="the split to test on")
-    input: str = Field("text", description="the column of pictures, sentences or lists of numbers")
+    input: str | list[str] = Field(
+        "text",
+        min_length=1,
+        description="the column of pictures, sentences or lists of numbers; or several columns of numbers",
+    )
     target: str = Field("label", description="the column of classes: whole numbers or names")
     group: str | None = Field(None, description="the column that says whose sample it is")
     tokenizer: str | None = Field(None, description="for sentences: as for movie-reviews")
@@ -58,7 +62,11 @@ def hub(options: HubOptions, places: Places) -> Data:
                 f"in {part_name}"
             )
         y_N = torch.tensor([number[str(value)] for value in part.y])
-        splits.append(Split(x_N, y_N, None if part.group is None else numbered(part.group)))
+        splits.append(Split(x_N, y_N))
+    if parts[0].group is not None and parts[1].group is not None:  # the same in both sets have one number
+        groups = numbered([*parts[0].group, *parts[1].group])
+        cut = len(parts[0].group)
+        splits = [splits[0]._replace(groups=groups[:cut]), splits[1]._replace(groups=groups[cut:])]
     return Data("hub", splits[0], splits[1], len(values))
 
 
@@ -80,15 +88,18 @@ def _columns(options: HubOptions, split: str) -> _Columns:
             f"data.dataset: expected a hub name that can be reached or a folder, with a split {split!r} of whole "
             f"tables, got {options.dataset!r}: {type(cause).__name__}: {first}"
         ) from error
-    for column in filter(None, (options.input, options.target, options.group)):
+    inputs = (options.input,) if isinstance(options.input, str) else options.input
+    for column in filter(None, (*inputs, options.target, options.group)):
         if column not in table.column_names:
             raise DataError(
                 f"{options.dataset}: expected a column {column!r}, got {', '.join(table.column_names)}"
             )
     if not len(table):
         raise DataError(f"{options.dataset}: expected samples in {split}, got none")
+    found = [_values(options, table, split, column) for column in inputs]
+    rows = found[0] if isinstance(options.input, str) else [[*row] for row in zip(*found, strict=True)]
     return _Columns(
-        _values(options, table, split, options.input),
+        rows,
         [
             int(value) if isinstance(value, float) and value.is_integer() else value
             for value in _values(options, table, split, options.target)

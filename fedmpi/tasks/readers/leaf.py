@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ def femnist(options: DataOptions, places: Places) -> Data:
     """All JSON files of ``train`` and ``test``; 62 classes; the natural groups are the writers."""
     remedy = f"Put LEAF's data/train and data/test into {places[0]}/femnist"
     folder = locate("femnist", places, ("train", "test"), ("data",), remedy)
-    (train_x, train_y, writers), (test_x, test_y, _) = (_part(folder / part) for part in ("train", "test"))
-    x = normalised(train_x, test_x)
-    return Data("femnist", Split(x[0], train_y, numbered(writers)), Split(x[1], test_y), 62)
+    (train_x, train_y, writers), (test_x, test_y, others) = (
+        _part(folder / part) for part in ("train", "test")
+    )
+    x, groups = normalised(train_x, test_x), numbered([*writers, *others])
+    test = Split(x[1], test_y, groups[len(writers) :])
+    return Data("femnist", Split(x[0], train_y, groups[: len(writers)]), test, 62)
 
 
 def _part(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
@@ -31,21 +35,26 @@ def _part(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
         raise DataError(f"{folder}: expected LEAF's JSON files, got none")
     images, labels, writers = [], [], []
     for path in files:
-        for user, pixels, y in _users(path):
+        for user, pixels, y in users_of(path, _samples):
             images.append(pixels)
             labels.append(y)
             writers += [user] * len(y)
     return torch.cat(images), torch.cat(labels), writers
 
 
-def _users(path: Path) -> list[tuple[str, Tensor, Tensor]]:
+def users_of(path: Path, read: Callable[[Path, str, Any], tuple[Any, Any]]) -> list[tuple[str, Any, Any]]:
+    """Each user of a file with what ``read`` makes of the samples.
+
+    Raises:
+      DataError: the file is not as LEAF writes it.
+    """
     content = read_json(path)
     users = content.get("user_data") if isinstance(content, dict) else None
     if not isinstance(users, dict) or not users:
         raise DataError(
             f"{path}: expected an object with user_data of at least one user, got {kind(content)}"
         )
-    found = [(user, *_samples(path, user, samples)) for user, samples in users.items()]
+    found = [(user, *read(path, user, samples)) for user, samples in users.items()]
     # LEAF writes the names and counts beside the samples: what was cut off does not go unseen.
     counts = {user: len(labels) for user, _, labels in found}
     names = content.get("users", [*counts])

@@ -1,7 +1,7 @@
 """A training script on DistributedDataParallel; the two lines that are marked compress its gradients.
 
-torchrun --nproc-per-node 2 examples/ddp.py
-torchrun --nproc-per-node 2 examples/ddp.py none      # without them
+torchrun --nproc-per-node 2 configs/jobs/ddp.py
+torchrun --nproc-per-node 2 configs/jobs/ddp.py none      # without them
 """
 
 import sys

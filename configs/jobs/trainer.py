@@ -1,7 +1,7 @@
 """A transformers.Trainer job on random tokens; the callback that is marked compresses its gradients.
 
 pip install 'fedmpi[hf]'
-torchrun --nproc-per-node 2 examples/trainer.py
+torchrun --nproc-per-node 2 configs/jobs/trainer.py
 """
 
 import torch
