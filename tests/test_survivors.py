@@ -103,7 +103,7 @@ def test_ten_jobs_of_ten_go_on_without_a_rank_that_is_killed(
 ) -> None:
     """Killed between two synchronisations (and in one), at any step, any rank: code 0, and a loss as of any seed."""
     undisturbed = [
-        run_ranks(3, lambda comm, seed=seed: job.train(comm, seed))[0]["loss"] for seed in range(6)
+        run_ranks(3, lambda comm, seed=seed: job.train(comm, seed))[0]["loss"] for seed in range(10)
     ]
     draw, limit = random.Random(1), 2 * max(undisturbed) - min(undisturbed)
     for n in range(10):
@@ -137,7 +137,7 @@ def test_ten_runs_of_ten_go_on_without_a_rank_that_is_killed(
     """The same of a configuration with ``local.steps``, at a random moment."""
     undisturbed = [
         train_in_threads({**LOCAL, "seed": seed}, tmp_path / f"seed{seed}", ranks=3)["loss"]
-        for seed in range(6)
+        for seed in range(10)
     ]
     draw, limit = random.Random(2), 2 * max(undisturbed) - min(undisturbed)
     for n in range(10):
