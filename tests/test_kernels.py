@@ -156,6 +156,32 @@ def test_vote(voters: int, size: int, threads: int, word: int, key: int) -> None
 
 
 @given(
+    st.integers(1, 5),
+    st.lists(st.integers(0, 300), min_size=1, max_size=40),
+    st.integers(1, 3),
+    st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    st.integers(0, 5),
+    keys,
+)
+@quick
+def test_vote_of_those_present_in_a_row(
+    voters: int, lengths: list[int], threads: int, share: tuple[float, float], extra: int, key: int
+) -> None:
+    """Of all entries, and of the second of two owners, which begins at a word."""
+    starts_R = torch.tensor([0, *lengths]).cumsum(0)
+    size, count = int(starts_R[-1]), -(-int(starts_R[-1]) // 8) + extra
+    drawn = random.uniform(random.keys(key, 0, torch.arange(voters), "there"), len(lengths))
+    present_WR = drawn < torch.linspace(*share, voters)[:, None]
+    rows = random.bits(random.key(key), voters * count).view(torch.uint8)[: voters * count]
+    packed_WB = rows.view(voters, count)
+    for start in {0, count // 16 * 64}:
+        if start < 8 * count:
+            there = packed_WB[:, start // 8 :], present_WR, starts_R, size, key, start
+            got = by_kernel(bits.vote_of_present, *there, threads=threads)
+            assert same(got, bits.vote_of_present_reference(*there))
+
+
+@given(
     st.sampled_from([torch.int8, torch.int16, torch.int32, torch.float32]),
     st.integers(1, 3000),
     st.integers(1, 3),

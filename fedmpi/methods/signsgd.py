@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field as Option
 from torch import Tensor
 
@@ -65,11 +64,9 @@ class Votes(Merge):
         if optional_WB is None:
             return bits.vote(rows_WN, round.key("tie"), 8 * start)
         present_WR = ~bits.unpack(optional_WB, self.count_rows)
-        first, n = 8 * start, 8 * rows_WN.shape[1]
         starts_R = self.spec.rows_on(rows_WN.device)
-        present_WN = bits.spread_rows(present_WR, starts_R, self.spec.size)[:, first : first + n]
-        present_WN = F.pad(present_WN, (0, n - present_WN.shape[1]))
-        return bits.vote_of_present(rows_WN, present_WN, round.key("tie"), first)
+        key = round.key("tie")
+        return bits.vote_of_present(rows_WN, present_WR, starts_R, self.spec.size, key, 8 * start)
 
     def message(self, merged_1N: Tensor, optional_WB: Tensor | None = None) -> Message:
         """Abstains where all senders do."""

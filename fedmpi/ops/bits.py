@@ -202,13 +202,36 @@ def vote_reference(packed_WB: Tensor, key: int, start: int = 0) -> Tensor:
     return majority_reference(packed_WB, _coin_bytes(key, packed_WB.shape[1], start, packed_WB.device))
 
 
-def vote_of_present(packed_WB: Tensor, present_WN: Tensor, key: int, start: int = 0) -> Tensor:
-    """:func:`vote` in which only the voters that are present at a bit count there."""
-    size = packed_WB.shape[1]
-    tally_N = torch.zeros(8 * size, dtype=torch.int32, device=packed_WB.device)
+def vote_of_present(
+    packed_WB: Tensor, present_WR: Tensor, starts_R: Tensor, size: int, key: int, start: int = 0
+) -> Tensor:
+    """:func:`vote` in which only the voters that are present in a row count there.
+
+    Args:
+      packed_WB: of the entries from ``start`` on, which is the first one's bit of the coins, too.
+      present_WR: bool; after the last row nobody is present.
+      starts_R: where rows begin, and where the last one ends, which is ``size``.
+    """
+    kernels = fast.compiled("votes", packed_WB)
+    if kernels is None:
+        return vote_of_present_reference(packed_WB, present_WR, starts_R, size, key, start)
+    out_B = vote(packed_WB, key, start)
+    rows = packed_WB.contiguous(), present_WR.contiguous(), starts_R
+    kernels.vote_of_present(*rows, start, key, start // 64, random.constants(), out_B)
+    return out_B
+
+
+def vote_of_present_reference(
+    packed_WB: Tensor, present_WR: Tensor, starts_R: Tensor, size: int, key: int, start: int = 0
+) -> Tensor:
+    """:func:`vote_of_present` by torch."""
+    count = packed_WB.shape[1]
+    present_WN = spread_rows(present_WR, starts_R, size)[:, start : start + 8 * count]
+    present_WN = F.pad(present_WN, (0, 8 * count - present_WN.shape[1]))
+    tally_N = torch.zeros(8 * count, dtype=torch.int32, device=packed_WB.device)
     for packed_B, present_N in zip(packed_WB, present_WN, strict=True):
-        tally_N += unpack(packed_B[None], 8 * size)[0].to(torch.int8).mul_(2).sub_(1) * present_N
-    tie_N = unpack(_coin_bytes(key, size, start, packed_WB.device)[None], 8 * size)[0]
+        tally_N += unpack(packed_B[None], 8 * count)[0].to(torch.int8).mul_(2).sub_(1) * present_N
+    tie_N = unpack(_coin_bytes(key, count, start, packed_WB.device)[None], 8 * count)[0]
     return pack(((tally_N > 0) | ((tally_N == 0) & tie_N))[None])[0]
 
 
