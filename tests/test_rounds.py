@@ -133,7 +133,7 @@ def test_dropped_clients_download_but_change_nothing(method: Any, topology: str)
 
 def test_a_message_that_cannot_be_read_ends_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 refuses a frame; the senders, who wait for its answer, get the same error."""
-    monkeypatch.setattr("fedmpi.meet.ways.to_bytes", lambda message: b"fMSG nonsense")
+    monkeypatch.setattr("fedmpi.meet.ways.to_bytes", lambda *message: b"fMSG nonsense")
 
     def main(comm: Any) -> str:
         simulation = Simulation(config.parse({**SMALL, "topology": "aggregator"}), comm)

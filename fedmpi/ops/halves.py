@@ -18,7 +18,8 @@ _BLOCK = 1 << 17  # numbers, for each thread
 
 
 def narrow(x_CD: Tensor, dtype: torch.dtype, odd_1: Tensor | None = None) -> Tensor:
-    """Float32 as the nearest numbers of this type (ties to even); what lies beyond its largest becomes that.
+    """Float32 as the nearest numbers of this type (ties to even); what lies beyond its largest becomes that, and NaN 0,
+    so that whoever reads them meets numbers.
 
     Args:
       odd_1: uint8, becomes 1 if any entry is infinite or NaN.
@@ -37,7 +38,7 @@ def narrow_reference(x_CD: Tensor, dtype: torch.dtype, odd_1: Tensor | None = No
     if odd_1 is not None:
         odd_1 |= ~x_CD.isfinite().all()
     largest = torch.finfo(dtype).max
-    return x_CD.clamp(-largest, largest).to(dtype)
+    return x_CD.nan_to_num(0.0).clamp_(-largest, largest).to(dtype)
 
 
 def widen(half_CD: Tensor) -> tuple[Tensor, Flag]:
