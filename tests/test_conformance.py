@@ -455,7 +455,7 @@ def test_property_10_a_part_beside_others_gives_what_it_gives_alone(name: str) -
 _COMMON = SMALL | {"partition": {"name": "power"}}
 RUNS = {
     f"{name} {variant}".strip(): {**_COMMON, "method": {"name": name, **entry.example, **options}}
-    for name, entry in METHODS.items()
+    for name, entry in ROWS.items()
     for variant, options in {"": {}, **entry.variants}.items()
 }
 RUNS_BESIDE = {
@@ -466,7 +466,7 @@ RUNS_BESIDE = {
         "method": {"name": name, **entry.example},
         "rounds": 3,
     }
-    for name, entry in METHODS.items()
+    for name, entry in ROWS.items()
 }
 
 
@@ -508,6 +508,8 @@ def runs(request: pytest.FixtureRequest) -> Runs:
     """Threads as ranks; tests/test_ranks.py does the same with real MPI processes."""
     name, exact = request.param
     values = {**(RUNS | RUNS_BESIDE)[name], "reproducible": exact}
+    if name.startswith(OWN) and not exact:
+        values["rounds"] = 1  # after which signs and choices may differ that hang on last bits
     ranks = []
     for topology, n in meetings(name, exact):
         there = {**values, "topology": topology}
