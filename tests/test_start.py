@@ -56,7 +56,7 @@ def test_other_commands_keep_what_signals_do(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def check_never_comes(mpi: Mpi, number: int, said: str, folder: Path, *options: str) -> None:
-    path = write_config(folder, {**SMALL, "timeout": 3})
+    path = write_config(folder, {**SMALL, "timeout": 8})  # those who come have loaded by then
     command = [str(mpi.prefix / "bin" / "mpiexec"), *options, "-n", "3", sys.executable]
     done = subprocess.run(
         [*command, str(JOBS / "early.py"), f"1 {number} none", "train", path, "--out", str(folder / "run")],
