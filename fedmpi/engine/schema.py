@@ -156,6 +156,7 @@ def check_metrics(path: Path, data: bytes, described: Manifest, simulation: Simu
     fields = {"round", "seconds", *counted, *measured}
     fields |= set() if simulation.clock is None else {"simulated_seconds"}
     lines, sums = data.splitlines(), dict.fromkeys(counted, 0)
+    shown: dict[str, float | None] = dict.fromkeys(simulation.measures)  # by the last evaluation
     if len(lines) != described.round or not data.endswith(b"\n"):
         raise CheckpointError(f"{path}: expected {described.round} lines, one a round, got {len(lines)}")
     for t, text in enumerate(lines):
@@ -178,12 +179,19 @@ def check_metrics(path: Path, data: bytes, described: Manifest, simulation: Simu
                 raise CheckpointError(f"{path}, line {t + 1}: {name}: expected {expected}, got {value!r:.40}")
         if line["round"] != t:
             raise CheckpointError(f"{path}, line {t + 1}: expected round {t}, got {line['round']}")
+        if any(line[name] is not None for name in shown):
+            shown = {name: line[name] for name in shown}
         sums = {name: n + line[name] for name, n in sums.items()}
     for name, total in counted.items():
         if sums[name] != total:
             raise CheckpointError(
                 f"{path}: {name}: expected {total} in all, by the manifest, got {sums[name]}"
             )
+    if described.totals.measures != shown:
+        raise CheckpointError(
+            f"{path.parent / MANIFEST}: totals.measures: expected {shown}, of the last evaluation in {path.name}, got "
+            f"{described.totals.measures}"
+        )
     for way in ("upload", "download"):
         total, got_values = described.totals.bytes[way], described.totals.bytes[f"{way}_values"]
         least, most = _values_of(way, total, simulation.method)
