@@ -292,7 +292,7 @@ def own(rng: random.Random) -> tuple[Any, bool]:
     bad = value.clone().view(-1)
     changes: list[tuple[Any, bool]] = [
         # Arrays and other types may be converted: to what is consistent, then.
-        *((value.numpy(), False), (value.tolist(), True), (None, field != "groups"), (value[:-1], True)),
+        *((value.numpy(), False), (value.tolist(), False), (None, field != "groups"), (value[:-1], True)),
         *((value[:0], True), (torch.tensor(1), True), (value.double(), False), (value.half(), False)),
         *((value.bool(), False), (value.int(), False)),
         *((value.to(torch.complex64), True), (value.to_sparse(), True)),
