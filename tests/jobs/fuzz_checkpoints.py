@@ -75,6 +75,7 @@ FREE = (
     "seconds",
     "fedmpi",
     "torch",
+    "device",  # its kind is said, and not computed with
     "ranks",
     "lost_ranks",
     "accuracy",
