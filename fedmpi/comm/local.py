@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -34,7 +35,8 @@ class LocalComm(Comm):
         self._meeting.slots[self.rank] = value
         self._wait()
         result = use(self._meeting.slots)
-        self._wait()
+        with suppress(LostError):  # of who has seen all and ended since, the next call tells
+            self._wait()
         return result
 
     def _wait(self) -> None:
