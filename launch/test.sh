@@ -11,8 +11,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [[ " $* " != *" --full "* ]] || export FEDMPI_FULL=1 # tests/conftest.py knows --full too
 
 cd "$ROOT"
-extras=mpi,test,dev,docs,hf,lightning
-[[ -z ${FEDMPI_FULL:-} ]] || extras+=,triton # 280 MB: kernels for GPUs, interpreted and compiled without one
+extras=mpi,test,dev,hf,lightning
+[[ -z ${FEDMPI_FULL:-} ]] || extras+=,docs,triton # the pages; 280 MB of kernels for GPUs, interpreted and compiled without one
 ensure_venv "$extras"
 ensure_mpich || echo "warning: no MPICH here; the tests that need it will be skipped" >&2
 ensure_slurm || echo "warning: no Slurm here; the tests that need it will be skipped" >&2
