@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from fedmpi.comm.base import Comm, LostError
+from fedmpi.comm.base import Comm, LostError, RankError
 from fedmpi.errors import ConfigError
 
 T = TypeVar("T")
@@ -101,14 +101,15 @@ def run_ranks(size: int, main: Callable[[Comm], T], timeout: float = 600.0) -> l
         raise ConfigError(f"--local-ranks: expected at most {_MOST:,}, a thread each, got {size:,}")
     meeting = _Meeting(size, timeout)
     results: list[Any] = [None] * size
-    errors: list[tuple[bool, int, BaseException]] = []
+    errors: list[tuple[int, int, BaseException]] = []
 
     def rank_main(rank: int) -> None:
         comm = LocalComm(rank, size, meeting)
         try:
             results[rank] = main(comm)
         except BaseException as error:  # carried to the caller's thread below
-            errors.append((isinstance(error, LostError), rank, error))
+            reported = 2 if isinstance(error, LostError) else isinstance(error, RankError)
+            errors.append((int(reported), rank, error))
             comm.abort()
 
     threads = [threading.Thread(target=rank_main, args=(r,), name=f"rank {r}") for r in range(1, size)]
@@ -118,6 +119,6 @@ def run_ranks(size: int, main: Callable[[Comm], T], timeout: float = 600.0) -> l
     for thread in threads:
         thread.join()
     if errors:
-        # A rank that only noticed that another one failed comes last.
+        # A rank's own comes first, then what another one reported, last who only noticed that one is gone.
         raise min(errors, key=lambda e: e[:2])[2]
     return results
