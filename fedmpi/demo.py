@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,23 +44,12 @@ def add(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from fedmpi.comm import connect
-    from fedmpi.errors import FedMPIError, Stopped
+    from fedmpi.analysis.commands import on_all_ranks
 
-    comm = connect()
-    try:
-        text = run(comm, arguments.overrides, arguments.out)
-    except Stopped as stopped:
-        if comm.rank == 0:
-            print(f"fedmpi: {stopped}", file=sys.stderr, flush=True)
-        return os.EX_TEMPFAIL
-    except FedMPIError:
-        if comm.rank == 0:  # all ranks share it: it is said once
-            raise
-        return 2
-    if comm.rank == 0:
-        print(text)
-    return 0
+    def work(comm: Comm) -> tuple[str, None]:
+        return run(comm, arguments.overrides, arguments.out), None
+
+    return on_all_ranks(work, again="")
 
 
 def run(comm: Comm, overrides: list[str], out: Path, ranks: int = 4) -> str:

@@ -65,6 +65,17 @@ def only(out: Path, *rounds: int) -> None:
             shutil.rmtree(path)
 
 
+def check_the_same(values: dict[str, Any], folder: Path) -> None:
+    """At one rank and at three, and interrupted at three after round 2 and resumed at two; in ``folder`` / 1 and 3."""
+    train(values, folder / "1")
+    train(values, folder / "3", ranks=3)
+    whole = outcome(folder / "1")
+    assert outcome(folder / "3") == whole
+    only(folder / "3", 2)
+    train(values, folder / "3", ranks=2, resume=True)
+    assert outcome(folder / "3") == whole
+
+
 @contextmanager
 def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
     folder.mkdir()

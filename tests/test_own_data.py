@@ -20,7 +20,7 @@ from fedmpi.tasks.data import DATA, load
 from fedmpi.tasks.partitions import divide
 
 from .conftest import SMALL, metrics, write_config
-from .interrupted import SAVED, only, outcome, rounds_saved, train
+from .interrupted import SAVED, check_the_same, outcome, rounds_saved, train
 
 MODULE = """
 import threading
@@ -383,13 +383,7 @@ def test_an_own_sampling(mine: str, tmp_path: Path) -> None:
     called = [cohort(parsed, made.partition, t) for t in range(20)]
     assert all(int(made.partition.sizes_of(c).min()) >= 200 and len(c) == 2 for c in called)
     assert len({tuple(c.tolist()) for c in called}) > 1
-    train(values, tmp_path / "1")
-    train(values, tmp_path / "3", ranks=3)
-    expected = outcome(tmp_path / "1")
-    assert outcome(tmp_path / "3") == expected
-    only(tmp_path / "3", 2)
-    train(values, tmp_path / "3", ranks=2, resume=True)
-    assert outcome(tmp_path / "3") == expected
+    check_the_same(values, tmp_path)
 
 
 @pytest.mark.parametrize(

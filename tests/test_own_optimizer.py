@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from fedmpi import config
 from fedmpi.errors import ConfigError
 
-from .interrupted import only, outcome, train
+from .interrupted import check_the_same, train
 from .test_rules import ROUNDS, RUN, Reference, fcn, run, simulation
 
 RMSPROP = {"name": "torch.optim:RMSprop", "alpha": 0.9, "momentum": 0.5, "eps": 1e-3}
@@ -88,13 +88,7 @@ def test_the_same_at_any_number_of_ranks_and_after_a_resume(local: dict[str, Any
         "reproducible": True,
         "checkpoint": {"rounds": 2, "keep": 9},
     }
-    train(values, tmp_path / "1")
-    train(values, tmp_path / "3", ranks=3)
-    whole = outcome(tmp_path / "1")
-    assert outcome(tmp_path / "3") == whole
-    only(tmp_path / "3", 2)
-    train(values, tmp_path / "3", ranks=2, resume=True)
-    assert outcome(tmp_path / "3") == whole
+    check_the_same(values, tmp_path)
 
 
 def test_a_rank_s_own_optimizer_goes_on_from_round_to_round(tmp_path: Path) -> None:

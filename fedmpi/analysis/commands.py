@@ -228,8 +228,8 @@ def _dimension(arguments: argparse.Namespace) -> int:
 
     out, base = _out(arguments), Path(arguments.config)
     asked = Asked(**{name: getattr(arguments, name) for name in Asked._fields})
-    return _runs(
-        arguments, lambda comm: analyze(base, arguments.overrides, out, comm, asked, arguments.quiet)
+    return on_all_ranks(
+        lambda comm: analyze(base, arguments.overrides, out, comm, asked, arguments.quiet), arguments.results
     )
 
 
@@ -260,14 +260,22 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     out = arguments.out or Path("runs") / f"sweep-{arguments.over.stem}"
     options = (arguments.side_by_side, arguments.quiet)
-    return _runs(
-        arguments,
+    return on_all_ranks(
         lambda comm: sweep(arguments.config, arguments.over, arguments.overrides, out, comm, *options),
+        arguments.results,
     )
 
 
-def _runs(arguments: argparse.Namespace, work: Callable[[Comm], tuple[str, dict[str, Any] | None]]) -> int:
-    """Do what all ranks do, and on rank 0 show its text and write its results."""
+def on_all_ranks(
+    work: Callable[[Comm], tuple[str, dict[str, Any] | None]],
+    results_file: Path | None = None,
+    again: str = "; the same command goes on from there",
+) -> int:
+    """Do what all ranks do, and on rank 0 show its text and write its results; returns the exit code.
+
+    Args:
+      again: what is said to somebody who has stopped it.
+    """
     from fedmpi.analysis.page import dump, write
     from fedmpi.comm import connect
     from fedmpi.errors import FedMPIError, Stopped
@@ -277,7 +285,7 @@ def _runs(arguments: argparse.Namespace, work: Callable[[Comm], tuple[str, dict[
         text, results = work(comm)
     except Stopped as stopped:
         if comm.rank == 0:
-            print(f"fedmpi: {stopped}; the same command goes on from there", file=sys.stderr, flush=True)
+            print(f"fedmpi: {stopped}{again}", file=sys.stderr, flush=True)
         return os.EX_TEMPFAIL
     except FedMPIError:
         if comm.rank == 0:  # all ranks share it: it is said once
@@ -285,6 +293,6 @@ def _runs(arguments: argparse.Namespace, work: Callable[[Comm], tuple[str, dict[
         return 2
     if comm.rank == 0:
         print(text)
-        if results is not None and arguments.results is not None:
-            write(arguments.results, dump(results), "--results")
+        if results is not None and results_file is not None:
+            write(results_file, dump(results), "--results")
     return 1 if results is not None and results.get("failed") else 0
